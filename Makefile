@@ -1,0 +1,92 @@
+# Needs Python ≥ 3.11 and make; everything else goes into .venv. `make` alone lists the targets.
+
+# Candidates for the interpreter that makes .venv; the first that is new enough is taken.
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+# More arguments for the command that a target ends in: `make test ARGS="-k queue -x"`.
+ARGS ?=
+
+VENV_PYTHON := .venv/bin/python
+WHEEL_CHECK := build/wheel-check
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# No looking on the network for newer pyrights.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
+
+.PHONY: demo
+demo: .venv/.installed ## Train DC-VAE on small real digits, results in runs/digits
+	@$(VENV_PYTHON) train.py --recipe digits --run runs/digits $(ARGS)
+
+.PHONY: test
+test: .venv/.installed ## Run the tests (those for a GPU skip themselves without one)
+	@$(VENV_PYTHON) -m pytest -q -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: .venv/.installed ## Run the tests that take over a minute each
+	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)
+
+.PHONY: lint
+lint: .venv/.installed ## Check style, formatting and types
+	@$(VENV_PYTHON) -m ruff check --quiet .
+	@$(VENV_PYTHON) -m ruff format --quiet --check .
+	@$(MAKE) --no-print-directory types
+
+.PHONY: types
+types: .venv/.installed ## Check types only
+	@$(VENV_PYTHON) -m pyright
+
+.PHONY: format
+format: .venv/.installed ## Format the code and repair what ruff can repair
+	@$(VENV_PYTHON) -m ruff check --fix .
+	@$(VENV_PYTHON) -m ruff format .
+
+# The wheel is built from the source archive, so both are checked. Base dependencies only, another folder, and -I:
+# neither this tree nor PYTHONPATH can stand in for a file that the wheel lacks.
+.PHONY: wheel-check
+wheel-check: .venv/.installed ## Install the built wheel into an empty environment and import it there
+	@rm -rf $(WHEEL_CHECK) && mkdir -p $(WHEEL_CHECK)/elsewhere
+	@$(VENV_PYTHON) -m uv build --quiet --out-dir $(WHEEL_CHECK)/dist .
+	@$(VENV_PYTHON) -m uv venv --quiet --python $(VENV_PYTHON) $(WHEEL_CHECK)/env
+	@$(VENV_PYTHON) -m uv pip install --quiet --python $(WHEEL_CHECK)/env/bin/python -c constraints.txt \
+		$(WHEEL_CHECK)/dist/*.whl
+	@cd $(WHEEL_CHECK)/elsewhere && ../env/bin/python -I -c 'import dcvae_kernels, dcvae_pipelines, dcvae_fast'
+	@for package in dcvae_fast kernels/dcvae_kernels pipelines/dcvae_pipelines; do \
+		diff -r -x __pycache__ $$package $(WHEEL_CHECK)/env/lib/python*/site-packages/$${package##*/} || exit 1; \
+	done
+	@echo "wheel: every file of the three packages is inside, and they import with the base dependencies alone"
+	@rm -rf $(WHEEL_CHECK)
+
+.PHONY: clean
+clean: ## Remove builds and caches (not .venv, not runs)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Three stamps, because an installer may take a half-copied package for a whole one. `.unfinished`: the first install is
+# under way, or was cut short, and then .venv is made anew. `.updating`: the same for every install into a .venv that
+# was there before; if cut short, every package is put in again. `.installed`: done. The lock is for two makes at once.
+# uv is several times faster than pip, and takes the ordinary build of torch, which runs without a GPU too.
+.venv/.installed: setup.py constraints.txt
+	@if command -v flock >/dev/null; then exec 9<Makefile; flock 9; fi; \
+	if [ .venv/.installed -nt setup.py ] && [ .venv/.installed -nt constraints.txt ]; then exit 0; fi; \
+	if [ -e .venv/.unfinished ]; then rm -rf .venv; fi; \
+	if ! [ -x $(VENV_PYTHON) ]; then \
+		for python in $(PYTHON) none; do \
+			"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+		done; \
+		if [ "$$python" = none ]; then \
+			echo "Python 3.11 or newer is needed, and none was found as $(PYTHON):" \
+				"name yours, as in \`make PYTHON=/path/to/python3.12\`." >&2; \
+			exit 1; \
+		fi; \
+		mkdir -p .venv && touch .venv/.unfinished && "$$python" -m venv .venv || exit 1; \
+	fi; \
+	echo "Installing into .venv (about 6 GB; minutes the first time)"; \
+	if [ -e .venv/.updating ]; then reinstall=--reinstall; else reinstall=; fi; \
+	if [ -t 2 ]; then quiet=; else quiet=--quiet; fi; \
+	touch .venv/.updating && \
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt uv && \
+	$(VENV_PYTHON) -m uv pip install $$quiet $$reinstall --python $(VENV_PYTHON) -c constraints.txt \
+		-e ".[train,eval,dev]" && \
+	rm -f .venv/.unfinished && mv .venv/.updating .venv/.installed

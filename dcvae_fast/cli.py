@@ -1,0 +1,252 @@
+"""The `dcvae` command. A user's mistake gives one sentence and exit code 1, never a traceback."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dcvae_pipelines import DataError
+
+from dcvae_fast.config import Config, recipe_path, recipes
+from dcvae_fast.errors import RunError, UserError
+
+SUMMARY_FILE = "summary.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code (128 + the signal where one stopped it)."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:  # all settings of a run are options; they have a parser of their own
+            return _train(argv[1:])
+        arguments = _parser().parse_args(argv)
+        return arguments.run_command(arguments)
+    except (UserError, DataError) as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.errno is None:
+            raise
+        message = f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    print(f"dcvae: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dcvae", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run_command=run)
+        return sub
+
+    def model_command(name: str, run: Callable[[argparse.Namespace], int], text: str, out: str) -> argparse.ArgumentParser:
+        sub = command(name, run, text)
+        sub.add_argument("model", metavar="RUN", help="a run folder, a saved model, or a name on the Hugging Face hub")
+        sub.add_argument("--out", type=Path, default=Path(out), help=f"what to write (default: {out})")
+        sub.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+        return sub
+
+    command("train", lambda _: _train(["--help"]), "Train, or go on training, a run: see `dcvae train --help`.")
+
+    sub = model_command("sample", _sample, "Draw images from the prior.", "samples.png")
+    sub.add_argument("-n", type=int, default=64, help="how many (default: 64)")
+    sub.add_argument("--seed", type=int, default=0, help="of the latents (default: 0)")
+
+    sub = model_command("reconstruct", _reconstruct, "Reconstruct image files.", "reconstructions.png")
+    sub.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+
+    sub = model_command("interpolate", _interpolate, "Walk from one image to another.", "interpolation.png")
+    sub.add_argument("start", metavar="IMAGE1", type=Path)
+    sub.add_argument("end", metavar="IMAGE2", type=Path)
+    sub.add_argument("--steps", type=int, default=8, help="images between (default: 8)")
+
+    model_command("export", _export, "Save a run's model as safetensors, config.json and a model card.", "exported")
+
+    sub = command("import-official", _import_official, "Save a checkpoint of the authors' code as a model of ours.")
+    sub.add_argument("folder", metavar="DIR", type=Path, help="folder with {epoch}_encoder.sd and the like")
+    sub.add_argument("--epoch", type=int, required=True)
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser
+
+
+def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
+    """Options of `dcvae train` → configuration, run folder, dry run or not.
+
+    Raises:
+        ConfigError: an unknown setting, or a value that has no meaning.
+    """
+    import jsonargparse
+
+    from dcvae_fast.errors import ConfigError
+
+    parser = jsonargparse.ArgumentParser(
+        prog="train.py",
+        description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipes()) + ".",
+        exit_on_error=False,
+    )
+    parser.add_argument("--recipe", action=jsonargparse.ActionConfigFile, help="a recipe's name, or a .yaml file")
+    parser.add_argument("--run", type=str | None, default=None, help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done and what it costs, then stop")
+    parser.add_class_arguments(Config)
+
+    argv, recipe = list(argv), None
+    for index, argument in enumerate(argv):
+        if argument.startswith("--recipe="):
+            recipe = argument.removeprefix("--recipe=")
+            argv[index] = f"--recipe={recipe_path(recipe)}"
+        elif index and argv[index - 1] == "--recipe":
+            recipe = argument
+            argv[index] = str(recipe_path(recipe))
+    if recipe is None and not {"-h", "--help", "--print_config"} & set(argv):
+        raise ConfigError(f"--recipe is missing; the recipes are {', '.join(recipes())}, or a path to a .yaml file.")
+    try:
+        parsed = parser.parse_args(argv)
+        settings = parser.instantiate(parsed)
+    except argparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    config = Config(**{section: settings[section] for section in Config.__dataclass_fields__})
+    return config, Path(parsed.run or f"runs/{Path(str(recipe)).stem}"), parsed.dry_run
+
+
+def _train(argv: Sequence[str]) -> int:
+    config, folder, dry_run = parse_config(argv)
+    from dcvae_fast.training.loop import open_data, pick_device, train
+
+    if dry_run:
+        from dcvae_fast.training.plan import plan
+
+        print(plan(config, open_data(config, "train"), pick_device(config.train.device)))
+        return 0
+    began = time.perf_counter()
+    outcome = train(config, folder)
+    if outcome.signal:
+        print(f"Stopped after {outcome.images:,} of {config.train.images:,} images; the same command goes on.")
+        return 128 + outcome.signal
+    if outcome.trained:
+        print(f"{outcome.images:,} images shown; this call took {(time.perf_counter() - began) / 60:.1f} minutes.")
+    else:
+        print(f"{folder} is done: {outcome.images:,} images shown, {config.train.images:,} asked for.")
+    print(_summary(config, folder, outcome.images))
+    return 0
+
+
+def _summary(config: Config, folder: Path, images: int) -> str:
+    """Reconstruction error and linear probe on held-out images, measured once and kept in RUN/summary.json."""
+    path = folder / SUMMARY_FILE
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    if summary.get("images") != images:
+        summary = {"images": images, **_measure(config, folder)}
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    return (
+        f"On {summary['held_out']:,} held-out images: reconstruction error {summary['pixel_error']:.4f}"
+        f" (predicting the mean image: {summary['mean_image_error']:.4f}); a linear probe on the latents names"
+        f" {summary['probe_accuracy']:.1%} rightly. Look at {folder / 'grids'}."
+    )
+
+
+def _measure(config: Config, folder: Path) -> dict[str, float]:
+    from dataclasses import replace
+
+    from dcvae_fast.evaluation.perceptual import mean_image_error, pixel_error
+    from dcvae_fast.evaluation.probe import linear_probe
+    from dcvae_fast.models.dcvae import DCVAE
+    from dcvae_fast.training.loop import open_data, pick_device
+
+    model = DCVAE.from_pretrained(folder, device=pick_device(config.train.device))
+    # A few thousand tell enough at the end of a run; `evaluate` measures on all.
+    train_set, held_out = (
+        replace(data, images=data.images[:most], labels=data.labels[:most])
+        for data, most in ((open_data(config, "train"), 5000), (open_data(config, "test"), 2000))
+    )
+    return {
+        "held_out": len(held_out.images),
+        "pixel_error": pixel_error(model, held_out.images),
+        "mean_image_error": mean_image_error(held_out.images, train_set.images),
+        "probe_accuracy": linear_probe(model, train_set, held_out),
+    }
+
+
+def _load_model(arguments: argparse.Namespace):
+    from dcvae_fast.models.dcvae import DCVAE
+    from dcvae_fast.training.loop import pick_device
+
+    return DCVAE.from_pretrained(arguments.model, device=pick_device(arguments.device))
+
+
+def _load_images(model, paths: Sequence[Path]):
+    import torch
+    from dcvae_pipelines import load_image
+
+    config = model.config
+    return torch.stack([load_image(path, config.image_channels, config.resolution) for path in paths]).to(model.device)
+
+
+def _write_sheet(path: Path, tiles, columns: int) -> int:
+    from dcvae_fast.training.log import make_grid, png_bytes
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(make_grid(tiles, columns)))
+    print(path)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if arguments.n < 1:
+        raise UserError(f"-n is {arguments.n}; it must be at least 1.")
+    samples = _load_model(arguments).sample(arguments.n, generator=torch.Generator().manual_seed(arguments.seed))
+    return _write_sheet(arguments.out, samples, columns=min(8, arguments.n))
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    import torch
+
+    model = _load_model(arguments)
+    images = _load_images(model, arguments.images)
+    pairs = torch.stack([images, model.reconstruct(images)], dim=1)  # the image, and to its right what became of it
+    return _write_sheet(arguments.out, pairs.flatten(0, 1), columns=2 * min(4, len(images)))
+
+
+def _interpolate(arguments: argparse.Namespace) -> int:
+    from dcvae_fast.evaluation.latent import interpolate
+
+    if arguments.steps < 2:
+        raise UserError(f"--steps is {arguments.steps}; it must be at least 2.")
+    model = _load_model(arguments)
+    start, end = _load_images(model, [arguments.start, arguments.end]).split(1)
+    return _write_sheet(arguments.out, interpolate(model, start, end, arguments.steps)[0], columns=arguments.steps + 2)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    _refuse_full(arguments.out)
+    _load_model(arguments).save_pretrained(arguments.out)
+    print(arguments.out)
+    return 0
+
+
+def _import_official(arguments: argparse.Namespace) -> int:
+    from dcvae_fast.models.official import load_official
+
+    _refuse_full(arguments.out)
+    load_official(arguments.folder, arguments.epoch).save_pretrained(arguments.out)
+    print(arguments.out)
+    return 0
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"--out {folder} exists and is not empty; choose another folder.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

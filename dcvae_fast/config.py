@@ -1,0 +1,278 @@
+"""All settings of a run: frozen dataclasses, filled by a recipe and by overrides. Imports no torch.
+
+A recipe is a YAML file in `dcvae_fast/recipes`, one for each experiment; it lists only what differs from the defaults
+here, which are the paper's CIFAR-10 run with the gaps filled as the authors' code does. `official` in a docstring is
+that code.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dcvae_fast.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Layer = Literal["b1", "b2", "b3", "b4", "final"]
+
+# Settings that a run may change when it is resumed: they do not alter what is computed.
+_MAY_CHANGE = {"may_change": True}
+
+
+def _check(setting: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{setting} is {value!r}; it must be {wanted}.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Attributes:
+        name: the data set
+        root: folder of the data set in torchvision's layout; `digits` needs none
+        download: fetch a missing data set into root
+        mirror: flip each image left to right with probability 1/2
+        drop_last: leave out the end of each epoch that does not fill a batch (official), else let batches run on
+    """
+
+    name: Literal["digits", "mnist", "cifar10"] = "cifar10"
+    root: str | None = field(default=None, metadata=_MAY_CHANGE)
+    download: bool = field(default=False, metadata=_MAY_CHANGE)
+    mirror: bool = False
+    drop_last: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The networks at 32×32 (after AutoGAN; Figure 15).
+
+    Attributes:
+        image_channels: 3 for colour, 1 for greyscale
+        latent_dim: size Z of the latent
+        decoder_width: channels of the decoder's feature maps
+        encoder_width: channels of the encoder's feature maps
+        discriminator_width: channels of the discriminator's feature maps
+        contrast_dim: size D of a query or key (paper: 16)
+        sample_clamp: clamp prior samples to [-clamp, clamp] (official for FID: 1); null leaves them alone
+    """
+
+    image_channels: int = 3
+    latent_dim: int = 128
+    decoder_width: int = 256
+    encoder_width: int = 128
+    discriminator_width: int = 128
+    contrast_dim: int = 16
+    sample_clamp: float | None = None
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if name == "sample_clamp":
+                _check(f"model.{name}", value, value is None or value > 0, "null or above 0")
+            else:
+                _check(f"model.{name}", value, value >= 1, "at least 1")
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images, in pixels."""
+        return 32
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised (Eq. 9 and the rows of Table 1).
+
+    Attributes:
+        objective: dc_vae (InfoNCE + GAN + KL), or an ablation: vae (pixel L2 + KL), vae_gan (L2 in the discriminator's
+            features + KL + GAN), vae_contrastive (InfoNCE + KL)
+        adversarial: hinge (official), or log (Eq. 4; the generator's side in its non-saturating form)
+        kl_weight: weight of the KL divergence, a sum over the latent and a mean over the batch (official: 1e-6 on
+            the sum over 64 images)
+        order: sequential (official) steps the autoencoder for the adversarial loss, then for the instance loss; joint
+            steps once for both on one reconstruction (Eq. 9)
+    """
+
+    objective: Literal["dc_vae", "vae", "vae_gan", "vae_contrastive"] = "dc_vae"
+    adversarial: Literal["hinge", "log"] = "hinge"
+    kl_weight: float = 6.4e-5
+    order: Literal["sequential", "joint"] = "sequential"
+
+    def __post_init__(self):
+        _check("loss.kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
+
+    @property
+    def has_gan(self) -> bool:
+        return self.objective in ("dc_vae", "vae_gan")
+
+    @property
+    def instance(self) -> Literal["contrast", "feature", "pixel"]:
+        """The reconstruction term: InfoNCE (Eq. 6), L2 between features (Eq. 3), or L2 between pixels (Eq. 1)."""
+        if self.objective in ("dc_vae", "vae_contrastive"):
+            return "contrast"
+        return "feature" if self.objective == "vae_gan" else "pixel"
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Multi-scale instance contrast (Eq. 6, §4.2).
+
+    Attributes:
+        negatives: keys K in the queue (paper: 8096)
+        temperature: divides the cosine similarities
+        layers: where features are contrasted: after residual block 1 to 4, and the first linear layer. The paper takes
+            b2 and final, official b1 and final. vae_gan compares its features here too
+        momentum: decay of the moving average of the discriminator that makes the keys
+        queue_start: empty (only filled slots count), or noise (official: normalised Gaussian keys)
+        exclude_same_image: an image's own older keys in the queue are no negatives (Eq. 6); official counts them
+        local_layers: feature maps for local patch contrast
+        local_start_images: images shown before local patch contrast begins; null for never (official)
+    """
+
+    negatives: int = 8096
+    temperature: float = 0.07
+    layers: tuple[Layer, ...] = ("b2", "final")
+    momentum: float = 0.999
+    queue_start: Literal["empty", "noise"] = "empty"
+    exclude_same_image: bool = True
+    local_layers: tuple[Literal["b1", "b2", "b3", "b4"], ...] = ("b2",)
+    local_start_images: int | None = None
+
+    def __post_init__(self):
+        _check("contrast.negatives", self.negatives, self.negatives >= 1, "at least 1")
+        _check("contrast.temperature", self.temperature, self.temperature > 0, "above 0")
+        _check("contrast.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        for name in ("layers", "local_layers"):
+            layers = getattr(self, name)
+            _check(f"contrast.{name}", layers, 0 < len(set(layers)) == len(layers), "one or more different layers")
+        start = self.local_start_images
+        _check("contrast.local_start_images", start, start is None or start >= 0, "null, or 0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, the same for every network.
+
+    Attributes:
+        lr: learning rate
+        betas: decay of the two moments
+        eps: added to the root of the second moment
+    """
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.0, 0.9)
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        _check("optim.lr", self.lr, self.lr > 0, "above 0")
+        _check("optim.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        _check("optim.eps", self.eps, self.eps > 0, "above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how.
+
+    Attributes:
+        images: stop after this many images shown
+        batch: real images (and reconstructions) an iteration
+        sampled_batch: prior samples in an autoencoder step
+        n_critic: discriminator steps for each autoencoder and contrastive step
+        average: decay of the decoder's moving average, which makes samples and reconstructions
+        seed: of everything random
+        device: cpu, cuda, or auto (cuda where there is one)
+    """
+
+    images: int = field(default=40_000_000, metadata=_MAY_CHANGE)
+    batch: int = 64
+    sampled_batch: int = 128
+    n_critic: int = 5
+    average: float = 0.999
+    seed: int = 0
+    device: str = field(default="auto", metadata=_MAY_CHANGE)
+
+    def __post_init__(self):
+        _check("train.images", self.images, self.images >= 0, "0 or more")
+        for name in ("sampled_batch", "n_critic"):
+            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check("train.batch", self.batch, self.batch >= 2, "at least 2, for batch normalisation")
+        _check("train.average", self.average, 0 <= self.average < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes, and how often, counted in images shown.
+
+    Attributes:
+        every: means of all metrics to the terminal, metrics.jsonl and TensorBoard
+        grids_every: reconstructions, samples and interpolations as PNG
+        checkpoint_every: everything that resuming needs
+        keep: newest checkpoints that are kept
+    """
+
+    every: int = field(default=64_000, metadata=_MAY_CHANGE)
+    grids_every: int = field(default=640_000, metadata=_MAY_CHANGE)
+    checkpoint_every: int = field(default=640_000, metadata=_MAY_CHANGE)
+    keep: int = field(default=2, metadata=_MAY_CHANGE)
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            least = 2 if name == "keep" else 1
+            _check(f"log.{name}", value, value >= least, f"at least {least}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (section of a) configuration as plain values, as JSON and YAML hold them."""
+    return {
+        name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    }
+
+
+def differences(old: dict[str, Any], new: Config) -> list[str]:
+    """What `new` would compute differently from the stored configuration `old`: one line `section.name: old → new` each.
+
+    Settings that alter only how long a run goes on, where it runs and what it writes do not count.
+    """
+    lines = []
+    for section in dataclasses.fields(new):
+        values = getattr(new, section.name)
+        stored, wanted = old.get(section.name, {}), to_dict(values)
+        for setting in dataclasses.fields(values):
+            was, now = stored.get(setting.name, "not set"), wanted[setting.name]
+            if was != now and not setting.metadata.get("may_change"):
+                lines.append(f"{section.name}.{setting.name}: {was} → {now}")
+    return lines
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe, by its name or as a path of the user's own.
+
+    Raises:
+        ConfigError: there is no such recipe; the message lists those there are.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path, known = Path(name), ""
+    else:
+        path, known = RECIPES / f"{name}.yaml", f"; the recipes are {', '.join(recipes())}, or a path to a .yaml file"
+    if not path.is_file():
+        raise ConfigError(f"--recipe {name}: no such recipe{known}.")
+    return path
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))

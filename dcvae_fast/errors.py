@@ -1,0 +1,17 @@
+"""Errors that a user can mend: their message is one clear sentence, and the command line prints it without a traceback."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done as asked; the message names the setting, file or argument."""
+
+
+class ConfigError(UserError):
+    """A setting has no meaning, or contradicts another one."""
+
+
+class RunError(UserError):
+    """A run folder cannot be used as asked: no checkpoint, another configuration, a full disk."""
+
+
+class DivergedError(UserError):
+    """A loss or a weight is no longer a finite number."""

@@ -1,0 +1,1 @@
+"""What a trained model is worth. Evaluation sees a `DCVAE` and images: nothing of training."""

@@ -1,0 +1,22 @@
+"""Distances between images and their reconstructions."""
+
+import torch
+from torch import Tensor
+
+from dcvae_fast.models.dcvae import DCVAE
+
+
+@torch.no_grad()
+def pixel_error(model: DCVAE, images: Tensor, batch: int = 256) -> float:
+    """Mean squared error on [-1, 1] of the reconstructions from the posterior mean; images uint8 [N, C, H, W]."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in images.split(batch):
+        real = part.to(model.device).float() / 127.5 - 1
+        total += (model.reconstruct(real) - real).square().double().sum().cpu()
+    return total.item() / images.numel()
+
+
+def mean_image_error(images: Tensor, mean_of: Tensor) -> float:
+    """The same error of predicting the mean of `mean_of` for every image; both uint8 [N, C, H, W]."""
+    mean = mean_of.double().mean(0)
+    return (images.double() - mean).square().mean().item() / 127.5**2

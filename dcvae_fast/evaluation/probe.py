@@ -1,0 +1,25 @@
+"""Linear classifier on latents (Table 6)."""
+
+import torch
+from dcvae_pipelines import ImageSet
+from torch import Tensor
+
+from dcvae_fast.models.dcvae import DCVAE
+
+
+@torch.no_grad()
+def posterior_means(model: DCVAE, images: Tensor, batch: int = 256) -> Tensor:
+    """Images uint8 [N, C, H, W] → posterior means [N, Z] on the CPU."""
+    parts = [model.encode(part.to(model.device).float() / 127.5 - 1).mean.cpu() for part in images.split(batch)]
+    return torch.cat(parts)
+
+
+def linear_probe(model: DCVAE, train: ImageSet, test: ImageSet) -> float:
+    """Share of test images that logistic regression on the frozen posterior means names rightly."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    classifier.fit(posterior_means(model, train.images).numpy(), train.labels.numpy())
+    return float(classifier.score(posterior_means(model, test.images).numpy(), test.labels.numpy()))

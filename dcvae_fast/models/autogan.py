@@ -1,0 +1,180 @@
+"""The networks at 32×32 (Figure 15 of the paper), after AutoGAN's search result.
+
+Shapes: B batch, C image channels, W width, Z latent size, D contrastive dimension. Images are [B, C, 32, 32] in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from dcvae_kernels import spectral_norm
+from torch import Tensor, nn
+
+from dcvae_fast.models.layers import init_weights, upsample
+
+BOTTOM = 4  # height and width of the decoder's first feature map
+
+# Positions in the feature map after each residual block, for images of 32×32.
+POSITIONS = {"b1": 16 * 16, "b2": 8 * 8, "b3": 8 * 8, "b4": 8 * 8}
+
+
+class Cell(nn.Module):
+    """Doubles the resolution; takes the first-convolution outputs of the cells before it and offers its own."""
+
+    def __init__(self, width: int, mode: str, skips: int, shortcut: bool):
+        super().__init__()
+        self.mode = mode
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, width, 1) if shortcut else None
+        self.skips = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(skips))
+
+    def forward(self, x: Tensor, earlier: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """x [B, W, H, H], earlier cells' outputs → (output [B, W, 2H, 2H], what later cells take [B, W, 2H, 2H])."""
+        size = 2 * x.shape[-1]
+        h = self.conv1(upsample(F.relu(x), size, self.mode))
+        for conv, feature in zip(self.skips, earlier, strict=True):
+            h = h + conv(upsample(feature, size, self.mode))
+        out = self.conv2(F.relu(h))
+        if self.shortcut is not None:
+            out = out + self.shortcut(upsample(x, size, self.mode))
+        return out, h
+
+
+class Decoder(nn.Module):
+    """G: latents [B, Z] → images [B, C, 32, 32]."""
+
+    def __init__(self, latent_dim: int = 128, width: int = 256, image_channels: int = 3):
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(latent_dim, BOTTOM * BOTTOM * width)
+        self.cell1 = Cell(width, "nearest", skips=0, shortcut=True)
+        self.cell2 = Cell(width, "bilinear", skips=1, shortcut=True)
+        self.cell3 = Cell(width, "nearest", skips=2, shortcut=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.to_image = nn.Conv2d(width, image_channels, 3, padding=1)
+        init_weights(self)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        h = self.linear(latents).view(-1, self.width, BOTTOM, BOTTOM)
+        h, skip1 = self.cell1(h, [])
+        h, skip2 = self.cell2(h, [skip1])
+        h, _ = self.cell3(h, [skip1, skip2])
+        return torch.tanh(self.to_image(F.relu(self.norm(h))))
+
+
+class FirstBlock(nn.Module):
+    """The residual block that sees the image: no activation before it; halves the resolution."""
+
+    def __init__(self, image_channels: int, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(image_channels, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(image_channels, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.conv1(x)))
+        return F.avg_pool2d(h, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+class Block(nn.Module):
+    """A pre-activation residual block; with `down` it halves the resolution and its shortcut is learned."""
+
+    def __init__(self, width: int, down: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, width, 1) if down else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.conv1(F.relu(x))))
+        if self.shortcut is None:
+            return x + h
+        return F.avg_pool2d(self.shortcut(x), 2) + F.avg_pool2d(h, 2)
+
+
+class Trunk(nn.Module):
+    """What encoder and discriminator share in kind: four residual blocks, a sum over positions, a linear layer."""
+
+    def __init__(self, image_channels: int, width: int, out_features: int):
+        super().__init__()
+        self.b1 = FirstBlock(image_channels, width)
+        self.b2 = Block(width, down=True)
+        self.b3 = Block(width, down=False)
+        self.b4 = Block(width, down=False)
+        self.linear = nn.Linear(width, out_features, bias=False)
+        init_weights(self)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Feature maps `b1` [B, W, 16, 16], `b2` … `b4` [B, W, 8, 8], and `final` [B, out_features]."""
+        b1 = self.b1(images)
+        b2 = self.b2(b1)
+        b3 = self.b3(b2)
+        b4 = self.b4(b3)
+        return {"b1": b1, "b2": b2, "b3": b3, "b4": b4, "final": self.linear(F.relu(b4).sum((2, 3)))}
+
+
+class Encoder(nn.Module):
+    """E: images → mean and log-variance of the posterior q(z|x), each [B, Z]."""
+
+    def __init__(self, latent_dim: int = 128, width: int = 128, image_channels: int = 3):
+        super().__init__()
+        self.trunk = spectral_norm(Trunk(image_channels, width, 2 * latent_dim))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.trunk(images)["final"].chunk(2, dim=1)
+        return mean, logvar
+
+
+class Critique(NamedTuple):
+    """What the discriminator makes of a batch."""
+
+    score: Tensor  # [B]: high for real
+    features: dict[str, Tensor]  # as Trunk returns them
+
+
+class Critic(nn.Module):
+    """The spectrally normalised part of the discriminator: trunk and score head, one group."""
+
+    def __init__(self, image_channels: int, width: int, contrast_dim: int):
+        super().__init__()
+        self.trunk = Trunk(image_channels, width, contrast_dim)
+        self.score = nn.Linear(contrast_dim, 1)
+
+    def forward(self, images: Tensor) -> Critique:
+        features = self.trunk(images)
+        return Critique(self.score(features["final"]).squeeze(1), features)
+
+
+class ContrastHead(nn.Module):
+    """A feature map [B, W, H, H] → queries or keys [B, D]: 1×1 convolution to one channel, linear layer (§4.2)."""
+
+    def __init__(self, width: int, positions: int, contrast_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, 1, 1)
+        self.linear = nn.Linear(positions, contrast_dim, bias=False)
+        init_weights(self)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return self.linear(self.conv(feature_map).flatten(1))
+
+
+class Discriminator(nn.Module):
+    """C, the "dual encoder": a real/fake score, and embeddings for contrast at several depths.
+
+    `critic.trunk`, `critic.score` and `heads` are trained in different steps; only `critic` is spectrally normalised.
+    """
+
+    def __init__(self, width: int = 128, image_channels: int = 3, contrast_dim: int = 16):
+        super().__init__()
+        self.critic = spectral_norm(Critic(image_channels, width, contrast_dim))
+        self.heads = nn.ModuleDict({b: ContrastHead(width, n, contrast_dim) for b, n in POSITIONS.items()})
+
+    def forward(self, images: Tensor) -> Critique:
+        return self.critic(images)
+
+    def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
+        """Queries or keys [S, B, D] of S layers: block outputs through their heads, `final` as it is."""
+        f = critique.features
+        return torch.stack([f["final"] if name == "final" else self.heads[name](f[name]) for name in layers])

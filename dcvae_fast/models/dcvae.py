@@ -1,0 +1,183 @@
+"""DCVAE: a trained encoder and decoder, to encode, decode, reconstruct and sample with, to save and to load."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcvae_fast.config import ModelConfig, to_dict
+from dcvae_fast.errors import ConfigError, RunError
+from dcvae_fast.models.autogan import Decoder, Encoder
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z|x), a Gaussian with independent coordinates: mean and log-variance, each [B, Z]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw z = mean + exp(logvar / 2) · noise, [B, Z]; differentiable in mean and logvar."""
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+
+class DCVAE(nn.Module):
+    """Encoder and decoder of a DC-VAE; the decoder holds the moving average of the trained weights.
+
+    Images are [B, C, 32, 32] floating-point tensors in [-1, 1]; latents [B, Z].
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.latent_dim, config.encoder_width, config.image_channels)
+        self.decoder = Decoder(config.latent_dim, config.decoder_width, config.image_channels)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode(self, images: Tensor) -> Posterior:
+        """The posterior of images [B, C, 32, 32] in [-1, 1].
+
+        Raises:
+            ValueError: images have another shape, or are no floating-point numbers.
+        """
+        channels, size = self.config.image_channels, self.config.resolution
+        if images.ndim != 4 or images.shape[1:] != (channels, size, size):
+            raise ValueError(f"images have shape {list(images.shape)}; this model takes [B, {channels}, {size}, {size}].")
+        if not images.is_floating_point():
+            raise ValueError(f"images have dtype {images.dtype}; give floating-point values in [-1, 1].")
+        return Posterior(*self.encoder(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, C, 32, 32] in [-1, 1] of latents [B, Z].
+
+        Raises:
+            ValueError: latents have another shape.
+        """
+        if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
+            raise ValueError(f"latents have shape {list(latents.shape)}; this model takes [B, {self.config.latent_dim}].")
+        return self.decoder(latents)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Tensor, *, sample_posterior: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Images → what the decoder makes of their posterior mean, or of a draw from it (official, for FID)."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mean)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """n images [n, C, 32, 32] decoded from the prior N(0, I), clamped where the configuration says so.
+
+        The noise is drawn on the generator's device, so one seed gives the same latents on every device.
+        """
+        device = self.device if generator is None else generator.device
+        latents = torch.randn(n, self.config.latent_dim, generator=generator, device=device).to(self.device)
+        if self.config.sample_clamp is not None:
+            latents = latents.clamp(-self.config.sample_clamp, self.config.sample_clamp)
+        return self.decode(latents)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json, model.safetensors and a model card README.md into the folder `path`."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps({"model": to_dict(self.config)}, indent=2) + "\n")
+        (folder / CARD_FILE).write_text(_model_card(self.config))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, device: str | torch.device = "cpu") -> "DCVAE":
+        """Load a model in evaluation mode from a run folder, a folder of `save_pretrained`, or the Hugging Face hub.
+
+        A run folder gives its newest intact checkpoint, with the averaged decoder.
+
+        Raises:
+            RunError: there is no model at that place, or its files are damaged.
+        """
+        from dcvae_fast.training.checkpoint import is_run, load_weights
+
+        folder = Path(name_or_path)
+        if is_run(folder):
+            stored, weights = load_weights(folder)
+        else:
+            if not folder.is_dir():
+                folder = _download(str(name_or_path))
+            stored, weights = _read_pretrained(folder)
+        model = cls(_model_config(stored["model"], folder))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise RunError(f"{folder}: the weights do not fit the configuration beside them ({error}).") from error
+        return model.to(device).eval()
+
+
+def _model_config(stored: dict[str, Any], folder: Path) -> ModelConfig:
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(set(stored) - known):
+        raise ConfigError(f"{folder}: made by another version, for these model settings are unknown: {', '.join(unknown)}.")
+    return ModelConfig(**stored)
+
+
+def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise RunError(f"{folder}: neither a run folder with a checkpoint nor a saved model ({file} is missing).")
+    try:
+        return json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise RunError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is damaged ({error}).") from error
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({reason}).") from error
+
+
+def _model_card(config: ModelConfig) -> str:
+    channels, size = config.image_channels, config.resolution
+    return f"""---
+library_name: dcvae_fast
+pipeline_tag: unconditional-image-generation
+tags: [vae, gan, contrastive, dc-vae]
+---
+
+# DC-VAE, {size}×{size}, {channels} channel{"s" if channels > 1 else ""}, latent size {config.latent_dim}
+
+A *Dual Contradistinctive Generative Autoencoder* (Parmar, Li, Lee, Tu; CVPR 2021) trained with dcvae_fast. It encodes,
+reconstructs and samples images [B, {channels}, {size}, {size}] in [-1, 1].
+
+```python
+from dcvae_fast import DCVAE
+
+model = DCVAE.from_pretrained("path/or/hub-name")
+posterior = model.encode(images)          # .mean, .logvar [B, {config.latent_dim}]
+images = model.decode(posterior.mean)
+images = model.sample(64)
+```
+
+Not to be confused with diffusers' `AutoencoderDC` (Deep Compression), another method.
+"""

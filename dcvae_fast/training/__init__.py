@@ -1,0 +1,1 @@
+"""Training: one iteration, the loop around it, checkpoints and logs."""

@@ -1,0 +1,159 @@
+"""The run folder, and checkpoints that survive a kill, a full disk and a damaged file.
+
+    RUN/config.yaml                    what is trained
+    RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
+    RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
+"""
+
+import logging
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcvae_fast.config import Config, differences, to_dict
+from dcvae_fast.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+FORMAT = 1  # of a checkpoint's contents
+
+
+def prepare_run(folder: Path, config: Config) -> None:
+    """Make the run folder, or make sure that the one there was made with this configuration.
+
+    Raises:
+        RunError: it was made with another configuration (the message shows the differences), it holds something else,
+            or it cannot be written.
+    """
+    import yaml
+
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        try:
+            stored = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it, or choose another folder with --run.") from error
+        if lines := differences(stored if isinstance(stored, dict) else {}, config):
+            raise RunError(
+                f"{folder} was made with another configuration (there → asked for):\n  "
+                + "\n  ".join(lines)
+                + "\nChoose another folder with --run, or ask for the settings it was made with."
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True)
+        write_aside(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    except OSError as error:
+        raise RunError(f"{folder}: the run folder cannot be made ({error}).") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder."""
+    return (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
+def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint aside, rename it into place, then delete all but the newest `keep`.
+
+    Raises:
+        RunError: it could not be written, for lack of space say; what was there is still there.
+    """
+    path = folder / CHECKPOINTS / f"{images:012d}.pt"
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when the disk is full
+        aside.unlink(missing_ok=True)
+        held = _newest_first(folder)
+        still = f"the newest one is {held[0]}" if held else "there is none yet"
+        raise RunError(f"{path}: the checkpoint could not be written ({_reason(error)}); {still}.") from error
+    for old in _newest_first(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest intact checkpoint of a run, on the CPU; None where there is none yet.
+
+    Damaged ones are named in a warning and passed over.
+
+    Raises:
+        RunError: there are checkpoints, and all are damaged.
+    """
+    damaged = []
+    for path in _newest_first(folder):
+        try:
+            # torch does not compare checksums when it reads, and a flipped bit would go unnoticed.
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can make zip and pickle readers raise anything
+            damaged.append(path)
+            logger.warning("%s is damaged and passed over (%s)", path, _reason(error))
+            continue
+        if state["format"] != FORMAT:
+            raise RunError(f"{path} was written by another version (format {state['format']}, this one reads {FORMAT}).")
+        return state
+    if damaged:
+        raise RunError(f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}).")
+    return None
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights for a `DCVAE` from a run's newest intact checkpoint: encoder and averaged decoder.
+
+    Raises:
+        RunError: the run has no checkpoint yet, or only damaged ones.
+    """
+    state = load_checkpoint(folder)
+    if state is None:
+        raise RunError(f"{folder}: this run has no checkpoint yet.")
+    weights = {}
+    for prefix, network in (("encoder.", "encoder."), ("decoder.", "decoder_average.")):
+        for name, value in state["step"]["networks"].items():
+            if name.startswith(network):
+                weights[prefix + name.removeprefix(network)] = value
+    return state["config"], weights
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((folder / CHECKPOINTS).glob("*.pt"), reverse=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,123 @@
+"""metrics.jsonl, TensorBoard, the progress line and image grids. The only place of training that waits for the device."""
+
+import io
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcvae_fast.errors import DivergedError
+from dcvae_fast.training.checkpoint import write_aside
+
+METRICS_FILE, TENSORBOARD, GRIDS = "metrics.jsonl", "tensorboard", "grids"
+
+
+class Log:
+    """Collects metrics on the device, and writes their means when told to."""
+
+    def __init__(self, folder: Path, images: int, total: int):
+        """Continue the log of a run after `images` of `total` images; what was logged beyond them is dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.total = folder, total
+        _drop_after(folder / METRICS_FILE, images)
+        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=images + 1)
+        self._restart(images)
+
+    def _restart(self, images: int) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._images, self._time = images, time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the scalars of one iteration, without waiting for them."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
+
+    def write(self, images: int) -> None:
+        """Write the means since the last call, after `images` images, and a line to the terminal.
+
+        Raises:
+            DivergedError: a mean is not a finite number.
+        """
+        names = sorted(self._sums)
+        if not names:
+            return
+        sums = torch.stack([self._sums[name].float() for name in names]).tolist()  # waits for the device
+        means = {name: value / self._counts[name] for name, value in zip(names, sums, strict=True)}
+        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+            raise DivergedError(
+                f"{self.folder}: {bad[0]} became {means[bad[0]]} between {self._images:,} and {images:,} images."
+            )
+        seconds = time.perf_counter() - self._time
+        rate = (images - self._images) / seconds
+        with open(self.folder / METRICS_FILE, "a") as file:
+            file.write(json.dumps({"images": images, "images_per_second": rate, **means}) + "\n")
+        for name, value in {**means, "images_per_second": rate}.items():
+            self._tensorboard.add_scalar(name, value, images)
+        print(_progress_line(images, self.total, rate, means), flush=True)
+        self._restart(images)
+
+    def grid(self, name: str, images: int, tiles: Tensor, columns: int) -> Path:
+        """Write images [N, C, H, W] in [-1, 1] as RUN/grids/NAME-IMAGES.png and to TensorBoard; returns the file."""
+        sheet = make_grid(tiles, columns)
+        path = self.folder / GRIDS / f"{name}-{images:012d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_aside(path, png_bytes(sheet))
+        self._tensorboard.add_image(name, sheet, images)
+        return path
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
+def make_grid(tiles: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1] → one sheet uint8 [3, H', W'], row by row; small images are enlarged to 64 pixels."""
+    from torchvision.utils import make_grid as sheet
+
+    scale = max(1, 64 // tiles.shape[-1])
+    pixels = tiles.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return sheet(pixels, nrow=columns, padding=gap, pad_value=255).to(torch.uint8)
+
+
+def png_bytes(sheet: Tensor) -> bytes:
+    """uint8 [C, H, W], one channel or three → the bytes of a PNG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).numpy()).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _progress_line(images: int, total: int, rate: float, means: dict[str, float]) -> str:
+    left = max(0, total - images) / rate
+    parts = [f"{images:,} / {total:,} images", f"{rate:,.0f} images/s", f"{_duration(left)} left"]
+    parts.append(f"pixel error {means['pixel_mse']:.4f}" if "pixel_mse" in means else "")
+    for name, value in means.items():
+        if name.startswith("loss/"):
+            parts.append(f"{name.removeprefix('loss/')} {value:.3f}")
+        elif name.startswith("contrast/top1_"):
+            parts.append(f"top-1 {name.removeprefix('contrast/top1_')} {value:.0%}")
+    return "  ".join(part for part in parts if part)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _drop_after(path: Path, images: int) -> None:
+    """Drop the lines of a run's metrics that a resumed run writes again, and a last line cut short by a kill."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= images]
+    if kept != lines:
+        write_aside(path, "".join(kept).encode())

@@ -1,0 +1,186 @@
+"""A whole run: data → step → logs, grids, checkpoints. To resume, call it again."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from dcvae_pipelines import ImageSet, ResidentSource, load_dataset
+from torch import Tensor, nn
+
+from dcvae_fast.config import Config, to_dict
+from dcvae_fast.errors import ConfigError, DivergedError
+from dcvae_fast.evaluation.latent import interpolate
+from dcvae_fast.models.dcvae import DCVAE
+from dcvae_fast.training.checkpoint import load_checkpoint, prepare_run, save_checkpoint
+from dcvae_fast.training.log import Log
+from dcvae_fast.training.seeding import derive_seed
+from dcvae_fast.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        images: images shown so far, over all calls
+        trained: whether this call showed any
+        signal: the signal that stopped it, if one did
+    """
+
+    images: int
+    trained: bool
+    signal: int | None = None
+
+
+def train(config: Config, folder: Path) -> Outcome:
+    """Train in the run folder until `train.images` images were shown, or until SIGINT or SIGTERM.
+
+    Continues from the newest intact checkpoint. On a CPU the weights are bitwise those of an uninterrupted run.
+
+    Raises:
+        UserError: a setting, the data or the folder is not usable, or training diverged; the message says which.
+        DataError: the data set is missing or damaged.
+    """
+    device = pick_device(config.train.device)
+    train_set = open_data(config, "train")
+    held_out = open_data(config, "test")
+    prepare_run(folder, config)
+    step = TrainStep(config, device)
+    source = make_source(config, train_set, device)
+    if state := load_checkpoint(folder):
+        step.load_state_dict(state["step"])
+        source.load_state_dict(state["source"])
+    start, total, intervals = step.images, config.train.images, config.log
+    if start >= total:
+        return Outcome(start, trained=False)
+    print(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
+
+    log = Log(folder, start, total)
+    batches = iter(source)
+    saved = start
+    with stop_signals() as received:
+        while step.images < total and not received:
+            before = step.images
+            log.add(step(next(batches)))
+            finished = step.images >= total
+            if finished or _crossed(before, step.images, intervals.every):
+                log.write(step.images)
+            if finished or _crossed(before, step.images, intervals.checkpoint_every):
+                _save(config, folder, step, source)
+                saved = step.images
+            if finished or _crossed(before, step.images, intervals.grids_every):
+                write_grids(log, step, held_out.images)
+        if step.images > saved:
+            _save(config, folder, step, source)
+    log.close()
+    return Outcome(step.images, trained=True, signal=received[0] if received else None)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` … → a device that is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"train.device is {name!r}, which cannot be used here; auto and cpu always can.") from error
+    return device
+
+
+def open_data(config: Config, split: str) -> ImageSet:
+    """A split of the configured data set.
+
+    Raises:
+        DataError: it is missing or damaged.
+        ConfigError: its images do not fit the networks, or are fewer than the settings need.
+    """
+    data = config.data
+    images = load_dataset(data.name, data.root, split, data.download)
+    channels, size = images.images.shape[1], images.images.shape[2]
+    if channels != config.model.image_channels:
+        raise ConfigError(f"model.image_channels is {config.model.image_channels}, but {data.name} has {channels}.")
+    if size != config.model.resolution:
+        raise ConfigError(f"{data.name} has images of {size}×{size}, but the networks are for {config.model.resolution}.")
+    return images
+
+
+def make_source(config: Config, images: ImageSet, device: torch.device) -> ResidentSource:
+    data, train = config.data, config.train
+    return ResidentSource(
+        images.images, batch=train.batch, seed=train.seed, device=device, mirror=data.mirror, drop_last=data.drop_last
+    )
+
+
+def current_model(config: Config, step: TrainStep) -> DCVAE:
+    """What the run has learned so far, in evaluation mode: its encoder, and the average of its decoder."""
+    with torch.device("meta"):  # its own networks are replaced, and need no memory
+        model = DCVAE(config.model)
+    model.encoder, model.decoder = step.networks.encoder, step.networks.decoder_average
+    return model.eval()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, evaluation mode; afterwards every submodule is in the mode it was in."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
+    """Reconstructions and interpolations of the first held-out images, and samples of a fixed latent."""
+    config, device = step.config, step.device
+    generator = torch.Generator().manual_seed(derive_seed(config.train.seed, "grids"))
+    images = held_out[:32].to(device).float() / 127.5 - 1
+    with evaluating(step.networks):
+        model = current_model(config, step)
+        pairs = torch.stack([images, model.reconstruct(images)], dim=1)  # original above reconstruction, 8 a row
+        rows = pairs.unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 2)
+        log.grid("reconstructions", step.images, rows, columns=8)
+        log.grid("samples", step.images, model.sample(64, generator=generator), columns=8)
+        log.grid("interpolations", step.images, interpolate(model, images[:8], images[8:16]).flatten(0, 1), columns=10)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
+    received: list[int] = []
+    previous = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+        print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping", flush=True)
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _crossed(before: int, now: int, interval: int) -> bool:
+    return now // interval > before // interval
+
+
+def _save(config: Config, folder: Path, step: TrainStep, source: ResidentSource) -> None:
+    parameters = list(step.networks.parameters())
+    if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
+        raise DivergedError(f"{folder}: a weight is no longer a finite number after {step.images:,} images.")
+    state = {"config": to_dict(config), "step": step.state_dict(), "source": source.state_dict()}
+    save_checkpoint(folder, step.images, state, config.log.keep)

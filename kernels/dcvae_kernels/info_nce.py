@@ -1,0 +1,266 @@
+"""InfoNCE: one positive for each query, told apart from negatives in a queue or from the other rows of its batch."""
+
+import math
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor, nn
+
+from dcvae_kernels.reference import info_nce_reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class InfoNCEStats(NamedTuple):
+    """What the forward pass knows besides the loss; carries no gradient.
+
+    rank: int64 [B] or [S, B], how many of a query's negatives score strictly higher than its positive. 0 is a correct
+        retrieval, so `(rank < n).float().mean()` is top-n accuracy. A negative that ties with the positive does not
+        count; scores equal up to rounding may fall on either side. With `symmetric`, of the queries q among the keys k.
+    """
+
+    rank: Tensor
+
+
+class _Options(TypedDict, total=False):
+    temperature: float | Tensor
+    normalize: bool
+    reduction: Literal["mean", "sum", "none"]
+    valid: int | Tensor | None
+    query_ids: Tensor | None
+    negative_ids: Tensor | None
+    impl: Literal["auto", "torch"]
+    symmetric: bool
+
+
+@overload
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor | None = None, *, return_stats: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, InfoNCEStats]: ...
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    valid: int | Tensor | None = None,
+    query_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    impl: Literal["auto", "torch"] = "auto",
+    return_stats: bool = False,
+    symmetric: bool = False,
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """InfoNCE, the instance-level loss of DC-VAE (Eq. 6, with the temperature of the authors' code).
+
+    For query i with positive key k_i and negatives n_j:
+
+        loss_i = −log( e^{s⁺} / (e^{s⁺} + Σ_j e^{s_j}) ),   s⁺ = q_i·k_i/τ,   s_j = q_i·n_j/τ
+
+    Differentiable, twice too, in q, k, queue and a tensor temperature. Inputs are compared in float32, or in float64
+    where one of them is float64, autocast or not. A queue that needs no gradient may be overwritten before the backward
+    pass. A query without negatives has loss 0 and gradient 0. NaN and infinity in the inputs reach the loss. Nothing
+    waits for the device.
+
+    Args:
+        q: queries [B, D], or [S, B, D] for S independent scales; float16, bfloat16, float32 or float64.
+        k: the positive key of each query, shaped like q.
+        queue: negatives [K, D] or [S, K, D], shared by the batch; [1, K, D] also serves queries [B, D]. Without it, the
+            negatives of a query are the keys of the batch's other rows (SimCLR, CLIP).
+        temperature: τ > 0, a number or a 0-d tensor; a tensor's value is not checked.
+        normalize: compare directions (cosine similarity) instead of the vectors as given. Rows shorter than 1e-12 are
+            divided by 1e-12, as in `F.normalize`.
+        reduction: "mean" or "sum" over scales and queries, or "none". The mean over no query is 0.
+        valid: how many slots of the queue are filled, counted from the front; an int, or a 0-d integer tensor, whose
+            value is not checked. What the other slots hold does not matter.
+        query_ids, negative_ids: int64 [B] and [K], shared by the scales. A negative with the query's own id is left
+            out; −1 means unknown and equals no id. Without a queue, negative_ids is [B] and defaults to query_ids.
+        impl: "torch" is plain PyTorch; "auto" takes the fastest there is, today the same.
+        return_stats: also return `InfoNCEStats`.
+        symmetric: CLIP's loss: the mean of q among k and k among q. Excludes a queue.
+
+    Returns:
+        The loss, float32 or float64: 0-d, or [B] / [S, B] under reduction "none". With return_stats a pair of it and
+        the stats.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value, or arguments that exclude each other.
+    """
+    if queue is None and negative_ids is None:
+        negative_ids = query_ids
+    _check_choices(temperature, reduction, impl)
+    _check_vectors(q, k, queue)
+    _check_valid(valid, queue, q.device)
+    _check_ids(query_ids, negative_ids, q.shape[-2], q.shape[-2] if queue is None else queue.shape[-2], q.device)
+    if isinstance(temperature, Tensor):
+        _check_scalar("temperature", temperature, q.device, temperature.is_floating_point(), "a floating-point")
+    if symmetric and queue is not None:
+        raise ValueError("symmetric compares q and k within the batch: it cannot be used with a queue")
+    if queue is not None and queue.ndim > q.ndim:
+        queue = queue[0]
+
+    loss, rank = info_nce_reference(
+        q,
+        k,
+        queue,
+        temperature=temperature,
+        normalize=normalize,
+        valid=valid,
+        query_ids=query_ids,
+        negative_ids=negative_ids,
+        symmetric=symmetric,
+        with_rank=return_stats,
+    )
+    if reduction == "sum":
+        loss = loss.sum()
+    elif reduction == "mean":
+        loss = loss.sum() / max(loss.numel(), 1)
+    return loss if rank is None else (loss, InfoNCEStats(rank))
+
+
+class InfoNCE(nn.Module):
+    """`info_nce` with its settings, and optionally a temperature that is learned.
+
+    Learnable, the module's one parameter is `logit_scale` = ln(1/τ), as in CLIP; CLIP's training also bounds it after
+    each step, by `loss.logit_scale.data.clamp_(max=math.log(100))`.
+
+    Args: as for `info_nce`; temperature, a number, is the initial one if learnable.
+
+    Raises:
+        TypeError, ValueError: as `info_nce`, for the settings already here.
+    """
+
+    logit_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        learnable: bool = False,
+        normalize: bool = True,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        symmetric: bool = False,
+        impl: Literal["auto", "torch"] = "auto",
+    ) -> None:
+        super().__init__()
+        _check_choices(temperature, reduction, impl)
+        if isinstance(temperature, Tensor):
+            raise TypeError("temperature must be a number here; learnable=True makes it a parameter")
+        self._temperature = temperature
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable else None
+        self.normalize = normalize
+        self.reduction: Literal["mean", "sum", "none"] = reduction
+        self.symmetric = symmetric
+        self.impl: Literal["auto", "torch"] = impl
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """τ: the number given, or e^{−logit_scale}, a 0-d tensor with gradient, if learnable."""
+        return self._temperature if self.logit_scale is None else self.logit_scale.neg().exp()
+
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None, **options: Any) -> Any:
+        """`info_nce` of the arguments; options are its `valid`, `query_ids`, `negative_ids` and `return_stats`."""
+        return info_nce(
+            q,
+            k,
+            queue,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            symmetric=self.symmetric,
+            impl=self.impl,
+            **options,
+        )
+
+    def extra_repr(self) -> str:
+        learnable = self.logit_scale is not None
+        return (
+            f"temperature={self._temperature}, learnable={learnable}, normalize={self.normalize}, "
+            f"reduction={self.reduction!r}, symmetric={self.symmetric}, impl={self.impl!r}"
+        )
+
+
+# What may be wrong with the arguments. Nothing here reads a tensor's values: that would wait for the device. ---------
+
+
+def _check_choices(temperature: float | Tensor, reduction: str, impl: str) -> None:
+    if not isinstance(temperature, (float, int, Tensor)):
+        raise TypeError(f"temperature must be a number or a 0-d tensor; it is a {type(temperature).__name__}")
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite; it is {temperature}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; it is {reduction!r}')
+    if impl not in ("auto", "torch"):
+        raise ValueError(f'impl must be "auto" or "torch", the only implementation so far; it is {impl!r}')
+
+
+def _check_vectors(q: Tensor, k: Tensor, queue: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k)) if queue is None else (("q", q), ("k", k), ("queue", queue)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; it is a {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; it is {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}; it is on {x.device}")
+    if q.ndim not in (2, 3) or q.shape[-1] == 0:
+        raise ValueError(f"q must be [B, D] or [S, B, D] with D > 0; it is {list(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have q's shape, {list(q.shape)}; it is {list(k.shape)}")
+    if queue is None:
+        return
+    scales = q.shape[:-2]
+    same_scales = queue.ndim >= 2 and (queue.shape[:-2] == scales or (q.ndim == 2 and queue.shape[:-2] == (1,)))
+    if not same_scales or queue.shape[-1] != q.shape[-1]:
+        expected = ", ".join([*map(str, scales), "K", str(q.shape[-1])])
+        raise ValueError(f"queue must be [{expected}] for q of {list(q.shape)}; it is {list(queue.shape)}")
+
+
+def _check_valid(valid: int | Tensor | None, queue: Tensor | None, device: torch.device) -> None:
+    if valid is None:
+        return
+    if queue is None:
+        raise ValueError("valid counts the filled slots of a queue, and there is no queue")
+    if isinstance(valid, Tensor):
+        integer = not (valid.is_floating_point() or valid.is_complex() or valid.dtype == torch.bool)
+        _check_scalar("valid", valid, device, integer, "an integer")
+    elif not isinstance(valid, int):
+        raise TypeError(f"valid must be an int or a 0-d integer tensor; it is a {type(valid).__name__}")
+    elif not 0 <= valid <= queue.shape[-2]:
+        raise ValueError(f"valid must be from 0 to the queue's {queue.shape[-2]} slots; it is {valid}")
+
+
+def _check_scalar(name: str, x: Tensor, device: torch.device, right_dtype: bool, kind: str) -> None:
+    if not right_dtype:
+        raise TypeError(f"{name} must be {kind} tensor; it is {x.dtype}")
+    if x.ndim != 0:
+        raise ValueError(f"{name} must be a 0-d tensor; it is {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device, {device}; it is on {x.device}")
+
+
+def _check_ids(
+    query_ids: Tensor | None, negative_ids: Tensor | None, queries: int, negatives: int, device: torch.device
+) -> None:
+    if (query_ids is None) != (negative_ids is None):
+        missing, present = ("query_ids", "negative_ids") if query_ids is None else ("negative_ids", "query_ids")
+        raise ValueError(f"{present} is given without {missing}: both are needed to compare them")
+    for name, ids, count in (("query_ids", query_ids, queries), ("negative_ids", negative_ids, negatives)):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor; it is {getattr(ids, 'dtype', type(ids).__name__)}")
+        if ids.ndim != 1 or ids.shape[0] != count:
+            raise ValueError(f"{name} must be [{count}]; it is {list(ids.shape)}")
+        if ids.device != device:
+            raise ValueError(f"{name} must be on q's device, {device}; it is on {ids.device}")

@@ -1,0 +1,45 @@
+"""What training sees of data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that is missing, unreadable or unsuited; the message is one sentence that a user can act on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and where they came from, both on the training device."""
+
+    images: Tensor
+    """float32 [B, C, H, W] in [-1, 1]"""
+    ids: Tensor
+    """int64 [B], each image's index in its data set"""
+
+
+class Source(Protocol):
+    """An endless, resumable stream of batches; one process of several sees its own share of it."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, starting after the last one shown."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream. Every batch handed out counts as shown, the one the caller holds included."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a position that `state_dict` gave, with exactly the batches that would have followed it."""
+        ...
+
+    def set_resolution(self, resolution: int) -> None:
+        """Shows images at resolution × resolution pixels from the next batch on.
+
+        Raises:
+            DataError: this source cannot show them at that resolution.
+        """
+        ...

@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests: the real images that lie beside the checkout, where they do."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder `shared/data` beside the checkout; the test skips where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real images, ../shared/data beside the checkout, are absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torchvision_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that holds MNIST and CIFAR-10 as torchvision lays them out; 235 MB, removed after the session."""
+    root = tmp_path_factory.mktemp("torchvision")
+    subprocess.run([sys.executable, real_data / "unpack.py", root], check=True, capture_output=True)
+    yield root
+    shutil.rmtree(root)

@@ -1,0 +1,477 @@
+"""spectral_norm against torch's own parametrization, layer by layer, and against singular values."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import spectral_norm as older_spectral_norm
+
+from dcvae_kernels import reference, remove_spectral_norm, spectral_norm
+from dcvae_kernels import spectral_norm as spectral_norm_function
+
+
+class Net(nn.Module):
+    """A layer of each kind, strided and grouped; 6×6 images in, 3 numbers out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
+        self.tail = nn.Sequential(nn.Conv2d(4, 1, (1, 5), bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(F.relu(self.up(self.norm(F.relu(self.conv(x))))))
+
+
+LAYERS = ["conv", "up", "tail.0", "tail.3"]
+
+
+def images(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pair(n_power_iterations: int = 1) -> tuple[Any, Any]:
+    """The same network normalised by torch and by us, with the same u and v: both draw them alike."""
+    torch.manual_seed(0)
+    theirs = Net().eval()  # in training mode torch iterates once more when it registers
+    ours = copy.deepcopy(theirs)
+    torch.manual_seed(1)
+    for name in LAYERS:
+        parametrizations.spectral_norm(theirs.get_submodule(name), n_power_iterations=n_power_iterations)
+    torch.manual_seed(1)
+    spectral_norm(ours, n_power_iterations)
+    return theirs.train(), ours.train()
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(
+            ours.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# Against torch --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_power_iterations", [1, 2, 5])
+def test_same_as_torch_step_by_step(n_power_iterations: int):
+    """Weights, u, v, outputs and all gradients, after 1, 2 and 100 steps of an optimizer."""
+    theirs, ours = pair(n_power_iterations)
+    assert_same(ours, theirs)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=2e-3) for net in (theirs, ours)]
+    for step in range(1, 101):
+        outputs = [net(images(step)) for net in (theirs, ours)]
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            output.square().mean().backward()
+        if step in (1, 2, 100):
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+            expected = {name: p.grad for name, p in theirs.named_parameters()}
+            torch.testing.assert_close({n: p.grad for n, p in ours.named_parameters()}, expected, rtol=1e-5, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step in (1, 2, 100):
+            assert_same(ours, theirs)
+    theirs.eval()
+    ours.eval()
+    torch.testing.assert_close(ours(images()), theirs(images()), rtol=1e-5, atol=1e-6)
+    for name in LAYERS:
+        weights = ours.get_submodule(name).weight, theirs.get_submodule(name).weight
+        torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_largest_singular_value_becomes_one():
+    net: Any = spectral_norm(Net(), n_power_iterations=5)
+    with torch.no_grad():
+        for _ in range(20):
+            net(images())
+    for name in LAYERS:
+        weight = net.get_submodule(name).weight.detach()
+        matrix = (weight.transpose(0, 1) if name == "up" else weight).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_hand_computed():
+    layer: Any = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    spectral_norm(layer)
+    norm = layer.parametrizations.weight[0]
+    with torch.no_grad():
+        norm._v.copy_(torch.tensor([0.6, 0.8]))
+    out = layer(torch.eye(2))
+    u = torch.tensor([1.8, 3.2]) / 13.48**0.5  # Wv/‖Wv‖
+    wu = torch.tensor([5.4, 12.8]) / 13.48**0.5  # Wᵀu; σ is its length
+    torch.testing.assert_close(norm._u, u)
+    torch.testing.assert_close(norm._v, wu / wu.norm())
+    torch.testing.assert_close(out, torch.diag(torch.tensor([3.0, 4.0])) / wu.norm())
+
+
+# When it updates ------------------------------------------------------------------------------------------------------
+
+
+def vectors(net: nn.Module) -> list[Tensor]:
+    return [b.clone() for name, b in net.named_buffers() if name.endswith(("._u", "._v"))]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_one_update_for_all_layers_in_a_training_forward(monkeypatch: pytest.MonkeyPatch):
+    net: Any = spectral_norm(Net())
+    calls: list[tuple[int, int]] = []
+    update = reference.spectral_norm_update
+
+    def counted(weights, us, vs, dims, n_power_iterations, eps):
+        calls.append((len(weights), n_power_iterations))
+        return update(weights, us, vs, dims, n_power_iterations, eps)
+
+    monkeypatch.setitem(spectral_norm_function.__globals__, "spectral_norm_update", counted)
+    net(images())
+    assert calls == [(4, 1)]
+
+
+def test_evaluation_and_reading_a_weight_update_nothing():
+    net: Any = spectral_norm(Net())
+    before = vectors(net)
+    assert torch.equal(net.conv.weight, net.conv.weight)
+    net.conv(images())
+    net.eval()(images())
+    assert same(vectors(net), before)
+    net.train()(images())
+    assert not same(vectors(net), before)
+
+
+def test_layers_in_evaluation_mode_stay_as_they_are_like_torchs():
+    theirs, ours = pair()
+    for net in (theirs, ours):
+        net.train()
+        net.get_submodule("tail").eval()
+        net(images())
+    assert_same(ours, theirs)
+
+
+def test_frozen_layers_are_iterated_too():
+    theirs, ours = pair()
+    for net in (theirs, ours):
+        net.requires_grad_(False)
+        net(images())
+    assert_same(ours, theirs)
+
+
+def test_weight_is_one_tensor_during_a_forward_and_recomputed_after():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.linear.weight
+            assert self.linear.weight is self.seen
+            return self.linear(self.linear(x))
+
+    net: Any = spectral_norm(Twice())
+    net(torch.ones(1, 3))
+    assert net.linear.weight is not net.seen
+    torch.testing.assert_close(net.linear.weight, net.seen)
+
+
+def test_nothing_lingers_after_an_exception():
+    net: Any = spectral_norm(Net())
+    with pytest.raises(RuntimeError):
+        net(images()[:, :, :2, :2])
+    with torch.no_grad():
+        net.conv.parametrizations.weight.original.mul_(2)
+    norm = net.conv.parametrizations.weight[0]
+    sigma = norm._u @ net.conv.parametrizations.weight.original.flatten(1) @ norm._v
+    torch.testing.assert_close(net.conv.weight, net.conv.parametrizations.weight.original / sigma)
+    copy.deepcopy(net)
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def test_several_forwards_before_one_backward_see_their_own_weights():
+    theirs, ours = pair()
+    for net in (theirs, ours):
+        (net(images(0)).mean() - net(images(1)).square().mean()).backward()
+    gradients = [{name: p.grad for name, p in net.named_parameters()} for net in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_update_gradcheck():
+    """The gradient of W/σ with u and v held, twice."""
+    weights = [torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)]
+    weights = [w.requires_grad_() for w in weights]
+    vectors = [torch.randn(n, dtype=torch.float64) for n in (2, 2, 6, 4)]
+
+    def update(*weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(reference.spectral_norm_update(weights, vectors[:2], vectors[2:], [1, 0], 0, 1e-12))
+
+    assert torch.autograd.gradcheck(update, weights)
+    assert torch.autograd.gradgradcheck(update, weights)
+
+
+def test_gradient_penalty():
+    theirs, ours = pair()
+    for net in (theirs, ours):
+        x = images().requires_grad_()
+        (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    gradients = [{name: p.grad for name, p in net.named_parameters()} for net in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert ours.get_submodule("conv").parametrizations.weight.original.grad.any()
+
+
+# Weights that break things --------------------------------------------------------------------------------------------
+
+
+def test_zero_weights_stay_zero_and_recover():
+    net: Any = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(net.weight)
+    spectral_norm(net)
+    original = net.parametrizations.weight.original
+    out = net(torch.ones(1, 3))
+    assert not out.any()
+    out.sum().backward()
+    torch.testing.assert_close(original.grad, torch.ones(2, 3))  # σ counts as 1
+    with torch.no_grad():
+        original.copy_(torch.tensor([[2.0, 0, 0], [0, 5, 0]]))
+        for _ in range(40):
+            net(torch.ones(1, 3))
+    torch.testing.assert_close(net.weight, original / 5)
+
+
+def test_nan_weights_reach_the_output_and_not_u_and_v():
+    net: Any = spectral_norm(nn.Linear(3, 2))
+    with torch.no_grad():
+        net.parametrizations.weight.original[0, 0] = float("nan")
+    assert net(torch.ones(1, 3)).isnan().any()
+    assert all(x.isfinite().all() for x in vectors(net))
+
+
+# Sharing, copies, dtypes ----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_reached_by_two_names_is_normalised_once():
+    shared: Any = nn.Linear(3, 3)
+    net: Any = spectral_norm(nn.Sequential(shared, nn.ReLU(), shared))
+    assert len(shared.parametrizations.weight) == 1
+    twin = parametrizations.spectral_norm(nn.Linear(3, 3))
+    twin.load_state_dict(shared.state_dict())
+    assert twin.weight is not None  # torch iterates whenever the weight is read
+    net(torch.ones(1, 3))
+    torch.testing.assert_close(shared.state_dict(), twin.state_dict())
+
+
+def test_two_layers_with_one_parameter():
+    net: Any = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    net[1].weight = net[0].weight
+    spectral_norm(net)
+    assert net[0].parametrizations.weight.original is net[1].parametrizations.weight.original
+    net(torch.ones(1, 3)).sum().backward()
+    assert len(list(net.parameters())) == 1
+
+
+def test_deepcopy_updates_itself_and_only_itself():
+    theirs, ours = pair()
+    net = copy.deepcopy(ours)
+    before = vectors(ours)
+    net(images())
+    theirs(images())
+    assert same(vectors(ours), before)
+    assert_same(net, theirs)
+    copy.deepcopy(nn.Sequential(net))(images())
+    theirs(images())
+    net(images())
+    assert_same(net, theirs)
+
+
+def test_several_wrapped_roots_inside_one_model():
+    theirs, ours = pair()
+    outer = nn.ModuleDict({"a": ours, "b": spectral_norm(Net())})
+    before = vectors(outer["b"])
+    outer["a"](images())
+    theirs(images())
+    assert_same(ours, theirs)
+    assert same(vectors(outer["b"]), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moves_to_another_dtype(dtype: torch.dtype):
+    theirs, ours = (net.to(dtype) for net in pair())
+    torch.testing.assert_close(ours(images(dtype=dtype)), theirs(images(dtype=dtype)))
+    assert all(x.dtype == dtype for x in vectors(ours))
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_autocast_leaves_sigma_in_the_weights_dtype():
+    """Under bf16 autocast u, v and the weights are those of float32, and the output is within bf16's error of it."""
+    full, half = pair()[1], pair()[1]
+    expected = full(images())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = half(images())
+        weight = half.get_submodule("conv").weight
+    assert out.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    assert same(vectors(half), vectors(full))
+    assert torch.equal(weight, full.get_submodule("conv").weight)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.02)
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        assert spectral_norm(Net())(torch.empty(4, 2, 6, 6)).shape == (4, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_to_one_graph():
+    eager, net = pair()[1], pair()[1]
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        expected, out = eager(images(seed)), compiled(images(seed))
+        torch.testing.assert_close(out, expected)
+        out.square().mean().backward()
+        expected.square().mean().backward()
+    assert_same(net, eager)
+    gradients = [{name: p.grad for name, p in n.named_parameters()} for n in (net, eager)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(compiled.eval()(images()), eager.eval()(images()))
+
+
+# state_dict, removal --------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_round_trip_with_torchs_parametrization():
+    theirs, ours = pair()
+    theirs(images(5))
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(images()), theirs(images()), rtol=1e-5, atol=1e-6)
+    theirs.load_state_dict(ours.state_dict())
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_loads_the_older_keys(inside: bool):
+    older, ours = Net(), spectral_norm(Net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in LAYERS:
+            older_spectral_norm(older.get_submodule(name))
+    older(images())
+    older.eval()
+    ours.eval()
+    state = older.state_dict()
+    assert "tail.0.weight_orig" in state and "up.weight_u" in state
+    if inside:
+        nn.Sequential(ours).load_state_dict({f"0.{name}": value for name, value in state.items()})
+    else:
+        ours.load_state_dict(state)
+    assert "tail.0.weight_orig" in state
+    torch.testing.assert_close(ours(images()), older(images()))
+
+
+def test_deepcopy_loads_the_older_keys_into_itself():
+    net: Any = spectral_norm(nn.Linear(3, 2, bias=False))
+    twin = copy.deepcopy(net)
+    state = {"weight_orig": torch.ones(2, 3), "weight_u": torch.ones(2), "weight_v": torch.ones(3)}
+    twin.load_state_dict(state)
+    assert twin.parametrizations.weight.original.eq(1).all() and not net.parametrizations.weight.original.eq(1).any()
+
+
+def test_optimizers_keep_their_parameters():
+    net: Any = Net()
+    before = {id(p) for p in net.parameters()}
+    spectral_norm(net)
+    assert {id(p) for p in net.parameters()} == before
+    remove_spectral_norm(net)
+    assert {id(p) for p in net.parameters()} == before
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_removal_leaves_outputs_and_copies_unchanged(copied: bool):
+    net: Any = spectral_norm(Net())
+    net(images())
+    net.eval()
+    other = copy.deepcopy(net)
+    if copied:
+        net, other = other, net
+    expected = net(images())
+    assert remove_spectral_norm(net) is net
+    assert torch.equal(net(images()), expected) and torch.equal(other(images()), expected)
+    plain = Net().eval()
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(plain(images()), expected)
+    assert type(net.conv) is nn.Conv2d and isinstance(net.conv.weight, nn.Parameter)
+    assert not net._forward_pre_hooks and not net._forward_hooks and not net.conv._load_state_dict_pre_hooks
+    spectral_norm(net).train()(images())
+    remove_spectral_norm(other)
+    with pytest.raises(ValueError, match="was not given to spectral_norm"):
+        remove_spectral_norm(other)
+
+
+def test_setting_a_weight_sets_what_is_normalised():
+    net: Any = spectral_norm(nn.Linear(2, 2, bias=False))
+    net.weight = torch.eye(2) * 3
+    torch.testing.assert_close(net.parametrizations.weight.original.detach(), torch.eye(2) * 3)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def half_normalised() -> nn.Module:
+    net: Any = Net()
+    parametrizations.spectral_norm(net.tail[3])
+    return net
+
+
+def older_normalised() -> nn.Module:
+    net: Any = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        older_spectral_norm(net.up)
+    return net
+
+
+def integer() -> nn.Module:
+    net: Any = Net()
+    net.conv.weight = nn.Parameter(torch.ones(6, 2, 3, 3, dtype=torch.int8), requires_grad=False)
+    return net
+
+
+def without_outputs() -> nn.Module:
+    net: Any = Net()
+    net.tail[3].weight = nn.Parameter(torch.ones(0, 96))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (lambda: nn.BatchNorm2d(3), {}, ValueError, "BatchNorm2d holds no Conv2d, ConvTranspose2d or Linear"),
+        (lambda: spectral_norm(nn.Linear(2, 2)), {}, ValueError, "layer 'ParametrizedLinear': .* already"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), spectral_norm(Net())), {}, ValueError, "layer '1.conv': .* already"),
+        (half_normalised, {}, ValueError, "layer 'tail.3': .* already"),
+        (older_normalised, {}, ValueError, "layer 'up': .* already"),
+        (integer, {}, TypeError, "layer 'conv': its weight must be floating point; it is torch.int8"),
+        (without_outputs, {}, ValueError, r"layer 'tail.3': its weight has no elements; it is \[0, 96\]"),
+        (Net, {"n_power_iterations": 0}, ValueError, "n_power_iterations must be at least 1; it is 0"),
+        (Net, {"eps": 0.0}, ValueError, "eps must be positive; it is 0.0"),
+        (Net, {"eps": float("nan")}, ValueError, "eps must be positive; it is nan"),
+    ],
+)
+def test_errors_name_the_layer_and_change_nothing(make, options: dict, error: type[Exception], message: str):
+    net = make()
+    before = list(net.state_dict())
+    with pytest.raises(error, match=message):
+        spectral_norm(net, **options)
+    assert list(net.state_dict()) == before
+    assert not parametrize.is_parametrized(net.get_submodule("0") if isinstance(net, nn.Sequential) else nn.Module())

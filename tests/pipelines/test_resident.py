@@ -1,0 +1,189 @@
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcvae_pipelines import Batch, DataError, ResidentSource
+
+
+def numbered(count: int) -> Tensor:
+    """Images that tell their index (first pixel) and whether they are mirrored (last column brighter or darker)."""
+    images = torch.zeros(count, 1, 2, 3, dtype=torch.uint8)
+    images[:, 0, 0, 1] = torch.arange(count, dtype=torch.uint8)
+    images[:, 0, :, 2] = 255
+    return images
+
+
+def ids(source: ResidentSource, batches: int) -> list[int]:
+    return torch.cat([batch.ids for batch in islice(source, batches)]).tolist()
+
+
+def mirrored(batch: Batch) -> Tensor:
+    return batch.images[:, 0, 1, 0] == 1
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.ids, b.ids) and torch.equal(a.images, b.images)
+
+
+def test_values_are_normalised_exactly():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = next(iter(ResidentSource(values, batch=1, seed=0))).images
+    assert images.dtype == torch.float32 and images.shape == (1, 1, 16, 16)
+    assert images[0, 0, 0, 0] == -1 and images[0, 0, -1, -1] == 1
+    assert torch.equal(images, values.float() / 127.5 - 1)
+
+
+def test_ids_name_the_images():
+    batch = next(iter(ResidentSource(numbered(50), batch=20, seed=3)))
+    assert batch.ids.dtype == torch.int64
+    assert torch.equal(batch.images, numbered(50)[batch.ids].float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 20, 100, 250])
+def test_each_image_once_an_epoch(batch: int):
+    shown = ids(ResidentSource(numbered(100), batch=batch, seed=0), batches=-(-300 // batch))
+    for epoch in range(3):
+        assert sorted(shown[100 * epoch : 100 * (epoch + 1)]) == list(range(100))
+
+
+def test_three_ranks_share_an_epoch_without_overlap():
+    sources = [ResidentSource(numbered(100), batch=4, seed=0, rank=rank, ranks=3) for rank in range(3)]
+    steps = [torch.cat([batch.ids for batch in step]) for step in islice(zip(*sources, strict=True), 25)]
+    shown = torch.cat(steps).tolist()
+    for epoch in range(3):
+        assert sorted(shown[100 * epoch : 100 * (epoch + 1)]) == list(range(100))
+
+
+def test_the_order_does_not_depend_on_how_many_ranks_share_it():
+    sources = [ResidentSource(numbered(50), batch=3, seed=1, rank=rank, ranks=2, mirror=True) for rank in range(2)]
+    alone = ResidentSource(numbered(50), batch=6, seed=1, mirror=True)
+    for first, second, both in islice(zip(*sources, alone, strict=True), 20):
+        assert same(both, Batch(torch.cat([first.images, second.images]), torch.cat([first.ids, second.ids])))
+
+
+def test_drop_last_shows_whole_batches_of_each_permutation():
+    kept, whole = (ResidentSource(numbered(100), batch=15, seed=0, ranks=2, drop_last=drop) for drop in (True, False))
+    first = ids(kept, batches=3)
+    assert kept.state_dict() == {"images": 90}
+    assert first == ids(whole, batches=3)
+    assert len(set(first)) == 45
+
+    ranks = [ResidentSource(numbered(100), batch=15, seed=0, rank=rank, ranks=2, drop_last=True) for rank in range(2)]
+    for _ in range(3):  # in each epoch three global batches of 30 different images
+        assert len({image for source in ranks for image in ids(source, batches=3)}) == 90
+
+
+def test_epochs_and_seeds_differ():
+    source = ResidentSource(numbered(100), batch=100, seed=0)
+    epochs = [ids(source, batches=1) for _ in range(3)]
+    # Seed 1 must not show what seed 0 shows an epoch later.
+    other = ResidentSource(numbered(100), batch=100, seed=1)
+    orders = epochs + [ids(other, batches=1) for _ in range(3)]
+    assert len({tuple(order) for order in orders}) == 6
+    assert list(range(100)) not in orders
+
+
+def test_the_order_is_fixed():
+    """Runs that resume under a later version of this project must continue the same epoch."""
+    source = ResidentSource(numbered(10), batch=10, seed=7, mirror=True)
+    first = next(iter(source))
+    assert first.ids.tolist() == [1, 2, 4, 7, 0, 5, 8, 9, 6, 3]
+    assert mirrored(first).int().tolist() == [0, 1, 0, 1, 1, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_resumes_at_any_batch_with_identical_batches(drop_last: bool):
+    def fresh() -> ResidentSource:
+        return ResidentSource(numbered(23), batch=3, seed=5, rank=1, ranks=2, mirror=True, drop_last=drop_last)
+
+    source, states, batches = fresh(), [], []
+    for batch in islice(source, 14):  # more than three epochs, with borders inside batches
+        batches.append(batch)
+        states.append(source.state_dict())
+    assert [state["images"] for state in states] == [6 * (k + 1) for k in range(14)]
+
+    for k in range(13):
+        resumed = fresh()
+        resumed.load_state_dict(states[k])
+        assert all(same(a, b) for a, b in zip(resumed, batches[k + 1 :], strict=False))
+
+
+def test_an_iterator_follows_a_state_loaded_later():
+    source = ResidentSource(numbered(23), batch=4, seed=0)
+    iterator = iter(source)
+    expected = [next(iterator) for _ in range(8)]
+    source.load_state_dict({"images": 4})
+    assert same(next(iterator), expected[1])
+    assert same(next(iter(source)), expected[2])
+
+
+def test_mirror_flips_about_half_afresh_each_epoch():
+    source = ResidentSource(numbered(200), batch=200, seed=0, mirror=True)
+    first, second = islice(source, 2)
+    for batch in (first, second):
+        assert 70 < mirrored(batch).sum() < 130
+        upright = numbered(200)[batch.ids].float() / 127.5 - 1
+        expected = torch.where(mirrored(batch)[:, None, None, None], upright.flip(3), upright)
+        assert torch.equal(batch.images, expected)
+    assert not torch.equal(mirrored(first)[first.ids.argsort()], mirrored(second)[second.ids.argsort()])
+
+
+def test_mirror_depends_on_seed_epoch_and_position_only():
+    whole = next(iter(ResidentSource(numbered(200), batch=200, seed=0, mirror=True)))
+    parts = list(islice(ResidentSource(numbered(200), batch=8, seed=0, mirror=True), 25))
+    assert torch.equal(torch.cat([mirrored(batch) for batch in parts]), mirrored(whole))
+    assert ids(ResidentSource(numbered(200), batch=200, seed=0), 1) == whole.ids.tolist()
+
+
+def test_batches_do_not_share_memory():
+    source = ResidentSource(numbered(8), batch=8, seed=0)
+    first, second = islice(source, 2)
+    expected = second.ids.clone()
+    first.images.zero_()
+    first.ids.zero_()
+    assert torch.equal(second.ids, expected)
+    assert torch.equal(second.images, numbered(8)[expected].float() / 127.5 - 1)
+
+
+def test_set_resolution_takes_the_images_own_only():
+    source = ResidentSource(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), batch=2, seed=0)
+    source.set_resolution(32)
+    with pytest.raises(DataError, match="resolution must be that of the resident images, 32×32, not 64"):
+        source.set_resolution(64)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ResidentSource(numbered(4), batch=0, seed=0), "batch must be at least 1, not 0"),
+        (lambda: ResidentSource(numbered(4), batch=1, seed=0, rank=2, ranks=2), "below ranks = 2, not 2"),
+        (
+            lambda: ResidentSource(numbered(4), batch=3, seed=0, ranks=2, drop_last=True),
+            r"batch × ranks = 3 × 2 exceeds the 4 images; choose a smaller batch",
+        ),
+        (lambda: ResidentSource(numbered(4).float(), batch=1, seed=0), r"not torch.float32 \[4, 1, 2, 3\]"),
+        (lambda: ResidentSource(numbered(4)[:, 0], batch=1, seed=0), r"not torch.uint8 \[4, 2, 3\]"),
+        (lambda: ResidentSource(numbered(0), batch=1, seed=0), r"N > 0, not torch.uint8 \[0, 1, 2, 3\]"),
+    ],
+)
+def test_errors_name_the_argument_and_what_came(build: Callable[[], ResidentSource], message: str):
+    with pytest.raises(DataError, match=message):
+        build()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu_batches_are_the_same_and_nothing_waits():
+    on_cpu = islice(ResidentSource(numbered(23), batch=5, seed=0, mirror=True), 12)
+    source = ResidentSource(numbered(23), batch=5, seed=0, mirror=True, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = list(islice(source, 12))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for expected, batch in zip(on_cpu, on_gpu, strict=True):
+        assert batch.images.is_cuda and batch.ids.is_cuda
+        assert same(expected, Batch(batch.images.cpu(), batch.ids.cpu()))

@@ -1,0 +1,36 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dcvae_pipelines import DataError, ResidentSource, Source
+
+
+def test_importing_the_package_imports_torch_only():
+    # A mock in torch's place: importing torch takes seconds, and what it imports itself is not this package's doing.
+    program = """
+import sys
+from unittest.mock import MagicMock
+sys.modules.update({"torch": MagicMock(), "torch.nn": MagicMock()})
+before = set(sys.modules)
+import dcvae_pipelines
+print(*{name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["dcvae_pipelines"]
+
+
+def test_a_resident_source_is_a_source():
+    source: Source = ResidentSource(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), batch=1, seed=0)
+    batch = next(iter(source))
+    assert batch.images.shape == (1, 1, 4, 4) and batch.ids.shape == (1,)
+    with pytest.raises(AttributeError):
+        batch.ids = batch.images  # type: ignore[misc]
+
+
+def test_a_data_error_is_a_value_error():
+    assert issubclass(DataError, ValueError)
