@@ -51,7 +51,8 @@ wheel-check: .venv/.installed ## Install the built wheel into an empty environme
 	@$(VENV_PYTHON) -m uv venv --quiet --python $(VENV_PYTHON) $(WHEEL_CHECK)/env
 	@$(VENV_PYTHON) -m uv pip install --quiet --python $(WHEEL_CHECK)/env/bin/python -c constraints.txt \
 		$(WHEEL_CHECK)/dist/*.whl
-	@cd $(WHEEL_CHECK)/elsewhere && ../env/bin/python -I -c 'import dcvae_kernels, dcvae_pipelines, dcvae_fast'
+	@cd $(WHEEL_CHECK)/elsewhere && ../env/bin/python -I -W "ignore:Failed to initialize NumPy" -c \
+		'import dcvae_kernels, dcvae_pipelines, dcvae_fast'
 	@for package in dcvae_fast kernels/dcvae_kernels pipelines/dcvae_pipelines; do \
 		diff -r -x __pycache__ $$package $(WHEEL_CHECK)/env/lib/python*/site-packages/$${package##*/} || exit 1; \
 	done

@@ -238,7 +238,7 @@ def _import_official(arguments: argparse.Namespace) -> int:
     from dcvae_fast.models.official import load_official
 
     _refuse_full(arguments.out)
-    load_official(arguments.folder, arguments.epoch).save_pretrained(arguments.out)
+    load_official(arguments.folder, arguments.epoch).model.save_pretrained(arguments.out)
     print(arguments.out)
     return 0
 

@@ -1,8 +1,8 @@
 """info_nce against fp64 definitions written out query by query, hand-computed numbers and eager PyTorch."""
 
 import copy
-import itertools
 import math
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -57,12 +57,9 @@ def test_hand_computed():
 
 def sizes() -> list[tuple[int, int, int, int, float]]:
     """Every pair (B, K), with small D, S and the temperature taking turns, then every pair (D, S)."""
-    dims, scales, temperatures = (itertools.cycle(x) for x in ((1, 15, 16, 48), (3, 1, 2), TEMPERATURES))
-    cases: list[tuple[int, int, int, int, float]] = [
-        (b, k, next(dims), next(scales), next(temperatures))
-        for b, k in itertools.product([1, 63, 65, 129], [1, 31, 8096])
-    ]
-    cases += [(5, 31, d, s, next(temperatures)) for d, s in itertools.product([1, 15, 16, 48, 128, 513], [1, 2, 3])]
+    dims, scales, temperatures = cycle((1, 15, 16, 48)), cycle((3, 1, 2)), cycle(TEMPERATURES)
+    cases = [(b, k, next(dims), next(scales), next(temperatures)) for b, k in product([1, 63, 65, 129], [1, 31, 8096])]
+    cases += [(5, 31, d, s, next(temperatures)) for d, s in product([1, 15, 16, 48, 128, 513], [1, 2, 3])]
     return cases
 
 
@@ -111,6 +108,16 @@ def test_in_batch_and_symmetric(b: int, temperature: float):
     torch.testing.assert_close(stats.rank, (logits > logits.diagonal()[:, None]).sum(1))
     expected = torch.autograd.grad((rows + columns) / 2, (q2, k2))
     torch.testing.assert_close(torch.autograd.grad(loss, (q, k)), expected)
+
+
+def test_simclr():
+    """NT-Xent of two views of each image, as the README writes it."""
+    a, b = randn(5, 8), randn(5, 8, seed=1)
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    logits = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+    expected = F.cross_entropy(logits, torch.arange(10).roll(5))
+    ids = torch.arange(5).repeat(2)
+    torch.testing.assert_close(info_nce(torch.cat([a, b]), torch.cat([b, a]), temperature=0.5, query_ids=ids), expected)
 
 
 def test_scales_are_independent_and_averaged():

@@ -1,0 +1,90 @@
+"""The 32×32 networks: sizes, arithmetic, initialisation (METHOD's numbers are the paper's figure, counted)."""
+
+import pytest
+import torch
+from torch import nn
+
+from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder
+from dcvae_fast.models.layers import copy_buffers, frozen, update_average
+from dcvae_fast.training.plan import count_parameters, forward_flops
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "gflop", "shape"),
+    [
+        (Decoder, 4_405_251, 3.530, (1, 128)),
+        (Encoder, 1_086_464, 0.544, (1, 3, 32, 32)),
+        (Discriminator, 1_063_445, 0.544, (1, 3, 32, 32)),
+    ],
+)
+def test_parameters_and_flops(network, parameters, gflop, shape):
+    net = network()
+    assert count_parameters(net) == parameters
+    assert forward_flops(net, torch.zeros(shape)) / 1e9 == pytest.approx(gflop, abs=5e-4)
+
+
+def test_shapes_follow_the_configuration():
+    images = Decoder(latent_dim=7, width=12, image_channels=1)(torch.randn(2, 7))
+    assert images.shape == (2, 1, 32, 32)
+    assert images.abs().max() <= 1
+    mean, logvar = Encoder(latent_dim=7, width=6, image_channels=1)(images)
+    assert mean.shape == logvar.shape == (2, 7)
+    discriminator = Discriminator(width=6, image_channels=1, contrast_dim=5)
+    critique = discriminator(images)
+    assert critique.score.shape == (2,)
+    assert {name: tuple(f.shape) for name, f in critique.features.items()} == {
+        "b1": (2, 6, 16, 16),
+        "b2": (2, 6, 8, 8),
+        "b3": (2, 6, 8, 8),
+        "b4": (2, 6, 8, 8),
+        "final": (2, 5),
+    }
+    assert discriminator.embed(critique, ["b1", "final", "b4"]).shape == (3, 2, 5)
+
+
+def test_only_trunk_and_score_are_spectrally_normalised():
+    discriminator = Discriminator(width=6)
+    normalised = {name.removesuffix(".original") for name, _ in discriminator.named_parameters() if "original" in name}
+    assert len(normalised) == 12  # ten convolutions of the blocks, two linear layers
+    assert all(name.startswith("critic.") for name in normalised)
+    spectral = [
+        torch.linalg.matrix_norm(module.weight.flatten(1), 2)
+        for module in discriminator.critic.eval().modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
+    assert len(spectral) == 12
+    torch.testing.assert_close(torch.stack(spectral), torch.ones(12), rtol=0.1, atol=0)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    decoder = Decoder()
+    weight = decoder.cell1.conv1.weight
+    bound = (6 / (2 * 256 * 9)) ** 0.5  # Xavier uniform
+    assert weight.abs().max() <= bound
+    assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.01)
+    assert decoder.norm.weight.mean() == pytest.approx(1, abs=0.01)
+    assert decoder.norm.weight.std() == pytest.approx(0.02, rel=0.2)
+    original = dict(Encoder().named_parameters())["trunk.b3.conv1.parametrizations.weight.original"]
+    assert original.abs().max() == pytest.approx((6 / (2 * 128 * 9)) ** 0.5, rel=1e-3)
+
+
+def test_frozen_passes_gradients_to_the_input_alone():
+    discriminator = Discriminator(width=4)
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    with frozen(discriminator):
+        score = discriminator(images).score
+    score.sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in discriminator.parameters())
+
+
+def test_averages():
+    average, network = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    nn.init.constant_(network.weight, 3.0)
+    network.running_mean.fill_(5.0)
+    update_average(average, network, decay=0.75)
+    assert average.weight.tolist() == [1.5, 1.5]  # 0.75 · 1 + 0.25 · 3
+    assert average.running_mean.tolist() == [0, 0]
+    copy_buffers(average, network)
+    assert average.running_mean.tolist() == [5, 5]

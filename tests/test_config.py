@@ -1,0 +1,127 @@
+"""Recipes, overrides and what may change when a run is resumed."""
+
+import pytest
+
+from dcvae_fast.cli import parse_config
+from dcvae_fast.config import Config, ModelConfig, differences, recipes, to_dict
+from dcvae_fast.errors import ConfigError
+
+
+def parsed(*argv: str) -> Config:
+    return parse_config(argv)[0]
+
+
+def test_the_paper_is_the_default():
+    config = parsed("--recipe", "cifar10")
+    assert config == Config()
+    assert (config.contrast.negatives, config.contrast.layers, config.contrast.temperature) == (8096, ("b2", "final"), 0.07)
+    assert (config.optim.lr, config.optim.betas) == (2e-4, (0.0, 0.9))
+    assert (config.train.batch, config.train.sampled_batch, config.train.n_critic) == (64, 128, 5)
+    assert config.train.images == 800 * 50_000
+    assert config.loss.kl_weight == 1e-6 * 64
+    assert (config.contrast.queue_start, config.model.sample_clamp) == ("empty", None)
+
+
+def test_the_official_recipe_is_their_code():
+    ours, official = to_dict(Config()), to_dict(parsed("--recipe", "cifar10-official"))
+    changed = {
+        f"{section}.{name}": official[section][name]
+        for section in ours
+        for name in ours[section]
+        if ours[section][name] != official[section][name]
+    }
+    assert changed == {
+        "data.drop_last": True,
+        "model.sample_clamp": 1.0,
+        "contrast.layers": ["b1", "final"],
+        "contrast.negatives": 8192,
+        "contrast.queue_start": "noise",
+        "contrast.exclude_same_image": False,
+        "train.images": 800 * 781 * 64,
+        "train.seed": 123,
+    }
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_parses(recipe):
+    config, folder, dry_run = parse_config(["--recipe", recipe])
+    assert str(folder) == f"runs/{recipe}"
+    assert not dry_run
+    assert config.model.image_channels == (3 if config.data.name == "cifar10" else 1)
+
+
+def test_overrides(tmp_path):
+    config, folder, dry_run = parse_config(
+        ["--recipe=mnist", "--optim.lr", "1e-4", "--train.images", "12345", "--optim.betas", "[0.5, 0.99]"]
+        + ["--contrast.layers", "[b1, b4]", "--data.root", "/somewhere", "--run", "elsewhere", "--dry-run"]
+    )
+    assert (config.optim.lr, config.optim.betas, config.train.images) == (1e-4, (0.5, 0.99), 12345)
+    assert (config.contrast.layers, config.data.root) == (("b1", "b4"), "/somewhere")
+    assert (str(folder), dry_run) == ("elsewhere", True)
+    own = tmp_path / "mine.yaml"
+    own.write_text("data: {name: digits}\noptim: {lr: 5e-3}\n")
+    config, folder, _ = parse_config(["--recipe", str(own)])
+    assert (config.data.name, config.optim.lr, str(folder)) == ("digits", 5e-3, "runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--recipe", "cifar11"], "--recipe cifar11: no such recipe; the recipes are cifar10, cifar10-official, digits, mnist"),
+        ([], "--recipe is missing"),
+        (["--recipe", "digits", "--optim.learning_rate", "1"], "--optim.learning_rate"),
+        (["--recipe", "digits", "--optim.lr", "fast"], "optim.lr"),
+        (["--recipe", "digits", "--optim.lr", "-1"], "optim.lr is -1.0; it must be above 0"),
+        (["--recipe", "digits", "--loss.objective", "gan"], "loss.objective"),
+        (["--recipe", "digits", "--contrast.layers", "[b2, b2]"], "contrast.layers"),
+        (["--recipe", "digits", "--contrast.layers", "[]"], "contrast.layers"),
+        (["--recipe", "digits", "--contrast.temperature", "0"], "contrast.temperature is 0.0"),
+        (["--recipe", "digits", "--train.batch", "1"], "train.batch is 1; it must be at least 2"),
+        (["--recipe", "digits", "--model.latent_dim", "0"], "model.latent_dim is 0"),
+        (["--recipe", "digits", "--log.keep", "1"], "log.keep is 1; it must be at least 2"),
+    ],
+)
+def test_a_wrong_setting_is_named(argv, message):
+    with pytest.raises(ConfigError) as error:
+        parse_config(argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_setting_in_a_recipe_is_named(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("optim: {speed: 3}\n")
+    with pytest.raises(ConfigError, match="speed"):
+        parse_config(["--recipe", str(own)])
+    own.write_text("optim: {lr: [}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        parse_config(["--recipe", str(own)])
+
+
+def test_print_config_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--recipe", "cifar10-official", "--optim.lr", "1e-3", "--print_config"])
+    assert end.value.code == 0
+    import yaml
+
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["contrast"]["negatives"] == 8192
+    assert printed["optim"]["lr"] == 1e-3
+    assert set(printed) >= set(to_dict(Config()))
+
+
+def test_differences_name_what_would_be_computed_otherwise():
+    old = to_dict(Config())
+    assert differences(old, Config()) == []
+    assert differences(old, parsed("--recipe", "cifar10", "--train.images", "5", "--data.root", "x", "--log.every", "7")) == []
+    assert differences(old, parsed("--recipe", "cifar10", "--optim.lr", "1e-3", "--train.seed", "4")) == [
+        "optim.lr: 0.0002 → 0.001",
+        "train.seed: 0 → 4",
+    ]
+    del old["model"]["latent_dim"]
+    assert differences(old, Config()) == ["model.latent_dim: not set → 128"]
+
+
+def test_sections_are_checked_without_a_command_line_too():
+    with pytest.raises(ConfigError, match="model.sample_clamp is -1"):
+        ModelConfig(sample_clamp=-1)

@@ -1,0 +1,98 @@
+"""Multi-scale instance contrast against cross-entropy written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcvae_fast.config import ContrastConfig
+from dcvae_fast.contrast import InstanceContrast
+from dcvae_fast.models.autogan import Discriminator
+
+WIDTH, D = 6, 5
+
+
+def make(**settings) -> tuple[Discriminator, InstanceContrast]:
+    torch.manual_seed(0)
+    discriminator = Discriminator(WIDTH, 1, D)
+    config = ContrastConfig(**{"negatives": 12, **settings})
+    return discriminator, InstanceContrast(discriminator, config, D, WIDTH, seed=1)
+
+
+def cross_entropy(q, k, negatives, temperature=0.07):
+    """The authors' loss: [B, D], [B, D], [K, D]."""
+    q, k, negatives = (F.normalize(x, dim=1) for x in (q, k, negatives))
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)), logits
+
+
+@pytest.mark.parametrize("layers", [("b2", "final"), ("b1", "final"), ("final",), ("b1", "b2", "b3", "b4")])
+def test_loss_is_the_mean_of_cross_entropies(layers):
+    discriminator, contrast = make(layers=layers, queue_start="noise")
+    torch.manual_seed(1)
+    images, rec = torch.rand(2, 4, 1, 32, 32)
+    contrast.eval()
+    keys, critique = contrast.keys(images)
+    queries = discriminator.eval().embed(discriminator(rec), layers)
+    loss, metrics = contrast.loss(queries, keys, torch.arange(4))
+    pairs = [cross_entropy(queries[s], keys[s], contrast.queue.keys[s]) for s in range(len(layers))]
+    torch.testing.assert_close(loss, torch.stack([each for each, _ in pairs]).mean())
+    for layer, (_, logits) in zip(layers, pairs, strict=True):
+        top1 = (logits.argmax(1) == 0).float().mean()
+        torch.testing.assert_close(metrics[f"contrast/top1_{layer}"], top1)
+        top5 = (logits.topk(5).indices == 0).any(1).float().mean()
+        torch.testing.assert_close(metrics[f"contrast/top5_{layer}"], top5)
+    torch.testing.assert_close(keys[-1], contrast.momentum.embed(critique, layers)[-1])
+
+
+def test_an_empty_queue_counts_only_what_fills_it():
+    _, contrast = make(layers=("final",))
+    torch.manual_seed(1)
+    q, k, older = torch.randn(3, 1, 4, D)
+    assert contrast.loss(q, k, torch.arange(4))[0].item() == 0
+    contrast.queue.enqueue(older, torch.arange(10, 14))
+    torch.testing.assert_close(contrast.loss(q, k, torch.arange(4))[0], cross_entropy(q[0], k[0], older[0])[0])
+
+
+def test_an_images_own_keys_are_no_negatives_unless_wanted():
+    torch.manual_seed(1)
+    q, k, older = torch.randn(3, 1, 1, D)
+    other = torch.randn(1, 1, D)
+    for exclude in (True, False):
+        _, contrast = make(layers=("final",), exclude_same_image=exclude)
+        contrast.queue.enqueue(torch.cat([older, other], dim=1), torch.tensor([7, 8]))
+        negatives = other[0] if exclude else torch.cat([older, other], dim=1)[0]
+        torch.testing.assert_close(
+            contrast.loss(q, k, torch.tensor([7]))[0], cross_entropy(q[0], k[0], negatives)[0]
+        )
+
+
+def test_momentum_network_follows_and_takes_no_gradient():
+    discriminator, contrast = make(momentum=0.9)
+    before = [p.clone() for p in contrast.momentum.parameters()]
+    with torch.no_grad():
+        for p in discriminator.parameters():
+            p.add_(1)
+    contrast.update(discriminator)
+    for was, now, current in zip(before, contrast.momentum.parameters(), discriminator.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.9 * was + 0.1 * current)
+        assert not now.requires_grad
+    keys, _ = contrast.keys(torch.rand(2, 1, 32, 32))
+    assert not keys.requires_grad
+
+
+def test_local_patches_are_one_location_of_the_feature_map():
+    discriminator, contrast = make(local_layers=("b1", "b3"), local_start_images=0)
+    critique = discriminator(torch.rand(3, 1, 32, 32))
+    patches = contrast.local_patches(critique, torch.tensor([0.999]))
+    torch.testing.assert_close(patches[0], critique.features["b1"][:, :, 15, 15])
+    torch.testing.assert_close(patches[1], critique.features["b3"][:, :, 7, 7])
+    patches = contrast.local_patches(critique, torch.tensor([70 / 256]))
+    torch.testing.assert_close(patches[0], critique.features["b1"][:, :, 4, 6])
+    torch.testing.assert_close(patches[1], critique.features["b3"][:, :, 2, 1])  # 17.5 of 64
+    assert contrast.local_queue is not None
+    assert contrast.local_queue.keys.shape == (2, 12, WIDTH)
+    contrast.local_queue.enqueue(torch.randn(2, 4, WIDTH), torch.arange(4))
+    queries, keys = patches.detach(), torch.randn(2, 3, WIDTH)
+    expected = [cross_entropy(queries[s], keys[s], contrast.local_queue.keys[s, :4])[0] for s in range(2)]
+    loss = contrast.local_loss(queries, keys, torch.arange(10, 13))
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
