@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dcvae_pipelines import DataError
-
 from dcvae_fast.config import Config, recipe_path, recipes
 from dcvae_fast.errors import RunError, UserError
+from dcvae_pipelines import DataError
 
 SUMMARY_FILE = "summary.json"
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dcvae", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="dcvae", description="Train and use DC-VAE models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -48,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run_command=run)
         return sub
 
-    def model_command(name: str, run: Callable[[argparse.Namespace], int], text: str, out: str) -> argparse.ArgumentParser:
+    def model_command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, out: str
+    ) -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("model", metavar="RUN", help="a run folder, a saved model, or a name on the Hugging Face hub")
         sub.add_argument("--out", type=Path, default=Path(out), help=f"what to write (default: {out})")
@@ -112,7 +113,7 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
         parsed = parser.parse_args(argv)
         settings = parser.instantiate(parsed)
     except argparse.ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(f"{' '.join(str(error).split())} (in recipe {recipe} or on the command line).") from error
     config = Config(**{section: settings[section] for section in Config.__dataclass_fields__})
     return config, Path(parsed.run or f"runs/{Path(str(recipe)).stem}"), parsed.dry_run
 
@@ -184,6 +185,7 @@ def _load_model(arguments: argparse.Namespace):
 
 def _load_images(model, paths: Sequence[Path]):
     import torch
+
     from dcvae_pipelines import load_image
 
     config = model.config

@@ -243,7 +243,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
-    """What `new` would compute differently from the stored configuration `old`: one line `section.name: old → new` each.
+    """What `new` would compute differently from the stored `old`: a line `section.name: old → new` for each setting.
 
     Settings that alter only how long a run goes on, where it runs and what it writes do not count.
     """

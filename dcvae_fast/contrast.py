@@ -3,12 +3,12 @@
 from copy import deepcopy
 
 import torch
-from dcvae_kernels import KeyQueue, info_nce
 from torch import Tensor, nn
 
 from dcvae_fast.config import ContrastConfig
 from dcvae_fast.models.autogan import Critique, Discriminator
 from dcvae_fast.models.layers import update_average
+from dcvae_kernels import KeyQueue, info_nce
 
 
 class InstanceContrast(nn.Module):

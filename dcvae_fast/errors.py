@@ -1,4 +1,4 @@
-"""Errors that a user can mend: their message is one clear sentence, and the command line prints it without a traceback."""
+"""Errors that a user can mend: one clear sentence, which the command line prints without a traceback."""
 
 
 class UserError(Exception):

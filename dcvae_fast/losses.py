@@ -5,6 +5,7 @@ Scores are the discriminator's, [B], high for real; numbers of real, fake and re
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,4 +47,4 @@ def feature_loss(real: dict[str, Tensor], rec: dict[str, Tensor], layers: tuple[
 
     The reconstruction term of Eq. 3, divided by the number of values; no gradient reaches the features of the images.
     """
-    return sum(F.mse_loss(rec[layer], real[layer].detach()) for layer in layers) / len(layers)
+    return torch.stack([F.mse_loss(rec[layer], real[layer].detach()) for layer in layers]).mean()

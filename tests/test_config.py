@@ -14,7 +14,11 @@ def parsed(*argv: str) -> Config:
 def test_the_paper_is_the_default():
     config = parsed("--recipe", "cifar10")
     assert config == Config()
-    assert (config.contrast.negatives, config.contrast.layers, config.contrast.temperature) == (8096, ("b2", "final"), 0.07)
+    assert (config.contrast.negatives, config.contrast.layers, config.contrast.temperature) == (
+        8096,
+        ("b2", "final"),
+        0.07,
+    )
     assert (config.optim.lr, config.optim.betas) == (2e-4, (0.0, 0.9))
     assert (config.train.batch, config.train.sampled_batch, config.train.n_critic) == (64, 128, 5)
     assert config.train.images == 800 * 50_000
@@ -51,10 +55,8 @@ def test_every_recipe_parses(recipe):
 
 
 def test_overrides(tmp_path):
-    config, folder, dry_run = parse_config(
-        ["--recipe=mnist", "--optim.lr", "1e-4", "--train.images", "12345", "--optim.betas", "[0.5, 0.99]"]
-        + ["--contrast.layers", "[b1, b4]", "--data.root", "/somewhere", "--run", "elsewhere", "--dry-run"]
-    )
+    argv = "--recipe=mnist --optim.lr 1e-4 --train.images 12345 --optim.betas [0.5,0.99] --contrast.layers [b1,b4]"
+    config, folder, dry_run = parse_config(f"{argv} --data.root /somewhere --run elsewhere --dry-run".split())
     assert (config.optim.lr, config.optim.betas, config.train.images) == (1e-4, (0.5, 0.99), 12345)
     assert (config.contrast.layers, config.data.root) == (("b1", "b4"), "/somewhere")
     assert (str(folder), dry_run) == ("elsewhere", True)
@@ -67,7 +69,10 @@ def test_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "cifar11"], "--recipe cifar11: no such recipe; the recipes are cifar10, cifar10-official, digits, mnist"),
+        (
+            ["--recipe", "cifar11"],
+            "--recipe cifar11: no such recipe; the recipes are cifar10, cifar10-official, digits, mnist",
+        ),
         ([], "--recipe is missing"),
         (["--recipe", "digits", "--optim.learning_rate", "1"], "--optim.learning_rate"),
         (["--recipe", "digits", "--optim.lr", "fast"], "optim.lr"),
@@ -94,7 +99,7 @@ def test_a_wrong_setting_in_a_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match="speed"):
         parse_config(["--recipe", str(own)])
     own.write_text("optim: {lr: [}\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+    with pytest.raises(ConfigError, match="mine"):
         parse_config(["--recipe", str(own)])
 
 
@@ -113,7 +118,10 @@ def test_print_config_shows_every_setting(capsys):
 def test_differences_name_what_would_be_computed_otherwise():
     old = to_dict(Config())
     assert differences(old, Config()) == []
-    assert differences(old, parsed("--recipe", "cifar10", "--train.images", "5", "--data.root", "x", "--log.every", "7")) == []
+    assert (
+        differences(old, parsed("--recipe", "cifar10", "--train.images", "5", "--data.root", "x", "--log.every", "7"))
+        == []
+    )
     assert differences(old, parsed("--recipe", "cifar10", "--optim.lr", "1e-3", "--train.seed", "4")) == [
         "optim.lr: 0.0002 → 0.001",
         "train.seed: 0 → 4",
@@ -123,5 +131,5 @@ def test_differences_name_what_would_be_computed_otherwise():
 
 
 def test_sections_are_checked_without_a_command_line_too():
-    with pytest.raises(ConfigError, match="model.sample_clamp is -1"):
+    with pytest.raises(ConfigError, match=r"model\.sample_clamp is -1"):
         ModelConfig(sample_clamp=-1)

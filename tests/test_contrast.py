@@ -61,9 +61,7 @@ def test_an_images_own_keys_are_no_negatives_unless_wanted():
         _, contrast = make(layers=("final",), exclude_same_image=exclude)
         contrast.queue.enqueue(torch.cat([older, other], dim=1), torch.tensor([7, 8]))
         negatives = other[0] if exclude else torch.cat([older, other], dim=1)[0]
-        torch.testing.assert_close(
-            contrast.loss(q, k, torch.tensor([7]))[0], cross_entropy(q[0], k[0], negatives)[0]
-        )
+        torch.testing.assert_close(contrast.loss(q, k, torch.tensor([7]))[0], cross_entropy(q[0], k[0], negatives)[0])
 
 
 def test_momentum_network_follows_and_takes_no_gradient():

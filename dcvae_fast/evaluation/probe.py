@@ -1,10 +1,10 @@
 """Linear classifier on latents (Table 6)."""
 
 import torch
-from dcvae_pipelines import ImageSet
 from torch import Tensor
 
 from dcvae_fast.models.dcvae import DCVAE
+from dcvae_pipelines import ImageSet
 
 
 @torch.no_grad()

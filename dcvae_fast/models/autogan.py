@@ -1,6 +1,7 @@
 """The networks at 32×32 (Figure 15 of the paper), after AutoGAN's search result.
 
-Shapes: B batch, C image channels, W width, Z latent size, D contrastive dimension. Images are [B, C, 32, 32] in [-1, 1].
+Shapes: B batch, C image channels, W width, Z latent size, D contrastive dimension.
+Images are [B, C, 32, 32] in [-1, 1].
 """
 
 from collections.abc import Sequence
@@ -8,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from dcvae_kernels import spectral_norm
 from torch import Tensor, nn
 
 from dcvae_fast.models.layers import init_weights, upsample
+from dcvae_kernels import spectral_norm
 
 BOTTOM = 4  # height and width of the decoder's first feature map
 

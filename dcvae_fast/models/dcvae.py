@@ -25,9 +25,7 @@ class Posterior:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw z = mean + exp(logvar / 2) · noise, [B, Z]; differentiable in mean and logvar."""
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-        )
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
@@ -55,7 +53,9 @@ class DCVAE(nn.Module):
         """
         channels, size = self.config.image_channels, self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (channels, size, size):
-            raise ValueError(f"images have shape {list(images.shape)}; this model takes [B, {channels}, {size}, {size}].")
+            raise ValueError(
+                f"images have shape {list(images.shape)}; this model takes [B, {channels}, {size}, {size}]."
+            )
         if not images.is_floating_point():
             raise ValueError(f"images have dtype {images.dtype}; give floating-point values in [-1, 1].")
         return Posterior(*self.encoder(images))
@@ -67,7 +67,9 @@ class DCVAE(nn.Module):
             ValueError: latents have another shape.
         """
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
-            raise ValueError(f"latents have shape {list(latents.shape)}; this model takes [B, {self.config.latent_dim}].")
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; this model takes [B, {self.config.latent_dim}]."
+            )
         return self.decoder(latents)
 
     @torch.no_grad()
@@ -129,7 +131,9 @@ class DCVAE(nn.Module):
 def _model_config(stored: dict[str, Any], folder: Path) -> ModelConfig:
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(set(stored) - known):
-        raise ConfigError(f"{folder}: made by another version, for these model settings are unknown: {', '.join(unknown)}.")
+        raise ConfigError(
+            f"{folder}: made by another version, for these model settings are unknown: {', '.join(unknown)}."
+        )
     return ModelConfig(**stored)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def init_weights(network: nn.Module) -> None:
-    """AutoGAN's initialisation, in place: Xavier uniform convolutions, BatchNorm scales N(1, 0.02), torch's linear layers."""
+    """As AutoGAN: Xavier uniform convolutions, BatchNorm scales N(1, 0.02); linear layers keep torch's own."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
@@ -33,8 +33,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
     """average ← decay · average + (1 − decay) · network, in place, parameters only."""
-    averaged, current = list(average.parameters()), list(network.parameters())
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    torch._foreach_lerp_(tuple(average.parameters()), tuple(network.parameters()), 1 - decay)
 
 
 @torch.no_grad()

@@ -69,7 +69,9 @@ def load_official(folder: Path, epoch: int) -> OfficialCheckpoint:
             sample_clamp=1.0,
         )
     except KeyError as error:
-        raise RunError(f"{folder}: epoch {epoch} holds other networks than the authors' ({error} is missing).") from error
+        raise RunError(
+            f"{folder}: epoch {epoch} holds other networks than the authors' ({error} is missing)."
+        ) from error
     checkpoint = OfficialCheckpoint(
         model=DCVAE(config),
         decoder=Decoder(config.latent_dim, config.decoder_width, config.image_channels),

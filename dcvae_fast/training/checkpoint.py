@@ -1,8 +1,8 @@
 """The run folder, and checkpoints that survive a kill, a full disk and a damaged file.
 
-    RUN/config.yaml                    what is trained
-    RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
-    RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
+RUN/config.yaml                    what is trained
+RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
+RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
 """
 
 import logging
@@ -38,7 +38,9 @@ def prepare_run(folder: Path, config: Config) -> None:
         try:
             stored = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunError(f"{path} cannot be read ({error}); restore it, or choose another folder with --run.") from error
+            raise RunError(
+                f"{path} cannot be read ({error}); restore it, or choose another folder with --run."
+            ) from error
         if lines := differences(stored if isinstance(stored, dict) else {}, config):
             raise RunError(
                 f"{folder} was made with another configuration (there → asked for):\n  "
@@ -106,7 +108,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             logger.warning("%s is damaged and passed over (%s)", path, _reason(error))
             continue
         if state["format"] != FORMAT:
-            raise RunError(f"{path} was written by another version (format {state['format']}, this one reads {FORMAT}).")
+            raise RunError(
+                f"{path} was written by another version (format {state['format']}, this one reads {FORMAT})."
+            )
         return state
     if damaged:
         raise RunError(f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}).")

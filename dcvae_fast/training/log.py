@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard, the progress line and image grids. The only place of training that waits for the device."""
+"""metrics.jsonl, TensorBoard, the progress line, image grids: the only place of training that waits for the device."""
 
 import io
 import json
@@ -77,7 +77,7 @@ class Log:
 
 
 def make_grid(tiles: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1] → one sheet uint8 [3, H', W'], row by row; small images are enlarged to 64 pixels."""
+    """Images [N, C, H, W] in [-1, 1] → a sheet uint8 [3, H', W'], row by row; small ones are enlarged to 64 pixels."""
     from torchvision.utils import make_grid as sheet
 
     scale = max(1, 64 // tiles.shape[-1])

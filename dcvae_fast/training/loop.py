@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from dcvae_pipelines import ImageSet, ResidentSource, load_dataset
 from torch import Tensor, nn
 
 from dcvae_fast.config import Config, to_dict
@@ -19,6 +19,7 @@ from dcvae_fast.training.checkpoint import load_checkpoint, prepare_run, save_ch
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
+from dcvae_pipelines import ImageSet, ResidentSource, load_dataset
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ def open_data(config: Config, split: str) -> ImageSet:
     if channels != config.model.image_channels:
         raise ConfigError(f"model.image_channels is {config.model.image_channels}, but {data.name} has {channels}.")
     if size != config.model.resolution:
-        raise ConfigError(f"{data.name} has images of {size}×{size}, but the networks are for {config.model.resolution}.")
+        raise ConfigError(
+            f"{data.name} has images of {size}×{size}, but the networks are for {config.model.resolution}."
+        )
     return images
 
 
@@ -158,7 +161,7 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """Inside, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, frame: object) -> None:
         received.append(number)
@@ -179,8 +182,8 @@ def _crossed(before: int, now: int, interval: int) -> bool:
 
 
 def _save(config: Config, folder: Path, step: TrainStep, source: ResidentSource) -> None:
-    parameters = list(step.networks.parameters())
-    if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
+    norms = torch._foreach_norm(tuple(step.networks.parameters()))
+    if not torch.stack(norms).isfinite().all():
         raise DivergedError(f"{folder}: a weight is no longer a finite number after {step.images:,} images.")
     state = {"config": to_dict(config), "step": step.state_dict(), "source": source.state_dict()}
     save_checkpoint(folder, step.images, state, config.log.keep)

@@ -4,7 +4,6 @@ import weakref
 from typing import Any
 
 import torch
-from dcvae_pipelines import Batch, ImageSet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcvae_fast.config import Config
 from dcvae_fast.training.step import TrainStep
+from dcvae_pipelines import Batch, ImageSet
 
 
 def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
@@ -27,7 +27,9 @@ def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
         ("decoder", networks.decoder, latents),
         ("discriminator", networks.discriminator, images),
     ):
-        lines.append(f"{name:14s} {count_parameters(network):11,d}   {forward_flops(network, network_input) / n / 1e9:.3f}")
+        lines.append(
+            f"{name:14s} {count_parameters(network):11,d}   {forward_flops(network, network_input) / n / 1e9:.3f}"
+        )
 
     batch = Batch(images, torch.zeros(n, dtype=torch.int64, device="meta"))
     peak = PeakMemory()
@@ -48,7 +50,8 @@ def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
         f"objective       {config.loss.objective}, {config.loss.order}, on {device}",
         f"plan            {train.images:,} images = {epochs:,.1f} epochs of {len(train_set.images):,}"
         f" = {iterations:,} iterations of {n}; the autoencoder is stepped in 1 of {every}",
-        f"arithmetic      {flops / 1e12:.3f} TFLOP an iteration on average, {flops * iterations / 1e15:,.2f} PFLOP in all",
+        f"arithmetic      {flops / 1e12:.3f} TFLOP an iteration on average,"
+        f" {flops * iterations / 1e15:,.2f} PFLOP in all",
         f"memory          {(resident + 2 * trained + peak.peak + train_set.images.nbytes) / 2**30:.2f} GiB expected:"
         f" networks, averages and queue {resident / 2**20:.0f} MiB, Adam {2 * trained / 2**20:.0f} MiB,"
         f" activations and gradients {peak.peak / 2**20:.0f} MiB, data {train_set.images.nbytes / 2**20:.0f} MiB",

@@ -4,10 +4,9 @@ Nothing here waits for the device: metrics are tensors on it, detached.
 """
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from dcvae_pipelines import Batch
 from torch import Tensor, nn
 
 from dcvae_fast.config import Config
@@ -18,8 +17,16 @@ from dcvae_fast.models.dcvae import Posterior
 from dcvae_fast.models.layers import copy_buffers, frozen, update_average
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.seeding import derive_seed
+from dcvae_pipelines import Batch
 
 Metrics = dict[str, Tensor]
+
+
+class Reconstruction(NamedTuple):
+    """G(z) for z drawn from q(z|x), and q(z|x)."""
+
+    images: Tensor
+    posterior: Posterior
 
 
 class Networks(nn.Module):
@@ -36,13 +43,17 @@ class Networks(nn.Module):
             self.contrast = None
             if config.loss.instance == "contrast":
                 self.contrast = InstanceContrast(
-                    self.discriminator, config.contrast, m.contrast_dim, m.discriminator_width, derive_seed(seed, "queue")
+                    self.discriminator,
+                    config.contrast,
+                    m.contrast_dim,
+                    m.discriminator_width,
+                    derive_seed(seed, "queue"),
                 )
         self.decoder_average = deepcopy(self.decoder).requires_grad_(False)
 
 
 class TrainStep:
-    """Calling it with a batch trains on it once (METHOD: sequential order of the authors' code, or Eq. 9 jointly).
+    """Calling it with a batch trains on it once (in the order of the authors' code, or jointly as in Eq. 9).
 
     Randomness comes from (seed, rank, images seen), so a resumed run draws what an uninterrupted one would.
     """
@@ -77,15 +88,15 @@ class TrainStep:
         metrics: Metrics = {}
         reconstruction = None
         if loss.has_gan:
-            # The autoencoder is the same before and after the discriminator's step, so its reconstruction serves again.
+            # The discriminator's step leaves the autoencoder as it is, so the reconstruction serves again after it.
             with torch.set_grad_enabled(steps_autoencoder):
                 reconstruction = self._reconstruct(batch.images)
-            metrics |= self._discriminator_step(batch.images, reconstruction[0].detach())
+            metrics |= self._discriminator_step(batch.images, reconstruction.images.detach())
+            if steps_autoencoder and loss.order == "sequential":
+                metrics |= self._autoencoder_step(reconstruction)
+                reconstruction = None  # the autoencoder has changed
         if steps_autoencoder:
-            if loss.has_gan and loss.order == "sequential":
-                metrics |= self._autoencoder_step(*reconstruction)
-                reconstruction = None
-            metrics |= self._instance_step(batch, reconstruction)
+            metrics |= self._instance_step(batch, reconstruction or self._reconstruct(batch.images))
             update_average(self.networks.decoder_average, self.networks.decoder, train.average)
             copy_buffers(self.networks.decoder_average, self.networks.decoder)
         self.images += len(batch.images) * self.ranks
@@ -94,9 +105,9 @@ class TrainStep:
     def _noise(self, n: int) -> Tensor:
         return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
 
-    def _reconstruct(self, images: Tensor) -> tuple[Tensor, Posterior]:
+    def _reconstruct(self, images: Tensor) -> Reconstruction:
         posterior = Posterior(*self.networks.encoder(images))
-        return self.networks.decoder(posterior.sample(self.generator)), posterior
+        return Reconstruction(self.networks.decoder(posterior.sample(self.generator)), posterior)
 
     def _discriminator_step(self, images: Tensor, rec: Tensor) -> Metrics:
         """Real images against as many prior samples and reconstructions; steps trunk and score head."""
@@ -121,40 +132,38 @@ class TrainStep:
         fake_score, rec_score = scores.split([len(fake), len(rec)])
         return autoencoder_loss(fake_score, rec_score, self.config.loss.adversarial)
 
-    def _autoencoder_step(self, rec: Tensor, posterior: Posterior) -> Metrics:
+    def _autoencoder_step(self, rec: Reconstruction) -> Metrics:
         """The adversarial loss of the autoencoder, and KL; steps encoder and decoder."""
-        loss = self._adversarial_loss(rec)
-        kl = kl_divergence(posterior.mean, posterior.logvar)
+        loss = self._adversarial_loss(rec.images)
+        kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
         self._update(loss + self.config.loss.kl_weight * kl, "encoder", "decoder")
         return {"loss/adversarial": loss.detach()}
 
-    def _instance_step(self, batch: Batch, reconstruction: tuple[Tensor, Posterior] | None) -> Metrics:
+    def _instance_step(self, batch: Batch, rec: Reconstruction) -> Metrics:
         """The reconstruction loss and KL, with the adversarial loss where the order is joint.
 
         Steps encoder and decoder, and for InfoNCE the trunk and the contrastive heads.
         """
-        config, networks = self.config, self.networks
-        joint = config.loss.has_gan and config.loss.order == "joint"
-        rec, posterior = reconstruction or self._reconstruct(batch.images)
-        kl = kl_divergence(posterior.mean, posterior.logvar)
-        metrics = {"loss/kl": kl.detach(), "pixel_mse": pixel_loss(batch.images, rec.detach())}
+        config, discriminator = self.config, self.networks.discriminator
+        kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
+        metrics = {"loss/kl": kl.detach(), "pixel_mse": pixel_loss(batch.images, rec.images.detach())}
         loss = config.loss.kl_weight * kl
-        if joint:
-            adversarial = self._adversarial_loss(rec)
+        if config.loss.has_gan and config.loss.order == "joint":
+            adversarial = self._adversarial_loss(rec.images)
             metrics["loss/adversarial"] = adversarial.detach()
             loss = loss + adversarial
 
         groups = ["encoder", "decoder"]
         if config.loss.instance == "contrast":
             groups += ["trunk", "heads"]
-            instance, contrast_metrics = self._contrast(batch, rec)
+            instance, contrast_metrics = self._contrast(batch, rec.images)
             metrics |= contrast_metrics
         elif config.loss.instance == "feature":
-            with frozen(networks.discriminator):
-                real_critique, rec_critique = networks.discriminator(batch.images), networks.discriminator(rec)
-            instance = feature_loss(real_critique.features, rec_critique.features, config.contrast.layers)
+            with frozen(discriminator):
+                real, fake = discriminator(batch.images), discriminator(rec.images)
+            instance = feature_loss(real.features, fake.features, config.contrast.layers)
         else:
-            instance = pixel_loss(batch.images, rec)
+            instance = pixel_loss(batch.images, rec.images)
         metrics[f"loss/{config.loss.instance}"] = instance.detach()
         self._update(loss + instance, *groups)
         return metrics
@@ -171,7 +180,7 @@ class TrainStep:
         contrast.queue.enqueue(keys, batch.ids)
 
         start = self.config.contrast.local_start_images
-        if start is not None and self.images >= start:
+        if contrast.local_queue is not None and start is not None and self.images >= start:
             location = torch.rand(1, device=self.device, generator=self.generator)
             query_patches = contrast.local_patches(query_critique, location)
             key_patches = contrast.local_patches(key_critique, location)

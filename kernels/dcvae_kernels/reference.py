@@ -45,7 +45,6 @@ def info_nce_reference(
         excluded = []  # bool, broadcast to [B, K]
         if queue is None:
             excluded.append(torch.eye(q.shape[-2], dtype=torch.bool, device=q.device))
-            queue = k
         elif valid is not None:
             unfilled = torch.arange(queue.shape[-2], device=q.device) >= valid
             excluded.append(unfilled)
@@ -56,7 +55,7 @@ def info_nce_reference(
 
         q = _rows(q, dtype, normalize) / temperature
         k = _rows(k, dtype, normalize)
-        negatives = _rows(queue, dtype, normalize)
+        negatives = k if queue is None else _rows(queue, dtype, normalize)
         positive = (q * k).sum(-1)
         scores_BK = q @ negatives.mT
         if excluded:

@@ -132,7 +132,9 @@ def test_scales_are_independent_and_averaged():
 
 def test_queries_without_scales_take_the_keys_of_a_queue_with_one():
     q, k, queue = randn(4, 8), randn(4, 8, seed=1), randn(9, 8, seed=2)
-    assert torch.equal(info_nce(q, k, queue[None]), info_nce(q, k, queue))
+    loss, stats = info_nce(q, k, queue[None], reduction="none", return_stats=True)
+    assert loss.shape == stats.rank.shape == (4,)
+    assert torch.equal(loss, info_nce(q, k, queue, reduction="none"))
 
 
 def test_easy_positives_keep_their_precision():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcvae_kernels import KeyQueue, info_nce
 
@@ -49,6 +50,22 @@ def test_hand_written():
     assert numbers(queue) == [5, 2, 3, 4] and queue.valid.item() == 4
     queue.enqueue(torch.arange(6.0, 12.0)[:, None])  # 6 … 11 from slot 1 on, the last four remain
     assert numbers(queue) == [9, 10, 11, 8] and queue.cursor.item() == 3
+
+
+def test_a_long_batch_writes_each_slot_once():
+    """On a GPU, which of two rows written to one slot stays is left to chance."""
+    written = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.index_copy_.default:
+                written.append(sorted(args[2].tolist()))
+            return func(*args, **(kwargs or {}))
+
+    queue = KeyQueue(4, 3)
+    with Watch():
+        queue.enqueue(rows(0, 11), ids=torch.arange(11))
+    assert written == [[0, 1, 2, 3]] * 2
 
 
 def test_ids_become_unknown_when_none_are_given():

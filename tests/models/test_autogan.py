@@ -58,14 +58,16 @@ def test_only_trunk_and_score_are_spectrally_normalised():
 
 def test_initialisation():
     torch.manual_seed(0)
-    decoder = Decoder()
+    decoder = Decoder().requires_grad_(False)
     weight = decoder.cell1.conv1.weight
     bound = (6 / (2 * 256 * 9)) ** 0.5  # Xavier uniform
     assert weight.abs().max() <= bound
     assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.01)
     assert decoder.norm.weight.mean() == pytest.approx(1, abs=0.01)
     assert decoder.norm.weight.std() == pytest.approx(0.02, rel=0.2)
-    original = dict(Encoder().named_parameters())["trunk.b3.conv1.parametrizations.weight.original"]
+    original = dict(Encoder().requires_grad_(False).named_parameters())[
+        "trunk.b3.conv1.parametrizations.weight.original"
+    ]
     assert original.abs().max() == pytest.approx((6 / (2 * 128 * 9)) ** 0.5, rel=1e-3)
 
 
@@ -82,6 +84,7 @@ def test_frozen_passes_gradients_to_the_input_alone():
 def test_averages():
     average, network = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(network.weight, 3.0)
+    assert average.running_mean is not None and network.running_mean is not None
     network.running_mean.fill_(5.0)
     update_average(average, network, decay=0.75)
     assert average.weight.tolist() == [1.5, 1.5]  # 0.75 · 1 + 0.25 · 3

@@ -25,8 +25,8 @@ def linear(name: str, out: int, into: int, spectral: bool, bias: bool = True) ->
     weight = torch.randn(out, into) / into**0.5
     if not spectral:
         return weights | {f"{name}.weight": weight}
-    u, v = F.normalize(torch.randn(out), dim=0), F.normalize(torch.randn(into), dim=0)
-    return weights | {f"{name}.weight_orig": weight, f"{name}.weight_u": u, f"{name}.weight_v": v}
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    return weights | {f"{name}.weight_orig": weight, f"{name}.weight_u": left[:, 0], f"{name}.weight_v": right[0]}
 
 
 def trunk_weights() -> Weights:
@@ -57,7 +57,9 @@ def decoder_weights() -> Weights:
             weights |= convolution(f"cell{cell}.c_sc", WIDTH, WIDTH, 1, False)
         for skip in range(cell - 1):
             weights |= convolution(f"cell{cell}.skip_in_ops.{skip}", WIDTH, WIDTH, 1, False)
-    weights |= {f"to_rgb.0.{name}": torch.rand(WIDTH) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")}
+    weights |= {
+        f"to_rgb.0.{name}": torch.rand(WIDTH) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")
+    }
     return weights | {"to_rgb.0.num_batches_tracked": torch.tensor(3)} | convolution("to_rgb.2", 3, WIDTH, 3, False)
 
 
@@ -97,8 +99,8 @@ def decode(weights: Weights, z: Tensor) -> Tensor:
         h = conv(weights, f"cell{cell}.c2", F.relu(h))
         if cell < 3:
             h = h + conv(weights, f"cell{cell}.c_sc", F.interpolate(x, scale_factor=2, mode=mode))
-    norm = [weights[f"to_rgb.0.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
-    return torch.tanh(conv(weights, "to_rgb.2", F.relu(F.batch_norm(h, *norm))))
+    mean, var, scale, bias = (weights[f"to_rgb.0.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+    return torch.tanh(conv(weights, "to_rgb.2", F.relu(F.batch_norm(h, mean, var, scale, bias))))
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +116,7 @@ def saved(tmp_path_factory):
     }
     for name, weights in networks.items():
         torch.save({f"module.{key}": value for key, value in weights.items()}, folder / f"40_{name}.sd")
-    networks["queue"] = torch.randn(D, 12)
-    torch.save(networks["queue"], folder / "40_b1_queue.sd")
+    torch.save(torch.arange(D * 12.0).view(D, 12), folder / "40_b1_queue.sd")
     torch.save(torch.zeros(1, dtype=torch.long), folder / "40_b1_queueptr.sd")
     return folder, networks
 
@@ -143,10 +144,14 @@ def test_networks_give_the_same_outputs(saved):
     close(critique.score, (theirs["final"] @ weight_of(dual, "head_disc").T + dual["head_disc.bias"])[:, 0])
     for name, feature in theirs.items():
         close(critique.features[name], feature)
-        head = feature if name == "final" else conv(dual, f"head_{name}.0", feature).flatten(1) @ dual[f"head_{name}.2.weight"].T
+        head = (
+            feature
+            if name == "final"
+            else conv(dual, f"head_{name}.0", feature).flatten(1) @ dual[f"head_{name}.2.weight"].T
+        )
         close(ours.discriminator.embed(critique, [name])[0], head)
     assert list(ours.queues) == ["b1"]
-    assert torch.equal(ours.queues["b1"], networks["queue"].T)
+    assert torch.equal(ours.queues["b1"], torch.arange(D * 12.0).view(D, 12).T)
 
 
 @torch.no_grad()
@@ -163,7 +168,7 @@ def test_errors_name_the_file(saved, tmp_path):
     folder, networks = saved
     with pytest.raises(UserError, match=r"41_encoder\.sd is missing; .* there are epochs 40\."):
         load_official(folder, 41)
-    with pytest.raises(UserError, match="no .* file at all"):
+    with pytest.raises(UserError, match=r"no .* file at all"):
         load_official(tmp_path, 40)
     for name, weights in networks.items():
         torch.save(weights, tmp_path / f"7_{name}.sd")
