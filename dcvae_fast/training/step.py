@@ -62,7 +62,8 @@ class TrainStep:
         self.config = config
         self.device = torch.device(device)
         self.rank, self.ranks = rank, ranks
-        self.networks = Networks(config).to(self.device).train()
+        # Channels last: convolutions are faster so, on GPUs and CPUs alike.
+        self.networks = Networks(config).to(self.device, memory_format=torch.channels_last).train()
         discriminator = self.networks.discriminator
         self.engine = Engine(
             {
@@ -81,6 +82,7 @@ class TrainStep:
     def __call__(self, batch: Batch) -> Metrics:
         """Train on images [B, C, H, W]; returns scalars, those of the autoencoder only where it was stepped."""
         train, loss = self.config.train, self.config.loss
+        batch = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.ids)
         self.generator.manual_seed(derive_seed(train.seed, self.rank, self.images))
         iteration = self.images // (train.batch * self.ranks)
         steps_autoencoder = not loss.has_gan or iteration % train.n_critic == 0
