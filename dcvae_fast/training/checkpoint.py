@@ -47,6 +47,8 @@ def prepare_run(folder: Path, config: Config) -> None:
                 + "\n  ".join(lines)
                 + "\nChoose another folder with --run, or ask for the settings it was made with."
             )
+        for left_half_written in (folder / CHECKPOINTS).glob("*.tmp"):
+            left_half_written.unlink()
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
@@ -77,11 +79,13 @@ def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int)
             os.fsync(file.fileno())
         os.replace(aside, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch's zip writer may turn the former into the latter
         aside.unlink(missing_ok=True)
         held = _newest_first(folder)
         still = f"the newest one is {held[0]}" if held else "there is none yet"
-        raise RunError(f"{path}: the checkpoint could not be written ({_reason(error)}); {still}.") from error
+        raise RunError(
+            f"{path}: the checkpoint could not be written ({_reason(error.__context__ or error)}); {still}."
+        ) from error
     for old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -103,14 +107,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 if bad := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state["format"]
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)
             logger.warning("%s is damaged and passed over (%s)", path, _reason(error))
             continue
-        if state["format"] != FORMAT:
-            raise RunError(
-                f"{path} was written by another version (format {state['format']}, this one reads {FORMAT})."
-            )
+        if version != FORMAT:
+            raise RunError(f"{path} was written by another version (format {version}, this one reads {FORMAT}).")
         return state
     if damaged:
         raise RunError(f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}).")

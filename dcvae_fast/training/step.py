@@ -63,7 +63,7 @@ class TrainStep:
         self.device = torch.device(device)
         self.rank, self.ranks = rank, ranks
         # Channels last: convolutions are faster so, on GPUs and CPUs alike.
-        self.networks = Networks(config).to(self.device, memory_format=torch.channels_last).train()
+        self.networks = Networks(config).to(self.device).to(memory_format=torch.channels_last).train()
         discriminator = self.networks.discriminator
         self.engine = Engine(
             {

@@ -1,0 +1,162 @@
+"""Whole runs on scikit-learn's digits with tiny networks: resume, kill, stop, diverge."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcvae_fast import DCVAE
+from dcvae_fast.cli import main, parse_config
+from dcvae_fast.training.checkpoint import load_checkpoint
+from dcvae_fast.training.loop import train
+
+TINY = (
+    "--recipe digits --model.latent_dim 4 --model.decoder_width 4 --model.encoder_width 4 --model.discriminator_width 4"
+    " --contrast.negatives 20 --train.batch 8 --train.sampled_batch 8 --train.n_critic 2 --train.device cpu"
+    " --data.mirror true --log.every 32 --log.grids_every 1000000 --log.checkpoint_every 32"
+).split()
+
+
+def settings(folder: Path, images: int, *more: str) -> list[str]:
+    return [*TINY, "--train.images", str(images), "--run", str(folder), *more]
+
+
+def run(folder: Path, images: int, *more: str):
+    return train(parse_config(settings(folder, images, *more))[0], folder)
+
+
+def flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Nested dicts and lists as one dict of leaves."""
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, (list, tuple)):
+        pairs = enumerate(value)
+    else:
+        return {prefix: value}
+    return {name: leaf for key, part in pairs for name, leaf in flat(part, f"{prefix}/{key}").items()}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Networks, averages, optimizers, queue, data position: bit by bit."""
+    one, two = (flat({k: v for k, v in (load_checkpoint(f) or {}).items() if k != "config"}) for f in (first, second))
+    assert one.keys() == two.keys() and len(one) > 100
+    for name, value in one.items():
+        same = torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name]
+        assert same, name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder, 160)
+    return folder
+
+
+def test_a_run_folder_holds_what_was_learned(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [32, 64, 96, 128, 160]
+    assert {
+        "loss/discriminator",
+        "loss/adversarial",
+        "loss/contrast",
+        "loss/kl",
+        "pixel_mse",
+        "images_per_second",
+    } < set(lines[0])
+    assert {"contrast/top1_b2", "contrast/top5_final", "score/real", "score/fake", "score/rec"} < set(lines[0])
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == [
+        "000000000128.pt",
+        "000000000160.pt",
+    ]
+    assert any((uninterrupted / "tensorboard").iterdir())
+    from PIL import Image
+
+    for name, size in (("reconstructions", (8, 8)), ("samples", (8, 8)), ("interpolations", (10, 8))):
+        with Image.open(uninterrupted / "grids" / f"{name}-000000000160.png") as image:
+            assert image.size == tuple(2 + 66 * n for n in size)
+    state = load_checkpoint(uninterrupted)
+    assert state is not None
+    model = DCVAE.from_pretrained(uninterrupted)
+    average = state["step"]["networks"]["decoder_average.linear.weight"]
+    assert torch.equal(model.decoder.linear.weight, average)
+    assert not torch.equal(average, state["step"]["networks"]["decoder.linear.weight"])
+
+
+def test_resumed_at_any_checkpoint_is_bitwise_the_same(uninterrupted, tmp_path):
+    for images in (24, 64, 72, 160):  # also where no checkpoint was due
+        assert run(tmp_path / "run", images).images == images
+    assert_same_state(uninterrupted, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines] == [24, 32, 64, 72, 96, 128, 160]
+    assert not run(tmp_path / "run", 160).trained
+
+
+def test_images_shown_round_up_to_whole_batches(tmp_path):
+    assert run(tmp_path / "run", 33).images == 40
+
+
+def start(folder: Path, images: int, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dcvae_fast.cli", "train", *settings(folder, images, *more)]
+    # Of several threads, sums might come in another order than in this process.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.mark.multiprocess
+def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, 160)
+    wait_for(folder / "checkpoints" / "000000000064.pt", process)
+    process.kill()
+    process.wait()
+    state = load_checkpoint(folder)
+    assert state is not None and 64 <= state["step"]["images"] < 160
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"images": 12')  # as a kill may leave it
+    run(folder, 160)
+    assert_same_state(uninterrupted, folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines] == [32, 64, 96, 128, 160]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, 1_000_000, "--log.checkpoint_every", "1000000")
+    wait_for(folder / "metrics.jsonl", process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in output
+    state = load_checkpoint(folder)
+    assert state is not None
+    assert f"Stopped after {state['step']['images']:,} of 1,000,000 images" in output
+
+
+def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys):
+    folder = tmp_path / "run"
+    run(folder, 32, "--optim.lr", "1e30", "--log.every", "8", "--log.checkpoint_every", "8") if False else None
+    code = main(
+        ["train", *settings(folder, 10_000, "--optim.lr", "1e30", "--log.every", "8", "--log.checkpoint_every", "8")]
+    )
+    assert code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "became nan" in error or "no longer a finite number" in error
+    state = load_checkpoint(folder)
+    if state is not None:
+        for name, value in state["step"]["networks"].items():
+            assert not value.is_floating_point() or value.isfinite().all(), name
