@@ -40,7 +40,7 @@ setup(
         "train": [
             "deepspeed>=0.18",
             "huggingface_hub>=1.0",
-            "jsonargparse>=4.40",
+            "jsonargparse[signatures]>=4.49",
             "numpy>=2.0",
             "nvidia-dali-cuda130>=2.0; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'",
             "Pillow>=11.0",
@@ -49,7 +49,6 @@ setup(
             "scikit-learn>=1.6",
             "tensorboard>=2.19",
             TORCHVISION,
-            "tqdm>=4.66",
         ],
         "eval": [
             "scipy>=1.14",

@@ -72,6 +72,10 @@ class DCVAE(nn.Module):
             )
         return self.decoder(latents)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Images → reconstructions from the posterior mean; differentiable."""
+        return self.decode(self.encode(images).mean)
+
     @torch.no_grad()
     def reconstruct(
         self, images: Tensor, *, sample_posterior: bool = False, generator: torch.Generator | None = None

@@ -5,9 +5,12 @@ RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many
 RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
 """
 
+import fcntl
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,6 @@ def prepare_run(folder: Path, config: Config) -> None:
                 + "\n  ".join(lines)
                 + "\nChoose another folder with --run, or ask for the settings it was made with."
             )
-        for left_half_written in (folder / CHECKPOINTS).glob("*.tmp"):
-            left_half_written.unlink()
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
@@ -57,6 +58,23 @@ def prepare_run(folder: Path, config: Config) -> None:
         write_aside(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     except OSError as error:
         raise RunError(f"{folder}: the run folder cannot be made ({error}).") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process can train in this run folder.
+
+    Raises:
+        RunError: another one does.
+    """
+    with open(folder / CONFIG_FILE) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is being trained by another process.") from error
+        for half_written in (folder / CHECKPOINTS).glob("*.tmp"):  # by a run that was killed
+            half_written.unlink()
+        yield
 
 
 def is_run(folder: Path) -> bool:
@@ -162,5 +180,5 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,7 +15,7 @@ from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError, DivergedError
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
-from dcvae_fast.training.checkpoint import load_checkpoint, prepare_run, save_checkpoint
+from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
@@ -47,23 +47,21 @@ def train(config: Config, folder: Path) -> Outcome:
         DataError: the data set is missing or damaged.
     """
     device = pick_device(config.train.device)
-    train_set = open_data(config, "train")
-    held_out = open_data(config, "test")
+    train_set, held_out = open_data(config, "train"), open_data(config, "test")
     prepare_run(folder, config)
-    step = TrainStep(config, device)
-    source = make_source(config, train_set, device)
-    if state := load_checkpoint(folder):
-        step.load_state_dict(state["step"])
-        source.load_state_dict(state["source"])
-    start, total, intervals = step.images, config.train.images, config.log
-    if start >= total:
-        return Outcome(start, trained=False)
-    print(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
+    with locked(folder), stop_signals() as received:
+        step = TrainStep(config, device)
+        source = make_source(config, train_set, device)
+        if state := load_checkpoint(folder):
+            step.load_state_dict(state["step"])
+            source.load_state_dict(state["source"])
+        start, total, intervals = step.images, config.train.images, config.log
+        if start >= total:
+            return Outcome(start, trained=False)
+        print(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
 
-    log = Log(folder, start, total)
-    batches = iter(source)
-    saved = start
-    with stop_signals() as received:
+        log = Log(folder, start, total)
+        batches, saved = iter(source), start
         while step.images < total and not received:
             before = step.images
             log.add(step(next(batches)))
@@ -77,7 +75,7 @@ def train(config: Config, folder: Path) -> Outcome:
                 write_grids(log, step, held_out.images)
         if step.images > saved:
             _save(config, folder, step, source)
-    log.close()
+        log.close()
     return Outcome(step.images, trained=True, signal=received[0] if received else None)
 
 

@@ -12,7 +12,14 @@ import torch
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import RunError
-from dcvae_fast.training.checkpoint import is_run, load_checkpoint, load_weights, prepare_run, save_checkpoint
+from dcvae_fast.training.checkpoint import (
+    is_run,
+    load_checkpoint,
+    load_weights,
+    locked,
+    prepare_run,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -25,7 +32,7 @@ def run(tmp_path) -> Path:
 def state(value: float) -> dict:
     return {
         "config": {"model": {}},
-        "step": {"images": int(value), "networks": {"encoder.w": torch.full((1000,), value)}},
+        "step": {"images": int(value), "networks": {"encoder.w": torch.full((1000,), float(value))}},
     }
 
 
@@ -113,8 +120,15 @@ def test_what_a_kill_left_half_written_is_ignored_and_cleared(run):
     (run / "checkpoints" / "000000000002.tmp").write_bytes(b"half")
     loaded = load_checkpoint(run)
     assert loaded is not None and loaded["step"]["images"] == 1
-    prepare_run(run, Config())
-    assert checkpoints(run) == ["000000000001.pt"]
+    with locked(run):
+        assert checkpoints(run) == ["000000000001.pt"]
+
+
+def test_two_cannot_train_in_one_folder(run):
+    with locked(run), pytest.raises(RunError, match="is being trained by another process"), locked(run):
+        pass
+    with locked(run):
+        pass
 
 
 def test_weights_are_the_encoder_and_the_averaged_decoder(run):

@@ -1,0 +1,132 @@
+"""The command line as a user meets it: what it prints, what it writes, how it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dcvae_fast import DCVAE
+from dcvae_fast.cli import main
+from dcvae_fast.config import ModelConfig
+
+TINY = ["--recipe", str(Path(__file__).parent / "tiny.yaml")]
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    torch.manual_seed(0)
+    DCVAE(ModelConfig(1, 4, decoder_width=4, encoder_width=4)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def tiles(columns: int, rows: int) -> tuple[int, int]:
+    return 2 + 66 * columns, 2 + 66 * rows
+
+
+def test_train_ends_with_a_line_one_understands_and_then_says_that_it_is_done(tmp_path, capsys):
+    command = ["train", *TINY, "--train.images", "16", "--run", str(tmp_path / "run")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    last = out.strip().splitlines()[-1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (
+        f"On 360 held-out images: reconstruction error {summary['pixel_error']:.4f} (predicting the mean image: 0.2"
+        in last
+    )
+    assert f"names {summary['probe_accuracy']:.1%} rightly" in last
+    assert last.endswith(f"Look at {tmp_path / 'run' / 'grids'}.")
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert "is done: 16 images shown, 16 asked for" in again
+    assert again.strip().splitlines()[-1] == last
+
+
+def test_dry_run_plans_without_writing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["train", "--recipe", "digits", "--dry-run", "--model.decoder_width", "256", "--train.images", "14370"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "decoder" in out and "GFLOP" in out and "memory" in out
+    assert "14,370 images = 10.0 epochs of 1,437" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_reconstruct_interpolate_export(saved, picture, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert main(["sample", str(saved), "-n", "10", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert size(out) == tiles(8, 2)
+    first = out.read_bytes()
+    assert main(["sample", str(saved), "-n", "10", "--out", str(out)]) == 0
+    assert out.read_bytes() == first
+    assert main(["sample", str(saved), "-n", "10", "--seed", "1", "--out", str(out)]) == 0
+    assert out.read_bytes() != first
+    assert main(["reconstruct", str(saved), str(picture), str(picture), "--out", str(out)]) == 0
+    assert size(out) == tiles(4, 1)
+    assert main(["interpolate", str(saved), str(picture), str(picture), "--steps", "5", "--out", str(out)]) == 0
+    assert size(out) == tiles(7, 1)
+    assert main(["export", str(saved), "--out", str(tmp_path / "copy")]) == 0
+    for mine, theirs in zip(
+        DCVAE.from_pretrained(saved).parameters(), DCVAE.from_pretrained(tmp_path / "copy").parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    assert main(["export", str(saved), "--out", str(tmp_path / "copy")]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--recipe", "nothing"], "no such recipe"),
+        (["train", "--recipe", "cifar10"], "data.root is not set"),
+        (["train", "--recipe", "mnist", "--data.root", "{tmp}/nowhere"], "nowhere"),
+        (["train", *TINY, "--model.image_channels", "3"], "model.image_channels is 3, but digits has 1"),
+        (["train", *TINY, "--train.device", "cuda:99"], "train.device is 'cuda:99'"),
+        (["train", *TINY, "--train.device", "tpu9"], "train.device is 'tpu9'"),
+        (["train", *TINY, "--nothing", "1"], "--nothing"),
+        (["sample", "{tmp}"], "{tmp}"),
+        (["sample", "{tmp}/model", "-n", "0"], "-n is 0"),
+        (["reconstruct", "{tmp}/model", "{tmp}/missing.png"], "missing.png"),
+        (["reconstruct", "{tmp}/model", "{tmp}/model/config.json"], "config.json"),
+        (["interpolate", "{tmp}/model", "a.png", "b.png", "--steps", "1"], "--steps is 1"),
+        (["import-official", "{tmp}", "--epoch", "3", "--out", "{tmp}/o"], "3_encoder.sd"),
+        (["sample", "{tmp}/model", "--out", "{tmp}/red.png/x.png"], "red.png"),
+    ],
+)
+@pytest.mark.usefixtures("saved", "picture")
+def test_a_mistake_gives_one_line_and_exit_code_1(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([argument.format(tmp=tmp_path) for argument in argv]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dcvae: error: ")
+    assert error.count("\n") == 1
+    assert message.format(tmp=tmp_path) in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.multiprocess
+def test_every_way_in(tmp_path):
+    root = Path(__file__).parents[1]
+    for command in ([str(root / "train.py"), "--print_config"], ["-m", "dcvae_fast.cli", "train", "--print_config"]):
+        argv = [sys.executable, *command, "--recipe", "mnist"]
+        result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "latent_dim: 16" in result.stdout
+    result = subprocess.run([sys.executable, "-m", "dcvae_fast.cli"], capture_output=True, text=True)
+    assert result.returncode == 2 and "usage: dcvae" in result.stderr

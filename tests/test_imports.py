@@ -1,0 +1,23 @@
+"""What importing costs: the packages must not load what only a part of their users needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["deepspeed", "nvidia.dali", "torchvision", "torch_fidelity", "sklearn", "PIL", "jsonargparse", "tensorboard"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("dcvae_kernels", [*HEAVY, "dcvae_fast", "dcvae_pipelines", "yaml", "safetensors", "huggingface_hub"]),
+        ("dcvae_pipelines", [*HEAVY, "dcvae_fast", "dcvae_kernels"]),
+        ("dcvae_fast", [*HEAVY, "huggingface_hub"]),
+    ],
+)
+def test_import_is_light(package, forbidden):
+    code = f"import sys, {package}; print([name for name in {forbidden} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,29 @@
+"""Shortened, narrow runs on real MNIST and CIFAR-10: the pixel error falls well under that of the mean image."""
+
+import json
+
+import pytest
+
+from dcvae_fast.cli import main
+
+NARROW = (
+    "--model.latent_dim 32 --model.decoder_width 24 --model.encoder_width 24 --model.discriminator_width 16"
+    " --contrast.layers [b1,final] --contrast.negatives 1024 --contrast.momentum 0.99 --loss.kl_weight 1e-3"
+    " --optim.lr 1e-3 --train.batch 16 --train.sampled_batch 16 --train.n_critic 1 --train.average 0.99"
+    " --log.every 4800 --train.device cpu"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "images", "share", "accuracy"), [("mnist", 24_000, 0.7, 0.85), ("cifar10", 24_000, 0.8, 0.2)]
+)
+def test_learns_to_reconstruct(recipe, images, share, accuracy, torchvision_root, tmp_path):
+    folder = tmp_path / "run"
+    data = ["--data.root", str(torchvision_root), "--train.images", str(images), "--run", str(folder)]
+    assert main(["train", "--recipe", recipe, *NARROW, *data]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["pixel_error"] < share * summary["mean_image_error"]
+    assert summary["probe_accuracy"] > accuracy
+    errors = [json.loads(line)["pixel_mse"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert errors[-1] < 0.5 * errors[0]
