@@ -21,7 +21,7 @@ TORCHVISION = "torchvision>=0.26"  # the release made for torch 2.11
 setup(
     name="dcvae_fast",
     version=VERSION,
-    description="DC-VAE (dual contradistinctive generative autoencoder) for PyTorch, with fused Triton kernels",
+    description="DC-VAE, the dual contradistinctive generative autoencoder: training and trained models",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The dcvae_fast authors",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dcvae_fast.config import Config, recipe_path, recipes
-from dcvae_fast.errors import RunError, UserError
+from dcvae_fast.errors import ConfigError, RunError, UserError, reason
 from dcvae_pipelines import DataError
 
 SUMMARY_FILE = "summary.json"
@@ -31,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: pip install 'dcvae_fast[train]'"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        message = f"out of memory ({reason(error)}); a smaller batch, width or number of images needs less"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -68,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = model_command("interpolate", _interpolate, "Walk from one image to another.", "interpolation.png")
     sub.add_argument("start", metavar="IMAGE1", type=Path)
     sub.add_argument("end", metavar="IMAGE2", type=Path)
-    sub.add_argument("--steps", type=int, default=8, help="images between (default: 8)")
+    sub.add_argument("--steps", type=int, default=8, help="decoded images, both ends included (default: 8)")
 
     model_command("export", _export, "Save a run's model as safetensors, config.json and a model card.", "exported")
 
@@ -87,8 +93,6 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     """
     import jsonargparse
 
-    from dcvae_fast.errors import ConfigError
-
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
         description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipes()) + ".",
@@ -99,23 +103,22 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     parser.add_argument("--dry-run", action="store_true", help="show what would be done and what it costs, then stop")
     parser.add_class_arguments(Config)
 
-    argv, recipe = list(argv), None
-    for index, argument in enumerate(argv):
-        if argument.startswith("--recipe="):
-            recipe = argument.removeprefix("--recipe=")
-            argv[index] = f"--recipe={recipe_path(recipe)}"
-        elif index and argv[index - 1] == "--recipe":
-            recipe = argument
-            argv[index] = str(recipe_path(recipe))
-    if recipe is None and not {"-h", "--help", "--print_config"} & set(argv):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    chosen, argv = first.parse_known_args(argv)
+    recipe = chosen.recipe
+    if recipe is not None:  # in front, wherever it stood: settings on the command line override it
+        argv = ["--recipe", str(recipe_path(recipe)), *argv]
+    elif not {"-h", "--help", "--print_config"} & set(argv):
         raise ConfigError(f"--recipe is missing; the recipes are {', '.join(recipes())}, or a path to a .yaml file.")
     try:
         parsed = parser.parse_args(argv)
         settings = parser.instantiate(parsed)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, TypeError, ValueError) as error:  # a malformed recipe can raise any of them
         raise ConfigError(f"{' '.join(str(error).split())} (in recipe {recipe} or on the command line).") from error
     config = Config(**{section: settings[section] for section in Config.__dataclass_fields__})
-    return config, Path(parsed.run or f"runs/{Path(str(recipe)).stem}"), parsed.dry_run
+    run = f"runs/{Path(str(recipe)).stem}" if parsed.run is None else parsed.run
+    return config, Path(run), parsed.dry_run
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -142,11 +145,16 @@ def _train(argv: Sequence[str]) -> int:
 
 def _summary(config: Config, folder: Path, images: int) -> str:
     """Reconstruction error and linear probe on held-out images, measured once and kept in RUN/summary.json."""
+    from dcvae_fast.training.checkpoint import write_aside
+
     path = folder / SUMMARY_FILE
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    if summary.get("images") != images:
+    try:
+        summary = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        summary = None
+    if not isinstance(summary, dict) or summary.get("images") != images:
         summary = {"images": images, **_measure(config, folder)}
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        write_aside(path, (json.dumps(summary, indent=2) + "\n").encode())
     return (
         f"On {summary['held_out']:,} held-out images: reconstruction error {summary['pixel_error']:.4f}"
         f" (predicting the mean image: {summary['mean_image_error']:.4f}); a linear probe on the latents names"
@@ -206,7 +214,11 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     if arguments.n < 1:
         raise UserError(f"-n is {arguments.n}; it must be at least 1.")
-    samples = _load_model(arguments).sample(arguments.n, generator=torch.Generator().manual_seed(arguments.seed))
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}; it must be from 0 to 2⁶³ − 1.")
+    model, generator = _load_model(arguments), torch.Generator().manual_seed(arguments.seed)
+    parts = [min(256, arguments.n - start) for start in range(0, arguments.n, 256)]
+    samples = torch.cat([model.sample(part, generator=generator).cpu() for part in parts])
     return _write_sheet(arguments.out, samples, columns=min(8, arguments.n))
 
 

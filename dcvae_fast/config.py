@@ -56,6 +56,7 @@ class ModelConfig:
         discriminator_width: channels of the discriminator's feature maps
         contrast_dim: size D of a query or key (paper: 16)
         sample_clamp: clamp prior samples to [-clamp, clamp] (official for FID: 1); null leaves them alone
+        reconstruct_from: the posterior's mean, or a draw from it (official for FID)
     """
 
     image_channels: int = 3
@@ -65,13 +66,21 @@ class ModelConfig:
     discriminator_width: int = 128
     contrast_dim: int = 16
     sample_clamp: float | None = None
+    reconstruct_from: Literal["mean", "sample"] = "mean"
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if name == "sample_clamp":
-                _check(f"model.{name}", value, value is None or value > 0, "null or above 0")
-            else:
-                _check(f"model.{name}", value, value >= 1, "at least 1")
+        sizes = (
+            "image_channels",
+            "latent_dim",
+            "decoder_width",
+            "encoder_width",
+            "discriminator_width",
+            "contrast_dim",
+        )
+        for name in sizes:
+            _check(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        clamp = self.sample_clamp
+        _check("model.sample_clamp", clamp, clamp is None or clamp > 0, "null or above 0")
 
     @property
     def resolution(self) -> int:
@@ -249,8 +258,8 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
     """
     lines = []
     for section in dataclasses.fields(new):
-        values = getattr(new, section.name)
-        stored, wanted = old.get(section.name, {}), to_dict(values)
+        values, stored = getattr(new, section.name), old.get(section.name)
+        stored, wanted = stored if isinstance(stored, dict) else {}, to_dict(values)
         for setting in dataclasses.fields(values):
             was, now = stored.get(setting.name, "not set"), wanted[setting.name]
             if was != now and not setting.metadata.get("may_change"):

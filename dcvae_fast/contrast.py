@@ -14,7 +14,7 @@ from dcvae_kernels import KeyQueue, info_nce
 class InstanceContrast(nn.Module):
     """The momentum discriminator C′, which makes the keys, and the queues that hold older ones.
 
-    Call `update`, then `keys`, then `loss`, then `enqueue`, once each a contrastive step.
+    A contrastive step calls `update`, `keys` and `loss`, then enqueues the keys.
     """
 
     def __init__(self, discriminator: Discriminator, config: ContrastConfig, contrast_dim: int, width: int, seed: int):

@@ -15,3 +15,9 @@ class RunError(UserError):
 
 class DivergedError(UserError):
     """A loss or a weight is no longer a finite number."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -56,6 +56,50 @@ def test_train_ends_with_a_line_one_understands_and_then_says_that_it_is_done(tm
     assert again.strip().splitlines()[-1] == last
 
 
+def test_a_summary_cut_short_is_made_again(tmp_path, capsys):
+    command = ["train", *TINY, "--train.images", "16", "--run", str(tmp_path / "run")]
+    assert main(command) == 0
+    summary = tmp_path / "run" / "summary.json"
+    whole = summary.read_text()
+    summary.write_text(whole[:20])
+    assert main(command) == 0
+    assert summary.read_text() == whole
+
+
+def test_a_mistake_does_not_bind_the_folder(tmp_path, capsys):
+    command = ["train", *TINY, "--train.images", "16", "--run", str(tmp_path / "run")]
+    assert main([*command, "--data.drop_last", "true", "--train.batch", "5000"]) == 1
+    assert "batch" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+def test_what_is_not_installed_is_named(monkeypatch, saved, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["sample", str(saved)]) == 1
+    assert "pip install 'dcvae_fast[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.multiprocess
+def test_a_closed_pipe_does_not_stop_training(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "dcvae_fast.cli",
+        "train",
+        *TINY,
+        "--train.images",
+        "96",
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait()
+    assert (tmp_path / "run" / "checkpoints" / "000000000096.pt").exists()
+
+
 def test_dry_run_plans_without_writing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
@@ -65,6 +109,11 @@ def test_dry_run_plans_without_writing(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "decoder" in out and "GFLOP" in out and "memory" in out
     assert "14,370 images = 10.0 epochs of 1,437" in out
+    static = float(out.split("Adam ")[1].split(" MiB")[0])
+    trained = sum(
+        int(line.split()[1].replace(",", "")) for line in out.splitlines() if line.startswith(("enc", "dec", "dis"))
+    )
+    assert static == pytest.approx(2 * 4 * trained / 2**20, abs=0.5)  # two moments in fp32
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,8 +147,11 @@ def test_sample_reconstruct_interpolate_export(saved, picture, tmp_path, capsys)
         (["train", "--recipe", "cifar10"], "data.root is not set"),
         (["train", "--recipe", "mnist", "--data.root", "{tmp}/nowhere"], "nowhere"),
         (["train", *TINY, "--model.image_channels", "3"], "model.image_channels is 3, but digits has 1"),
-        (["train", *TINY, "--train.device", "cuda:99"], "train.device is 'cuda:99'"),
-        (["train", *TINY, "--train.device", "tpu9"], "train.device is 'tpu9'"),
+        (["train", *TINY, "--train.device", "cuda:99"], "the device is 'cuda:99'"),
+        (["train", *TINY, "--train.device", "tpu9"], "the device is 'tpu9'"),
+        (["train", *TINY, "--train.device", "meta"], "the device is 'meta'"),
+        (["train", *TINY, "--model.decoder_width", "100000000"], "out of memory"),
+        (["sample", "{tmp}/model", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
         (["train", *TINY, "--nothing", "1"], "--nothing"),
         (["sample", "{tmp}"], "{tmp}"),
         (["sample", "{tmp}/model", "-n", "0"], "-n is 0"),

@@ -37,6 +37,7 @@ def test_the_official_recipe_is_their_code():
     assert changed == {
         "data.drop_last": True,
         "model.sample_clamp": 1.0,
+        "model.reconstruct_from": "sample",
         "contrast.layers": ["b1", "final"],
         "contrast.negatives": 8192,
         "contrast.queue_start": "noise",
@@ -91,6 +92,18 @@ def test_a_wrong_setting_is_named(argv, message):
         parse_config(argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_command_line_overrides_the_recipe_wherever_it_stands():
+    assert parsed("--optim.lr", "0.5", "--recipe", "digits").optim.lr == 0.5
+    assert parsed("--optim.lr", "0.5", "--recipe=digits", "--data.mirror", "true").optim.lr == 0.5
+
+
+@pytest.mark.parametrize("content", [b"model: 3\n", b"model: null\n", b"recipe: m.yaml\n", b"\xff\xfe\x00", b"[1, 2]"])
+def test_a_malformed_recipe_is_refused(content, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="mine"):
+        parse_config(["--recipe", str(tmp_path / "mine.yaml")])
 
 
 def test_a_wrong_setting_in_a_recipe_is_named(tmp_path):

@@ -12,7 +12,7 @@ def pixel_error(model: DCVAE, images: Tensor, batch: int = 256) -> float:
     total = torch.zeros((), dtype=torch.float64)
     for part in images.split(batch):
         real = part.to(model.device).float() / 127.5 - 1
-        total += (model.reconstruct(real) - real).square().double().sum().cpu()
+        total += (model.reconstruct(real, sample_posterior=False) - real).square().double().sum().cpu()
     return total.item() / images.numel()
 
 

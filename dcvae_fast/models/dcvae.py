@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcvae_fast.config import ModelConfig, to_dict
-from dcvae_fast.errors import ConfigError, RunError
+from dcvae_fast.errors import ConfigError, RunError, reason
 from dcvae_fast.models.autogan import Decoder, Encoder
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
@@ -78,9 +78,14 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: Tensor, *, sample_posterior: bool = False, generator: torch.Generator | None = None
+        self, images: Tensor, *, sample_posterior: bool | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Images → what the decoder makes of their posterior mean, or of a draw from it (official, for FID)."""
+        """Images → what the decoder makes of their posterior mean, or of a draw from it.
+
+        sample_posterior decides which; None leaves it to the configuration's `reconstruct_from`.
+        """
+        if sample_posterior is None:
+            sample_posterior = self.config.reconstruct_from == "sample"
         posterior = self.encode(images)
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mean)
 
@@ -124,21 +129,29 @@ class DCVAE(nn.Module):
             if not folder.is_dir():
                 folder = _download(str(name_or_path))
             stored, weights = _read_pretrained(folder)
-        model = cls(_model_config(stored["model"], folder))
+        model = cls(_model_config(stored, folder))
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise RunError(f"{folder}: the weights do not fit the configuration beside them ({error}).") from error
+            raise RunError(
+                f"{folder}: the weights do not fit the configuration beside them ({reason(error)})."
+            ) from error
         return model.to(device).eval()
 
 
-def _model_config(stored: dict[str, Any], folder: Path) -> ModelConfig:
+def _model_config(config: Any, folder: Path) -> ModelConfig:
+    stored = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(stored, dict):
+        raise RunError(f"{folder}: {CONFIG_FILE} describes no DC-VAE of this project.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(set(stored) - known):
         raise ConfigError(
             f"{folder}: made by another version, for these model settings are unknown: {', '.join(unknown)}."
         )
-    return ModelConfig(**stored)
+    try:
+        return ModelConfig(**stored)
+    except TypeError as error:
+        raise ConfigError(f"{folder}: a model setting in {CONFIG_FILE} is of the wrong type ({error}).") from error
 
 
 def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -150,8 +163,8 @@ def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise RunError(f"{folder}: neither a run folder with a checkpoint nor a saved model ({file} is missing).")
     try:
         return json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise RunError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is damaged ({error}).") from error
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is damaged ({reason(error)}).") from error
 
 
 def _download(name: str) -> Path:
@@ -161,8 +174,8 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({reason}).") from error
+        why = reason(error)
+        raise RunError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({why}).") from error
 
 
 def _model_card(config: ModelConfig) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dcvae_fast.config import ModelConfig
-from dcvae_fast.errors import RunError
+from dcvae_fast.errors import RunError, reason
 from dcvae_fast.models.autogan import Decoder, Discriminator
 from dcvae_fast.models.dcvae import DCVAE
 
@@ -36,7 +36,8 @@ class OfficialCheckpoint:
     """What the authors' code saved after an epoch.
 
     Attributes:
-        model: encoder and averaged decoder, in evaluation mode; samples are clamped to [-1, 1] as theirs are for FID
+        model: encoder and averaged decoder, in evaluation mode; samples are clamped to [-1, 1] and
+            reconstructions made from draws of the posterior, as theirs are for FID
         decoder: the decoder that was being trained
         discriminator: their "dual encoder"
         queues: for each contrasted layer its keys [K, D]
@@ -67,6 +68,7 @@ def load_official(folder: Path, epoch: int) -> OfficialCheckpoint:
             discriminator_width=discriminator["block1.c1.weight_orig"].shape[0],
             contrast_dim=discriminator["l5.weight_orig"].shape[0],
             sample_clamp=1.0,
+            reconstruct_from="sample",
         )
     except KeyError as error:
         raise RunError(
@@ -106,7 +108,7 @@ def _fill(network: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(f"{folder}: the weights do not fit {type(network).__name__} ({error}).") from error
+        raise RunError(f"{folder}: the weights do not fit {type(network).__name__} ({reason(error)}).") from error
 
 
 def _read(folder: Path, epoch: int, name: str) -> dict[str, Tensor]:
@@ -115,11 +117,14 @@ def _read(folder: Path, epoch: int, name: str) -> dict[str, Tensor]:
         epochs = sorted({int(match[1]) for file in folder.glob("*.sd") if (match := re.match(r"(\d+)_", file.name))})
         there = f"there are epochs {', '.join(map(str, epochs))}" if epochs else "there is no {epoch}_*.sd file at all"
         raise RunError(f"{path} is missing; in {folder} {there}.")
-    return {key.removeprefix("module."): value for key, value in _load(path).items()}
+    weights = _load(path)
+    if not isinstance(weights, dict):
+        raise RunError(f"{path} holds a {type(weights).__name__}, not the weights of a network.")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch's readers raise anything
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).") from error
+        raise RunError(f"{path} cannot be read ({reason(error)}).") from error

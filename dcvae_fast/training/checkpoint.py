@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dcvae_fast.config import Config, differences, to_dict
-from dcvae_fast.errors import RunError
+from dcvae_fast.errors import RunError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,12 @@ def prepare_run(folder: Path, config: Config) -> None:
                 + "\nChoose another folder with --run, or ask for the settings it was made with."
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # What a start that was killed may leave is no reason to refuse.
+    begun = [folder / CHECKPOINTS, folder / f"{CONFIG_FILE}.tmp"]
+    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(begun) or _newest_first(folder)):
         raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
     try:
-        (folder / CHECKPOINTS).mkdir(parents=True)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         write_aside(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     except OSError as error:
         raise RunError(f"{folder}: the run folder cannot be made ({error}).") from error
@@ -102,7 +104,7 @@ def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int)
         held = _newest_first(folder)
         still = f"the newest one is {held[0]}" if held else "there is none yet"
         raise RunError(
-            f"{path}: the checkpoint could not be written ({_reason(error.__context__ or error)}); {still}."
+            f"{path}: the checkpoint could not be written ({reason(error.__context__ or error)}); {still}."
         ) from error
     for old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
@@ -125,10 +127,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 if bad := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            version = state["format"]
+            version, _ = state["format"], (state["config"], state["step"], state["source"])
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)
-            logger.warning("%s is damaged and passed over (%s)", path, _reason(error))
+            logger.warning("%s is damaged and passed over (%s)", path, reason(error))
             continue
         if version != FORMAT:
             raise RunError(f"{path} was written by another version (format {version}, this one reads {FORMAT}).")
@@ -136,6 +138,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if damaged:
         raise RunError(f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}).")
     return None
+
+
+def set_newer_aside(folder: Path, images: int) -> None:
+    """Rename checkpoints beyond `images`, which are damaged: they must not count among those that are kept."""
+    for path in _newest_first(folder):
+        if path.name > f"{images:012d}.pt":
+            path.rename(path.with_suffix(".damaged"))
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -169,7 +178,7 @@ def write_aside(path: Path, content: bytes) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((folder / CHECKPOINTS).glob("*.pt"), reverse=True)
+    return sorted((folder / CHECKPOINTS).glob("[0-9]" * 12 + ".pt"), reverse=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -178,7 +187,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

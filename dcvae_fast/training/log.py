@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -60,7 +62,7 @@ class Log:
             file.write(json.dumps({"images": images, "images_per_second": rate, **means}) + "\n")
         for name, value in {**means, "images_per_second": rate}.items():
             self._tensorboard.add_scalar(name, value, images)
-        print(_progress_line(images, self.total, rate, means), flush=True)
+        say(_progress_line(images, self.total, rate, means))
         self._restart(images)
 
     def grid(self, name: str, images: int, tiles: Tensor, columns: int) -> Path:
@@ -74,6 +76,14 @@ class Log:
 
     def close(self) -> None:
         self._tensorboard.close()
+
+
+def say(line: str) -> None:
+    """Print a line; where nobody reads any more (a closed pipe), go on in silence: training is not to stop for that."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open until the end
 
 
 def make_grid(tiles: Tensor, columns: int, gap: int = 2) -> Tensor:
@@ -114,10 +124,17 @@ def _duration(seconds: float) -> str:
 
 
 def _drop_after(path: Path, images: int) -> None:
-    """Drop the lines of a run's metrics that a resumed run writes again, and a last line cut short by a kill."""
+    """Drop the lines of a run's metrics that a resumed run writes again, and those that are damaged."""
     if not path.is_file():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= images]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _images_of(line) <= images]
     if kept != lines:
-        write_aside(path, "".join(kept).encode())
+        write_aside(path, b"".join(kept))
+
+
+def _images_of(line: bytes) -> float:
+    try:
+        return json.loads(line)["images"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

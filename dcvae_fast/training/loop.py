@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError, DivergedError
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
-from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint
-from dcvae_fast.training.log import Log
+from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
+from dcvae_fast.training.log import Log, say
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import ImageSet, ResidentSource, load_dataset
@@ -40,7 +40,8 @@ class Outcome:
 def train(config: Config, folder: Path) -> Outcome:
     """Train in the run folder until `train.images` images were shown, or until SIGINT or SIGTERM.
 
-    Continues from the newest intact checkpoint. On a CPU the weights are bitwise those of an uninterrupted run.
+    Continues from the newest intact checkpoint. On a CPU, with the same number of threads, the
+    weights are bitwise those of an uninterrupted run.
 
     Raises:
         UserError: a setting, the data or the folder is not usable, or training diverged; the message says which.
@@ -48,34 +49,33 @@ def train(config: Config, folder: Path) -> Outcome:
     """
     device = pick_device(config.train.device)
     train_set, held_out = open_data(config, "train"), open_data(config, "test")
-    prepare_run(folder, config)
+    step, source = TrainStep(config, device), make_source(config, train_set, device)
+    prepare_run(folder, config)  # only now: a folder is bound to settings that work
     with locked(folder), stop_signals() as received:
-        step = TrainStep(config, device)
-        source = make_source(config, train_set, device)
         if state := load_checkpoint(folder):
             step.load_state_dict(state["step"])
             source.load_state_dict(state["source"])
+            set_newer_aside(folder, step.images)
         start, total, intervals = step.images, config.train.images, config.log
         if start >= total:
             return Outcome(start, trained=False)
-        print(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
+        say(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
 
-        log = Log(folder, start, total)
         batches, saved = iter(source), start
-        while step.images < total and not received:
-            before = step.images
-            log.add(step(next(batches)))
-            finished = step.images >= total
-            if finished or _crossed(before, step.images, intervals.every):
-                log.write(step.images)
-            if finished or _crossed(before, step.images, intervals.checkpoint_every):
-                _save(config, folder, step, source)
-                saved = step.images
-            if finished or _crossed(before, step.images, intervals.grids_every):
-                write_grids(log, step, held_out.images)
+        with closing(Log(folder, start, total)) as log:
+            while step.images < total and not received:
+                before = step.images
+                log.add(step(next(batches)))
+                finished = step.images >= total
+                if finished or _crossed(before, step.images, intervals.every):
+                    log.write(step.images)
+                if finished or _crossed(before, step.images, intervals.grids_every):
+                    write_grids(log, step, held_out.images)
+                if finished or _crossed(before, step.images, intervals.checkpoint_every):
+                    _save(config, folder, step, source)
+                    saved = step.images
         if step.images > saved:
             _save(config, folder, step, source)
-        log.close()
     return Outcome(step.images, trained=True, signal=received[0] if received else None)
 
 
@@ -89,9 +89,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device is {name!r}, which cannot be used here; auto and cpu always can.") from error
+        raise ConfigError(f"the device is {name!r}, which cannot be used here; auto and cpu always can.") from error
     return device
 
 
@@ -164,7 +166,7 @@ def stop_signals() -> Iterator[list[int]]:
     def note(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, previous[number])
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping", flush=True)
+        say(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping")
 
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -42,13 +42,13 @@ def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
             step(batch)
         flops = (flops + (every - 1) * counter.get_total_flops()) / every
     iterations = -(-train.images // n)
-    epochs = train.images / len(train_set.images)
+    epoch = len(train_set.images) // n * n if config.data.drop_last else len(train_set.images)
     resident = sum(tensor.nbytes for tensor in [*networks.parameters(), *networks.buffers()])
     trained = sum(p.nbytes for group in step.engine.groups.values() for p in group)
     lines += [
         "",
         f"objective       {config.loss.objective}, {config.loss.order}, on {device}",
-        f"plan            {train.images:,} images = {epochs:,.1f} epochs of {len(train_set.images):,}"
+        f"plan            {train.images:,} images = {train.images / epoch:,.1f} epochs of {epoch:,}"
         f" = {iterations:,} iterations of {n}; the autoencoder is stepped in 1 of {every}",
         f"arithmetic      {flops / 1e12:.3f} TFLOP an iteration on average,"
         f" {flops * iterations / 1e15:,.2f} PFLOP in all",

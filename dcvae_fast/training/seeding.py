@@ -4,6 +4,6 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed; different parts, such as (seed, rank, images seen), give unrelated streams."""
+    """A 63-bit seed from such parts as (seed, rank, images seen), of which torch's CPU generator uses 32 bits."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -100,7 +100,7 @@ class TrainStep:
         if steps_autoencoder:
             metrics |= self._instance_step(batch, reconstruction or self._reconstruct(batch.images))
             update_average(self.networks.decoder_average, self.networks.decoder, train.average)
-            copy_buffers(self.networks.decoder_average, self.networks.decoder)
+        copy_buffers(self.networks.decoder_average, self.networks.decoder)
         self.images += len(batch.images) * self.ranks
         return metrics
 

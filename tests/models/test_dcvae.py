@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def test_reconstruct_decodes_the_posterior_mean(model, images):
     drawn = model.reconstruct(images, sample_posterior=True, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(drawn, model.decode(posterior.sample(torch.Generator().manual_seed(5))))
     assert not torch.allclose(drawn, model.reconstruct(images))
+    model.config = replace(SMALL, reconstruct_from="sample")
+    torch.testing.assert_close(model.reconstruct(images, generator=torch.Generator().manual_seed(5)), drawn)
 
 
 def test_encode_and_decode_are_differentiable(model, images):
@@ -51,7 +54,7 @@ def test_sample_is_the_prior_and_may_be_clamped(model):
 
     latents = torch.randn(4, 6, generator=seed())
     torch.testing.assert_close(model.sample(4, generator=seed()), model.decode(latents))
-    clamped = DCVAE(ModelConfig(**{**SMALL.__dict__, "sample_clamp": 0.5})).eval()
+    clamped = DCVAE(replace(SMALL, sample_clamp=0.5)).eval()
     clamped.load_state_dict(model.state_dict())
     torch.testing.assert_close(clamped.sample(4, generator=seed()), model.decode(latents.clamp(-0.5, 0.5)))
 
@@ -97,6 +100,14 @@ def test_what_cannot_be_loaded_is_named(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {**config["model"], "depth": 7}}))
     with pytest.raises(UserError, match="unknown: depth"):
         DCVAE.from_pretrained(tmp_path)
+    for text, message in (
+        ('{"architectures": ["Other"]}', "describes no DC-VAE"),
+        ('{"model": {"latent_dim": "4"}}', "wrong type"),
+        ("{", "damaged"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            DCVAE.from_pretrained(tmp_path)
 
 
 def test_a_hub_name_that_cannot_be_had_is_named(monkeypatch, tmp_path):

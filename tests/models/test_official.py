@@ -175,6 +175,12 @@ def test_errors_name_the_file(saved, tmp_path):
     (tmp_path / "7_decoder.sd").write_bytes((tmp_path / "7_decoder.sd").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"7_decoder\.sd cannot be read"):
         load_official(tmp_path, 7)
+    (tmp_path / "7_decoder.sd").write_bytes(b"")
+    with pytest.raises(UserError, match=r"7_decoder\.sd cannot be read"):
+        load_official(tmp_path, 7)
+    torch.save([1.0], tmp_path / "7_decoder.sd")
+    with pytest.raises(UserError, match=r"7_decoder\.sd holds a list"):
+        load_official(tmp_path, 7)
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "7_decoder.sd")
     with pytest.raises(UserError, match="do not fit Decoder"):
         load_official(tmp_path, 7)

@@ -19,6 +19,7 @@ from dcvae_fast.training.checkpoint import (
     locked,
     prepare_run,
     save_checkpoint,
+    set_newer_aside,
 )
 
 
@@ -32,6 +33,7 @@ def run(tmp_path) -> Path:
 def state(value: float) -> dict:
     return {
         "config": {"model": {}},
+        "source": {},
         "step": {"images": int(value), "networks": {"encoder.w": torch.full((1000,), float(value))}},
     }
 
@@ -69,7 +71,11 @@ def other_contents(path: Path) -> None:
     torch.save([1, 2], path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, empty, other_contents])
+def a_part_missing(path: Path) -> None:
+    torch.save({"format": 1, "config": {}}, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, empty, other_contents, a_part_missing])
 def test_a_damaged_newest_is_named_and_the_one_before_is_used(run, damage, caplog):
     save_checkpoint(run, 1, state(1), keep=3)
     newest = save_checkpoint(run, 2, state(2), keep=3)
@@ -124,6 +130,30 @@ def test_what_a_kill_left_half_written_is_ignored_and_cleared(run):
         assert checkpoints(run) == ["000000000001.pt"]
 
 
+def test_other_files_are_no_checkpoints(run):
+    save_checkpoint(run, 1, state(1), keep=2)
+    torch.save({"format": 1, **state(9)}, run / "checkpoints" / "best.pt")
+    loaded = load_checkpoint(run)
+    assert loaded is not None and loaded["step"]["images"] == 1
+
+
+def test_damaged_checkpoints_take_no_place_among_those_kept(run):
+    for images in (1, 2, 3):
+        save_checkpoint(run, images, state(images), keep=3)
+    set_newer_aside(run, 2)
+    save_checkpoint(run, 3, state(3), keep=2)
+    assert checkpoints(run) == ["000000000002.pt", "000000000003.damaged", "000000000003.pt"]
+
+
+@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints", "config.yaml.tmp"]])
+def test_a_start_that_was_killed_can_be_made_again(left, tmp_path):
+    folder = tmp_path / "run"
+    for name in left:
+        (folder / name).mkdir(parents=True) if name == "checkpoints" else (folder / name).write_bytes(b"da")
+    prepare_run(folder, Config())
+    assert is_run(folder)
+
+
 def test_two_cannot_train_in_one_folder(run):
     with locked(run), pytest.raises(RunError, match="is being trained by another process"), locked(run):
         pass
@@ -134,7 +164,9 @@ def test_two_cannot_train_in_one_folder(run):
 def test_weights_are_the_encoder_and_the_averaged_decoder(run):
     networks = {"encoder.a": 1.0, "decoder.b": 2.0, "decoder_average.b": 3.0, "discriminator.encoder.c": 4.0}
     tensors = {name: torch.tensor(value) for name, value in networks.items()}
-    save_checkpoint(run, 5, {"config": {"model": {"latent_dim": 3}}, "step": {"networks": tensors}}, keep=2)
+    save_checkpoint(
+        run, 5, {"config": {"model": {"latent_dim": 3}}, "step": {"networks": tensors}, "source": {}}, keep=2
+    )
     config, weights = load_weights(run)
     assert config == {"model": {"latent_dim": 3}}
     assert {name: value.item() for name, value in weights.items()} == {"encoder.a": 1.0, "decoder.b": 3.0}
@@ -158,6 +190,9 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         prepare_run(tmp_path / "photo.jpg", Config())
     (tmp_path / "config.yaml").write_text("data: [")
     with pytest.raises(RunError, match="cannot be read"):
+        prepare_run(tmp_path, Config())
+    (tmp_path / "config.yaml").write_text("data:\n  name: cifar10\nmodel:\n")  # cut short
+    with pytest.raises(RunError, match=r"model\.latent_dim: not set → 128"):
         prepare_run(tmp_path, Config())
 
 

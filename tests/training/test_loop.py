@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dcvae_fast.training.loop import train
+from dcvae_fast.training.loop import make_source, train
+from dcvae_pipelines import Batch, ImageSet
 
 TINY = ["--recipe", str(Path(__file__).parent.parent / "tiny.yaml")]
 
@@ -96,6 +98,35 @@ def test_resumed_at_any_checkpoint_is_bitwise_the_same(uninterrupted, tmp_path):
     assert not run(tmp_path / "run", 160).trained
 
 
+def test_grids_in_mid_run_change_nothing(uninterrupted, tmp_path):
+    run(tmp_path / "run", 160, "--log.grids_every", "32")
+    assert len(list((tmp_path / "run" / "grids").glob("samples-*.png"))) == 5
+    assert_same_state(uninterrupted, tmp_path / "run")
+
+
+def test_the_source_is_what_the_configuration_says():
+    images = ImageSet(
+        "x", torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 32, 32), torch.arange(10)
+    )
+    ramp = ImageSet("x", torch.arange(32, dtype=torch.uint8).expand(10, 1, 32, 32), torch.arange(10))
+
+    def batches(data: ImageSet, *more: str) -> list[Batch]:
+        config = parse_config([*TINY, "--train.batch", "4", *more])[0]
+        return list(islice(make_source(config, data, torch.device("cpu")), 5))
+
+    whole = torch.cat([batch.ids for batch in batches(images)]).tolist()
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
+    dropped = torch.cat([batch.ids for batch in batches(images, "--data.drop_last", "true")]).tolist()
+    assert len(set(dropped[:8])) == len(set(dropped[8:16])) == 8
+    assert dropped[:8] == whole[:8] and dropped[8:16] == whole[10:18]  # each epoch's last two are left out
+    mirrored = torch.cat([batch.images[:, 0, 0, 0] for batch in batches(ramp)])
+    assert sorted(set(mirrored.tolist())) == pytest.approx([-1.0, 31 / 127.5 - 1])
+    plain = torch.cat([batch.images[:, 0, 0, 0] for batch in batches(ramp, "--data.mirror", "false")])
+    assert set(plain.tolist()) == {-1.0}
+    other = batches(images, "--train.seed", "1")
+    assert torch.cat([batch.ids for batch in other]).tolist() != whole
+
+
 def test_images_shown_round_up_to_whole_batches(tmp_path):
     assert run(tmp_path / "run", 33).images == 40
 
@@ -124,7 +155,7 @@ def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
     state = load_checkpoint(folder)
     assert state is not None and 64 <= state["step"]["images"] < 160
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"images": 12')  # as a kill may leave it
+        file.write('{"images": 12}x\n{"images": 12')  # damaged, and as a kill may leave it
     run(folder, 160)
     assert_same_state(uninterrupted, folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -8,7 +8,7 @@ from dcvae_fast.cli import main
 
 NARROW = (
     "--model.latent_dim 32 --model.decoder_width 24 --model.encoder_width 24 --model.discriminator_width 16"
-    " --contrast.layers [b1,final] --contrast.negatives 1024 --contrast.momentum 0.99 --loss.kl_weight 1e-3"
+    " --contrast.layers [b1,final] --contrast.negatives 512 --loss.kl_weight 1e-3"
     " --optim.lr 1e-3 --train.batch 16 --train.sampled_batch 16 --train.n_critic 1 --train.average 0.99"
     " --log.every 4800 --train.device cpu"
 ).split()

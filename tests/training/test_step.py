@@ -133,6 +133,10 @@ def assert_same(ours: TrainStep, plain: Plain) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
     for mine, theirs in zip(ours.networks.decoder_average.parameters(), plain.average, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    for mine, live in zip(ours.networks.decoder_average.buffers(), ours.networks.decoder.buffers(), strict=True):
+        assert torch.equal(mine, live)
+    moved = ours.networks.decoder_average.norm.running_mean
+    assert moved is not None and moved.abs().min() > 0
     contrast = ours.networks.contrast
     assert contrast is not None
     for mine, theirs in zip(contrast.momentum.parameters(), plain.momentum.parameters(), strict=True):
@@ -212,6 +216,57 @@ def test_vae_minimises_pixel_error_and_kl():
         optimizer.step()
     for mine, theirs in zip(step.networks.decoder.parameters(), plain.decoder.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("double")
+def test_vae_gan_compares_features_and_leaves_the_discriminator_alone():
+    config = with_loss(objective="vae_gan", kl_weight=0.0)
+    step, plain = TrainStep(config), TrainStep(config)
+    batch = batches(1)[0]
+    metrics = step(batch)
+    # The same state just before the instance step: one discriminator's and one autoencoder's step on.
+    generator = plain.generator.manual_seed(derive_seed(0, 0, 0))
+    rec = plain._reconstruct(batch.images)
+    plain._discriminator_step(batch.images, rec.images.detach())
+    plain._autoencoder_step(rec)
+    networks = plain.networks
+    mean, logvar = networks.encoder(batch.images)
+    rec = networks.decoder(mean + torch.exp(0.5 * logvar) * torch.randn(B, Z, generator=generator))
+    real, fake = networks.discriminator(batch.images).features, networks.discriminator(rec).features
+    loss = (real["b2"].detach() - fake["b2"]).square().mean() / 2 + (
+        real["final"].detach() - fake["final"]
+    ).square().mean() / 2
+    assert metrics["loss/feature"].item() == pytest.approx(loss.item(), rel=1e-8)
+    loss.backward()
+    for name in ("encoder", "decoder"):
+        plain.engine.optimizers[name].step()
+    for name, group in step.engine.groups.items():
+        for mine, theirs in zip(group, plain.engine.groups[name], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("double")
+def test_local_patches_of_one_location_add_to_the_contrast():
+    """Two equal steps but for the local term: its gradient is the difference."""
+    noise = replace(CONFIG.contrast, queue_start="noise")
+    local = replace(noise, local_layers=("b1",), local_start_images=0)
+    batch = batches(1)[0]
+    losses, locations = {}, []
+    for name, contrast in (("without", noise), ("with", local)):
+        step = TrainStep(replace(CONFIG, contrast=contrast))
+        module = step.networks.contrast
+        assert module is not None
+        patches = module.local_patches
+        module.local_patches = lambda critique, location, of=patches: (
+            locations.append(location),
+            of(critique, location),
+        )[1]
+        rec = torch.rand(B, 1, 32, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        losses[name], metrics = step._contrast(batch, rec)
+        if name == "with":
+            torch.testing.assert_close(losses["with"], losses["without"] + metrics["loss/contrast_local"])
+            assert metrics["loss/contrast_local"] > 0
+    assert len(locations) == 2 and torch.equal(*locations)
 
 
 def test_what_a_step_does_not_train_keeps_moments_and_step_counts():
