@@ -150,7 +150,8 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
     images = held_out[:32].to(device).float() / 127.5 - 1
     with evaluating(step.networks):
         model = current_model(config, step)
-        pairs = torch.stack([images, model.reconstruct(images)], dim=1)  # original above reconstruction, 8 a row
+        reconstructions = model.reconstruct(images, sample_posterior=False)
+        pairs = torch.stack([images, reconstructions], dim=1)  # original above reconstruction, 8 a row
         rows = pairs.unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 2)
         log.grid("reconstructions", step.images, rows, columns=8)
         log.grid("samples", step.images, model.sample(64, generator=generator), columns=8)
