@@ -27,6 +27,18 @@ test: .venv/.installed ## Run the tests (those for a GPU skip themselves without
 test-slow: .venv/.installed ## Run the tests that take over a minute each
 	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)
 
+.PHONY: gpu
+gpu: .venv/.installed ## Run the tests and benchmarks that need a GPU, in eight minutes
+	@$(VENV_PYTHON) bench/gpu.py $(ARGS)
+
+.PHONY: gpu-compare
+gpu-compare: .venv/.installed ## Fail if something has become slower than this GPU's committed results
+	@$(VENV_PYTHON) bench/compare.py $(ARGS)
+
+.PHONY: readme-tables
+readme-tables: .venv/.installed ## Write the committed results into the READMEs
+	@$(VENV_PYTHON) bench/tables.py $(ARGS)
+
 .PHONY: lint
 lint: .venv/.installed ## Check style, formatting and types
 	@$(VENV_PYTHON) -m ruff check --quiet .

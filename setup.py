@@ -55,7 +55,12 @@ setup(
             "torch-fidelity>=0.4",
             TORCHVISION,
         ],
-        "bench": [
+        "bench": [  # what bench/ compares with
+            "inf_cl>=1.2.1",
+            "info-nce-pytorch>=0.1.4",
+            "liger-kernel>=0.8",
+            "lightly>=1.6",
+            "pytest>=9.0",
             "pytest-benchmark>=5.1",
         ],
         "dev": [

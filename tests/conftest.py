@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: the real images that lie beside the checkout, where they do."""
+"""For all tests: Triton's interpreter where there is no GPU, the real images beside the checkout where they are."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are first imported
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,29 @@
 """InfoNCE: one positive for each query, told apart from negatives in a queue or from the other rows of its batch."""
 
 import math
+import os
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
+from dcvae_kernels.fused import FusedInfoNCE, reduced
 from dcvae_kernels.reference import info_nce_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DATA_ONLY = (Tensor, nn.Parameter, nn.Buffer)
+MAX_DIM = 4096  # of the Triton kernels
+TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+    "y",
+)
+
+Impl = Literal["auto", "triton", "torch"]
 
 
 class InfoNCEStats(NamedTuple):
@@ -29,7 +44,7 @@ class _Options(TypedDict, total=False):
     valid: int | Tensor | None
     query_ids: Tensor | None
     negative_ids: Tensor | None
-    impl: Literal["auto", "torch"]
+    impl: Impl
     symmetric: bool
 
 
@@ -57,7 +72,7 @@ def info_nce(
     valid: int | Tensor | None = None,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
-    impl: Literal["auto", "torch"] = "auto",
+    impl: Impl = "auto",
     return_stats: bool = False,
     symmetric: bool = False,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
@@ -109,24 +124,83 @@ def info_nce(
         raise ValueError("symmetric compares q and k within the batch: it cannot be used with a queue")
     if queue is not None and queue.ndim > q.ndim:
         queue = queue[0]
+    if queue is not None and isinstance(valid, int):
+        queue, valid = queue[..., :valid, :], None
+        negative_ids = None if negative_ids is None else negative_ids[: queue.shape[-2]]
+    implementation = _choose(impl, *((q, k) if queue is None else (q, k, queue)))
+    if implementation == "reference":
+        loss, rank = info_nce_reference(
+            q,
+            k,
+            queue,
+            temperature=temperature,
+            normalize=normalize,
+            valid=valid,
+            query_ids=query_ids,
+            negative_ids=negative_ids,
+            symmetric=symmetric,
+            with_rank=return_stats,
+        )
+        loss = reduced(loss, reduction)
+    else:
+        tensor, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+        loss, rank = FusedInfoNCE.apply(
+            q,
+            k,
+            queue,
+            tensor,
+            valid,
+            query_ids,
+            negative_ids,
+            number,
+            normalize,
+            symmetric,
+            reduction,
+            return_stats,
+            implementation,
+        )
+    return (loss, InfoNCEStats(rank)) if return_stats and isinstance(rank, Tensor) else loss
 
-    loss, rank = info_nce_reference(
-        q,
-        k,
-        queue,
-        temperature=temperature,
-        normalize=normalize,
-        valid=valid,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        symmetric=symmetric,
-        with_rank=return_stats,
-    )
-    if reduction == "sum":
-        loss = loss.sum()
-    elif reduction == "mean":
-        loss = loss.sum() / max(loss.numel(), 1)
-    return loss if rank is None else (loss, InfoNCEStats(rank))
+
+def _choose(impl: str, *tensors: Tensor) -> str:
+    """The implementation for these inputs: "triton", "torch", or "reference", the plain definition.
+
+    Raises:
+        TypeError, ValueError: "triton" was asked for and cannot take them.
+    """
+    q = tensors[0]
+    obstacle = _obstacle_to_triton(*tensors)
+    if impl == "triton" and obstacle is not None:
+        error, reason = obstacle
+        raise error(f'impl="triton" {reason}; impl="torch" takes it')
+    if not torch.compiler.is_compiling():
+        # torch.func's transforms, and tensors that are more than data, need operations that PyTorch can look into.
+        data_only = all(type(x) in DATA_ONLY for x in tensors)
+        if not data_only or torch._C._are_functorch_transforms_active():
+            return "reference"
+    if q.numel() == 0 or obstacle is not None:
+        return "torch"
+    return "triton" if impl == "auto" and q.is_cuda else impl.replace("auto", "torch")
+
+
+def _obstacle_to_triton(*tensors: Tensor) -> tuple[type[Exception], str] | None:
+    q = tensors[0]
+    if any(x.dtype == torch.float64 for x in tensors):
+        return TypeError, "computes in float32 and one of the inputs is float64"
+    if q.shape[-1] > MAX_DIM:
+        return ValueError, f"takes D up to {MAX_DIM}; q is {list(q.shape)}"
+    if q.is_cuda and not _triton_runs_on(q.device.index):
+        return ValueError, f"needs Triton and an NVIDIA GPU of compute capability 8.0 or newer; q is on {q.device}"
+    if not q.is_cuda and not TRITON_INTERPRETED:
+        return ValueError, (
+            f"needs a GPU, or TRITON_INTERPRET=1 in the environment before the import; q is on {q.device}"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs_on(index: int) -> bool:
+    return TRITON_INSTALLED and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 class InfoNCE(nn.Module):
@@ -151,7 +225,7 @@ class InfoNCE(nn.Module):
         normalize: bool = True,
         reduction: Literal["mean", "sum", "none"] = "mean",
         symmetric: bool = False,
-        impl: Literal["auto", "torch"] = "auto",
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         _check_choices(temperature, reduction, impl)
@@ -162,7 +236,7 @@ class InfoNCE(nn.Module):
         self.normalize = normalize
         self.reduction: Literal["mean", "sum", "none"] = reduction
         self.symmetric = symmetric
-        self.impl: Literal["auto", "torch"] = impl
+        self.impl: Impl = impl
 
     @property
     def temperature(self) -> float | Tensor:
@@ -201,8 +275,8 @@ def _check_choices(temperature: float | Tensor, reduction: str, impl: str) -> No
         raise ValueError(f"temperature must be positive and finite; it is {temperature}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; it is {reduction!r}')
-    if impl not in ("auto", "torch"):
-        raise ValueError(f'impl must be "auto" or "torch", the only implementation so far; it is {impl!r}')
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f'impl must be "auto", "triton" or "torch"; it is {impl!r}')
 
 
 def _check_vectors(q: Tensor, k: Tensor, queue: Tensor | None) -> None:

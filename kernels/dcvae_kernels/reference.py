@@ -22,6 +22,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where one of them is."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 # InfoNCE ----------------------------------------------------------------------------------------------------
 
 
@@ -39,8 +44,7 @@ def info_nce_reference(
     with_rank: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each query and, if wanted, the rank of its positive, [B] or [S, B]; see `dcvae_kernels.info_nce`."""
-    given = [q, k] if queue is None else [q, k, queue]
-    dtype = reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
+    dtype = accumulate_dtype(q, k, queue)
     with without_autocast(q.device):
         excluded = []  # bool, broadcast to [B, K]
         if queue is None:

@@ -1,0 +1,36 @@
+"""A result file to try things on: bench/gpu.py's rehearsal on the CPU, once for all tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import records
+
+
+def run_script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python bench/NAME.py ARGUMENTS`, from elsewhere, as someone without make would."""
+    command = [sys.executable, str(records.ROOT / "bench" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd="/", env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def script():
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of results and what was printed."""
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ("--cpu-rehearsal", "--only", "info_nce", "--out", folder)
+    result = run_script("gpu", *arguments, DCVAE_COMMIT="0123456789abcdef-dirty")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+@pytest.fixture
+def document(rehearsal) -> dict:
+    return records.read(rehearsal[0] / "cpu" / "info_nce.json")

@@ -1,0 +1,82 @@
+"""`python bench/compare.py`: what counts as slower."""
+
+import copy
+
+import pytest
+
+import records
+
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture
+def compare(document, tmp_path, script):
+    """Compares the rehearsal's result, as committed, with what `change` makes of a row's cells."""
+
+    def run(change, row="dcvae"):
+        fresh = copy.deepcopy(document)
+        (changed,) = (r for r in fresh["rows"] if r["name"] == row)
+        change(changed, {(cell["peer"], cell["mode"]): cell for cell in changed["cells"]})
+        records.write(tmp_path / "committed" / "cpu" / "info_nce.json", document)
+        records.write(tmp_path / "fresh" / "cpu" / "info_nce.json", fresh)
+        result = script("compare", "--committed", tmp_path / "committed", "--fresh", tmp_path / "fresh")
+        return result.returncode, result.stdout
+
+    return run
+
+
+def slower(peer, factor):
+    def change(row, cells):
+        cells[peer, "forward_backward"]["wall"]["median_us"] *= factor
+
+    return change
+
+
+def test_nine_percent_pass(compare):
+    assert compare(slower("ours", 1.09)) == (0, "nothing is over 10% slower than committed\n")
+
+
+def test_eleven_percent_fail_and_name_the_row(compare):
+    status, text = compare(slower("ours", 1.11), row="moco-bf16")
+    assert status == 1
+    assert text.startswith("moco-bf16 forward_backward wall: ")
+    assert "11% over" in text
+    assert text.count("\n") == 1
+
+
+def test_other_implementations_do_not_count(compare):
+    assert compare(slower("eager", 2))[0] == 0
+
+
+def test_graph_replay_counts(compare, document):
+    cell = next(cell for cell in document["rows"][0]["cells"] if cell["peer"] == "ours")
+    cell["graph"] = {"median_us": 1.0}
+
+    def change(row, cells):
+        cells["ours", "forward"]["graph"] = None
+        cells["ours", "forward"]["graph_reason"] = "capture failed"
+
+    assert compare(change) == (1, "dcvae forward graph: not measured (capture failed)\n")
+
+
+def test_another_shape_is_not_compared(compare):
+    status, text = compare(lambda row, cells: row.update(batch=64))
+    assert status == 1
+    assert text.startswith("dcvae: another problem")
+
+
+def test_device_without_committed_file(rehearsal, tmp_path, script):
+    result = script("compare", "--committed", tmp_path, "--fresh", rehearsal[0])
+    assert result.returncode == 1
+    assert "is not there to compare with" in result.stdout
+
+
+def test_fresh_run(rehearsal, script, document, tmp_path):
+    for row in document["rows"]:
+        for cell in row["cells"]:
+            if cell["wall"]:
+                cell["wall"]["median_us"] *= 1000
+    records.write(tmp_path / "cpu" / "info_nce.json", document)
+    result = script("compare", "--cpu-rehearsal", "--committed", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "eager" not in result.stdout

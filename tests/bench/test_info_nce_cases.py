@@ -1,0 +1,152 @@
+"""InfoNCE's benchmark judges right: the reference, the implementations, wrong ones, the targets."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import info_nce_peers as peers
+import test_info_nce  # the benchmark's own file
+from harness import Unavailable, one_sentence
+from info_nce_cases import MODES, ROWS, TEMPERATURE, errors, make_problem, reference
+from info_nce_targets import targets
+
+CPU = torch.device("cpu")
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def small(name):
+    return make_problem(replace(BY_NAME[name], batch=64, queue=BY_NAME[name].queue and 200), CPU)
+
+
+def loss_and_gradients(problem, peer):
+    loss = peer(problem)()
+    return loss, *torch.autograd.grad(loss, problem.wanted)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_reference_in_chunks_is_the_definition(name):
+    problem = small(name)
+    q, k = (x.detach().double().requires_grad_() for x in (problem.q, problem.k))
+    queue = None if problem.queue is None else problem.queue.double()
+    unit_q, unit_k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if queue is None:
+        probabilities = (unit_q @ unit_k.mT / TEMPERATURE).softmax(-1).diagonal()
+    else:
+        scores = torch.cat([(unit_q * unit_k).sum(-1, keepdim=True), unit_q @ queue.mT], -1)
+        probabilities = (scores / TEMPERATURE).softmax(-1)[..., 0]
+    loss = -probabilities.log().mean()
+    if problem.row.symmetric:
+        columns = (unit_k @ unit_q.mT / TEMPERATURE).softmax(-1).diagonal()
+        loss = (loss - columns.log().mean()) / 2
+    expected = loss, *torch.autograd.grad(loss, (q,) if problem.row.queue else (q, k))
+    for found, exact in zip(reference(problem, chunk=25), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("peer", ["ours", "eager", "attention", "info-nce-pytorch", "open_clip style"])
+def test_implementations_are_right_or_say_why_not(name, peer):
+    problem = small(name)
+    try:
+        outputs = loss_and_gradients(problem, peers.PEERS[peer])
+    except Unavailable as reason:
+        assert str(reason) in (
+            "it has no queue",
+            "it compares in one direction only",
+            "info-nce-pytorch is not installed",
+            "attention's output gives the gradient in q only, and this row asks for k's too",
+        )
+        return
+    errors(problem.row, outputs, reference(problem))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda loss: 1.01 * loss, "its loss is 3.66633, which should be 3.63003"),
+        (lambda loss: loss * torch.nan, "its loss is nan, which should be"),
+        (lambda loss: loss.detach() + 1.02 * (loss - loss.detach()), r"its gradient is wrong by 2\.0%"),
+        (lambda loss: loss[None], r"its loss is of shape \[1\], not a number"),
+    ],
+)
+def test_wrong_implementation_is_told_from_right(wrong, message):
+    problem = small("dcvae")
+    loss = wrong(peers.eager(problem)())
+    outputs = loss, *torch.autograd.grad(loss.sum(), problem.wanted)
+    with pytest.raises(Unavailable, match=message):
+        errors(problem.row, outputs, reference(problem))
+
+
+def test_wrong_implementation_is_not_timed(monkeypatch):
+    problem = small("dcvae")
+    monkeypatch.setitem(peers.PEERS, "eager", lambda problem: lambda: 1.01 * peers.ours(problem)())
+    with pytest.raises(Unavailable, match="its loss is"):
+        test_info_nce.measure(problem.row, "eager", "forward", "wall", benchmark=None)
+
+
+def test_rows_are_those_announced():
+    assert BY_NAME["dcvae"].flops("forward_backward") == 132_644_864
+    assert BY_NAME["large"].flops("forward") == 2 * 4096 * 65536 * 128
+    assert BY_NAME["large"].bytes("forward") == (2 * 4096 + 65536) * 128 * 2
+    assert BY_NAME["clip"].flops("forward_backward") == 3 * 2 * 32768**2 * 512
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (ValueError("first\nsecond"), "ValueError: first"),
+        (AssertionError(), "AssertionError: no message"),
+    ],
+)
+def test_one_sentence(error, text):
+    assert one_sentence(error) == text
+
+
+def measured(times, peak=None):
+    """A document in which `times` gives wall and graph medians in µs by row and implementation."""
+    rows = []
+    for row in ROWS:
+        cells = []
+        for peer in peers.PEERS:
+            wall, graph = times.get((row.name, peer), (None, None))
+            cells += [
+                {
+                    "peer": peer,
+                    "mode": mode,
+                    "wall": wall and {"median_us": wall},
+                    "graph": graph and {"median_us": graph},
+                    "peak_bytes": (peak or {}).get((row.name, peer)),
+                }
+                for mode in MODES
+            ]
+        rows.append({**row.description(), "cells": cells})
+    return {"rehearsal": False, "device_rates": {"bfloat16": 600.0}, "rows": rows}
+
+
+def verdicts(document):
+    return {(t["row"], t["what"].split(",")[0]): (t["measured"], t["against"], t["met"]) for t in targets(document)}
+
+
+def test_targets_take_the_best_of_the_others():
+    times = {
+        ("dcvae", "ours"): (20.0, 4.0),
+        ("dcvae", "eager"): (200.0, 60.0),
+        ("dcvae", "lightly"): (19.0, None),  # cannot be captured, competes with its time from Python
+        ("large", "ours"): (500.0, 400.0),
+        ("large", "attention"): (640.0, 600.0),
+        ("clip", "ours"): (10.0, 10.0),
+        ("clip", "inf_cl"): (29.0, None),
+    }
+    peak = {("large", "ours"): 1000, ("large", "eager"): 99_000}
+    found = verdicts(measured(times, peak))
+    assert found["dcvae", "times faster than the fastest other"] == (4.75, "lightly", False)
+    assert found["dcvae", "times faster than eager"] == (10.0, "eager", True)
+    assert found["large", "times faster than the fastest other"] == (1.5, "attention", True)
+    # 2 · 2 · 4096 · 65536 · 128 FLOP in 400 µs
+    assert found["large", "share of the measured bfloat16 matrix rate"] == (0.573, None, True)
+    assert found["large", "times less extra memory than eager"] == (99.0, "eager", False)
+    assert found["clip", "times faster than inf_cl"] == (2.9, "inf_cl", False)
+    assert found["moco-fp32", "times faster than the fastest other"] == (None, None, None)

@@ -1,0 +1,173 @@
+"""Compiles the launches of a Triton module for GPUs that are not there, and reports what the compiler says of them.
+
+A launch is recorded instead of made, so that what is compiled is what the launch code would have asked for. Run as a
+script it prints, as JSON, what every configuration of the InfoNCE kernels needs.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dcvae_kernels.triton import info_nce
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of a module, by name, with the types and constants that it was launched with."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a program needs: registers of a thread, bytes of local memory of a thread (spilled registers), of shared
+    memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def record(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
+    """The launches that `call` would make of the module's kernels; its tensors may be meta tensors."""
+    launches = []
+    with _recording(module, launches):
+        call()
+    return launches
+
+
+@contextmanager
+def _recording(module: ModuleType, launches: list[Launch]) -> Iterator[None]:
+    kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction)}
+
+    class Recorder:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                launches.append(_launch(module, self.name, kernels[self.name], args, options))
+
+            return launch
+
+    for name in kernels:
+        setattr(module, name, Recorder(name))
+    try:
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: dict[str, Any]) -> Launch:
+    """As Triton specialises arguments: None, 1 and constexprs are constants, multiples of 16 are known as such."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {key: options.pop(key) for key in list(options) if key in kernel.arg_names}
+    signature, constants, aligned = [], [], []
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        specialized = not parameter.do_not_specialize
+        if isinstance(value, Tensor):
+            signature.append((parameter.name, POINTERS[value.dtype]))
+            aligned.append(parameter.name)
+        elif parameter.is_constexpr or value is None or (specialized and value == 1 and isinstance(value, int)):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, int):
+            signature.append((parameter.name, "i32"))
+            if specialized and value % 16 == 0:
+                aligned.append(parameter.name)
+        else:
+            signature.append((parameter.name, "fp32"))
+    return Launch(
+        module.__name__, name, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
+    )
+
+
+def compile_all(launches: Iterable[Launch], capabilities: Iterable[int]) -> dict[tuple[Launch, int], Resources]:
+    """Compiles each for each compute capability (80 is sm_80), on all cores."""
+    jobs = [(launch, capability) for launch in dict.fromkeys(launches) for capability in capabilities]
+    with ProcessPoolExecutor() as pool:
+        return dict(zip(jobs, pool.map(_compile, jobs), strict=True))
+
+
+def _compile(job: tuple[Launch, int]) -> Resources:
+    launch, capability = job
+    kernel = getattr(__import__(launch.module, fromlist=["_"]), launch.kernel)
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs={(index[name],): value for name, value in launch.constants},
+        attrs={(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return Resources(usage["REG"], max(usage["STACK"], usage["LOCAL"]), compiled.metadata.shared)
+
+
+def info_nce_launches() -> dict[Launch, dict[str, Any]]:
+    """Every choice of sizes: by D, dtype, number of rows, kind of maximum, one split or several."""
+    found = {}
+    for d, dtype in itertools.product((16, 64, 128, 256, 512), (torch.float32, torch.bfloat16)):
+        for launch in record(info_nce, partial(_launch_everything, d, dtype)):
+            found[launch] = {"kernel": launch.kernel, "D": d, "dtype": str(dtype).removeprefix("torch.")}
+    return found
+
+
+def _launch_everything(d: int, dtype: torch.dtype) -> None:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    options = (None, None, None, None)
+    few, many, queue = empty(1, 128, d), empty(1, 4096, d), empty(1, 8096, d)
+    for q, keys, temperature in (
+        *itertools.product((few, many), (queue,), (0.07, 0.01)),
+        (few, empty(1, 16, d), 0.07),  # in one split
+    ):
+        info_nce.forward(q, q, keys, *options, temperature, True, False, "mean", [True] * 5)
+    for q in (few, many):
+        state, incoming = empty(1, 3, q.shape[1], dtype=torch.float32), empty(dtype=torch.float32)
+        info_nce.backward_sweep(incoming, q, q, *options, 0.07, True, True, 1.0, state, True, False)
+
+
+if __name__ == "__main__":
+    launches = info_nce_launches()
+    results = compile_all(launches, (80, 90, 100))
+    report = [launches[launch] | {"capability": x} | asdict(result) for (launch, x), result in results.items()]
+    print(json.dumps(report))

@@ -1,0 +1,31 @@
+"""The implementations that tests of info_nce run with."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from info_nce_checks import Implementation
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("torch", "cpu"), id="torch"),
+        pytest.param(("triton", "cpu"), id="interpreter"),
+        pytest.param(("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+        pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    ]
+)
+def on(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    """An implementation, with its device as the default."""
+    implementation = Implementation(*request.param)
+    has_gpu = torch.cuda.is_available()
+    if implementation.device == "cuda" and not has_gpu:
+        pytest.skip("needs a CUDA device")
+    if implementation.interpreted and has_gpu:
+        pytest.skip("the kernels are compiled here, for the GPU, and cannot be interpreted too")
+    if implementation.device == "cpu":
+        yield implementation
+    else:
+        with torch.device(implementation.device):
+            yield implementation

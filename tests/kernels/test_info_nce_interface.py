@@ -1,0 +1,238 @@
+"""The face of info_nce: derivatives of every kind, precision, compilation, the module, errors."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.func import grad, jvp, vmap
+
+from dcvae_kernels import InfoNCE, KeyQueue, info_nce
+from info_nce_checks import Implementation, leaves, randn
+
+# Differentiation ------------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, dict[str, Any]] = {
+    "queue": {"queue": (4, 5)},
+    "queue of two scales": {"queue": (2, 4, 5)},
+    "valid": {"queue": (4, 5), "valid": 2},
+    "ids": {"queue": (4, 5), "query_ids": torch.tensor([1, 2, 3]), "negative_ids": torch.tensor([2, 2, 1, 0])},
+    "all excluded": {"queue": (4, 5), "query_ids": torch.ones(3).long(), "negative_ids": torch.ones(4).long()},
+    "empty queue": {"queue": (0, 5)},
+    "in-batch": {},
+    "symmetric": {"symmetric": True, "query_ids": torch.tensor([1, 2, 1])},
+    "as given": {"queue": (4, 5), "normalize": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_and_gradgradcheck(form: str):
+    options = dict(FORMS[form])
+    shape = options.pop("queue", None)
+    scales = shape[:-2] if shape else ()
+    inputs = [randn(*scales, 3, 5, dtype=torch.float64), randn(*scales, 3, 5, seed=1, dtype=torch.float64)]
+    if shape:
+        inputs.append(randn(*shape, seed=2, dtype=torch.float64))
+    inputs = leaves(*inputs, torch.tensor(0.4, dtype=torch.float64))
+
+    def loss(*args: Tensor) -> Tensor:
+        q, k, *queue, temperature = args
+        return info_nce(q, k, queue[0] if queue else None, temperature=temperature, reduction="none", **options)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_gradients_only_where_asked():
+    q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), randn(5, 8, seed=2)
+    info_nce(q, k, queue).backward()
+    assert q.grad is not None and k.grad is None and queue.grad is None
+    assert not info_nce(q.detach(), k, queue).requires_grad
+
+
+def test_functional_transforms(on: Implementation):
+    q, k, queue = leaves(on.randn(3, 8), on.randn(3, 8, seed=1), on.randn(5, 8, seed=2))
+    ours = on.info_nce
+    torch.testing.assert_close(grad(ours)(q, k, queue), torch.autograd.grad(info_nce(q, k, queue), q)[0])
+    many = torch.stack([q, 2 * k])
+    each = torch.stack([info_nce(x, k, queue) for x in many])
+    torch.testing.assert_close(vmap(ours, in_dims=(0, None, None))(many, k, queue), each)
+    tangent = on.randn(3, 8, seed=3)
+    slope = jvp(lambda x: ours(x, k, queue), (q,), (tangent,))[1]
+    torch.testing.assert_close(slope, (torch.autograd.grad(info_nce(q, k, queue), q)[0] * tangent).sum())
+
+
+def test_second_derivatives_need_the_queue_as_it_was():
+    q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), KeyQueue(5, 8, seed=0)
+    loss = info_nce(q, k, queue.keys)
+    queue.enqueue(k)
+    with pytest.raises(RuntimeError, match="the queue was overwritten since the forward pass"):
+        torch.autograd.grad(loss, q, create_graph=True)
+
+
+# In training ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_scaling(on: Implementation):
+    """float16 gradients that would vanish arrive, and an overflow is found."""
+    q, k, queue = (on.randn(*s, seed=i, dtype=torch.float16) for i, s in enumerate([(64, 8), (64, 8), (9, 8)]))
+    parameter = (10_000 * q.float()).requires_grad_()  # a long vector has a short gradient
+    optimizer = torch.optim.SGD([parameter], lr=1e6)
+    exact_q = parameter.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(info_nce(exact_q, k.double(), queue.double(), temperature=1.0), exact_q)
+
+    for scale, arrives in ((1.0, False), (2.0**16, True), (2.0**50, False)):
+        before = parameter.detach().clone()
+        parameter.grad = None
+        scaler = torch.amp.GradScaler(on.device, init_scale=scale)
+        scaler.scale(on.info_nce(parameter.half(), k, queue, temperature=1.0)).backward()
+        scaler.unscale_(optimizer)
+        assert parameter.grad is not None
+        assert ((parameter.grad - exact).norm() < 1e-2 * exact.norm()) == arrives
+        scaler.step(optimizer)
+        if scale > 1:
+            assert torch.equal(before, parameter) == (not arrives)
+
+
+@pytest.mark.multiprocess
+def test_data_parallel(tmp_path: Path):
+    script = Path(__file__).parent / "data_parallel.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    commands = [[sys.executable, str(script), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+
+
+# Fake tensors, the module ---------------------------------------------------------------------------------------------
+
+
+def test_reads_no_value_on_the_host():
+    """Fake tensors have no values: whatever would wait for a device raises."""
+    with FakeTensorMode():
+        q, queue, ids = torch.empty(2, 5, 8, requires_grad=True), torch.empty(2, 9, 8), torch.empty(9).long()
+        scalars: dict[str, Any] = {"temperature": torch.tensor(0.1), "valid": torch.empty(()).long()}
+        loss, _ = info_nce(q, q, queue, query_ids=ids[:5], negative_ids=ids, return_stats=True, **scalars)
+        loss.backward()
+        info_nce(q, q, symmetric=True, query_ids=ids[:5]).backward()
+
+
+def test_meta_tensors():
+    q = torch.empty(2, 5, 8, device="meta")
+    assert info_nce(q, q, q, reduction="none").shape == (2, 5)
+
+
+# The module -----------------------------------------------------------------------------------------------------------
+
+
+def test_module_applies_its_settings():
+    q, k, queue = randn(3, 8), randn(3, 8, seed=1), randn(5, 8, seed=2)
+    settings: dict[str, Any] = {"temperature": 0.2, "normalize": False, "reduction": "none"}
+    module = InfoNCE(**settings)
+    assert not list(module.parameters()) and not module.state_dict()
+    assert torch.equal(module(q, k, queue, valid=3), info_nce(q, k, queue, valid=3, **settings))
+    loss, stats = InfoNCE(symmetric=True)(q, k, query_ids=torch.tensor([1, 1, 2]), return_stats=True)
+    assert torch.equal(loss, info_nce(q, k, query_ids=torch.tensor([1, 1, 2]), symmetric=True))
+    assert stats.rank.shape == (3,)
+    with pytest.raises(TypeError, match="temperatur"):
+        module(q, k, temperatur=1)
+
+
+def test_learnable_temperature():
+    q, k, queue = randn(3, 8), randn(3, 8, seed=1), randn(5, 8, seed=2)
+    module = InfoNCE(temperature=0.2, learnable=True)
+    assert module.logit_scale is not None
+    assert module.logit_scale.item() == pytest.approx(math.log(5))
+    loss = module(q, k, queue)
+    torch.testing.assert_close(loss, info_nce(q, k, queue, temperature=0.2))
+    loss.backward()
+    temperature = torch.tensor(0.2, requires_grad=True)
+    info_nce(q, k, queue, temperature=temperature).backward()
+    assert module.logit_scale.grad is not None and temperature.grad is not None
+    torch.testing.assert_close(module.logit_scale.grad, -0.2 * temperature.grad)  # τ = e^{-logit_scale}
+
+    twin = InfoNCE(learnable=True)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(q, k, queue), loss) and torch.equal(copy.deepcopy(module)(q, k, queue), loss)
+    assert isinstance(module, nn.Module) and "learnable=True" in repr(module)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+WIDE = torch.zeros(2, 4097)
+Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be a tensor; it is a list"),
+        ({"q": Q.long()}, TypeError, "q must be float16.*int64"),
+        ({"k": Q.to(torch.complex64)}, TypeError, "k must be float16.*complex64"),
+        ({"queue": KeyQueue(9, 8)}, TypeError, "queue must be a tensor; it is a KeyQueue"),
+        ({"k": Q.to("meta")}, ValueError, "k must be on q's device, cpu; it is on meta"),
+        ({"q": Q[0]}, ValueError, r"q must be \[B, D\] or \[S, B, D\] with D > 0; it is \[8\]"),
+        ({"q": Q[:, :0], "k": Q[:, :0]}, ValueError, r"with D > 0; it is \[4, 0\]"),
+        ({"k": Q[:3]}, ValueError, r"k must have q's shape, \[4, 8\]; it is \[3, 8\]"),
+        ({"queue": QUEUE[:, :5]}, ValueError, r"queue must be \[K, 8\] for q of \[4, 8\]; it is \[9, 5\]"),
+        ({"queue": QUEUE[0]}, ValueError, r"queue must be \[K, 8\].*it is \[8\]"),
+        ({"queue": QUEUE.expand(2, 9, 8)}, ValueError, r"queue must be \[K, 8\].*it is \[2, 9, 8\]"),
+        (
+            {"q": Q.expand(2, 4, 8), "k": Q.expand(2, 4, 8)},
+            ValueError,
+            r"\[2, K, 8\] for q of \[2, 4, 8\]; it is \[9, 8\]",
+        ),
+        ({"temperature": 0}, ValueError, "temperature must be positive and finite; it is 0"),
+        ({"temperature": -1.0}, ValueError, "temperature .* -1.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature .* nan"),
+        ({"temperature": float("inf")}, ValueError, "temperature .* inf"),
+        ({"temperature": "0.1"}, TypeError, "temperature must be a number or a 0-d tensor; it is a str"),
+        ({"temperature": torch.ones(1)}, ValueError, r"temperature must be a 0-d tensor; it is \[1\]"),
+        ({"temperature": torch.tensor(1)}, TypeError, "temperature must be a floating-point tensor; it is torch.int64"),
+        ({"temperature": torch.ones((), device="meta")}, ValueError, "temperature must be on q's device"),
+        ({"reduction": "avg"}, ValueError, "reduction must be .*'avg'"),
+        ({"impl": "cuda"}, ValueError, 'impl must be "auto", "triton" or "torch"; it is .cuda.'),
+        ({"impl": "triton", "k": Q.double()}, TypeError, 'impl="triton" computes in float32.*impl="torch" takes it'),
+        ({"impl": "triton", "q": WIDE, "k": WIDE, "queue": WIDE}, ValueError, r"D up to 4096; q is \[2, 4097\]"),
+        ({"valid": 10}, ValueError, "valid must be from 0 to the queue's 9 slots; it is 10"),
+        ({"valid": -1}, ValueError, "valid .* -1"),
+        ({"valid": 1.0}, TypeError, "valid must be an int or a 0-d integer tensor; it is a float"),
+        ({"valid": torch.tensor(1.0)}, TypeError, "valid must be an integer tensor; it is torch.float32"),
+        ({"valid": torch.tensor(True)}, TypeError, "valid must be an integer tensor; it is torch.bool"),
+        ({"valid": torch.tensor([1])}, ValueError, r"valid must be a 0-d tensor; it is \[1\]"),
+        ({"valid": 1, "queue": None}, ValueError, "valid counts the filled slots of a queue"),
+        ({"query_ids": IDS}, ValueError, "query_ids is given without negative_ids"),
+        ({"negative_ids": IDS, "queue": None}, ValueError, "negative_ids is given without query_ids"),
+        ({"query_ids": IDS, "negative_ids": IDS}, ValueError, r"negative_ids must be \[9\]; it is \[4\]"),
+        ({"query_ids": IDS[:3], "queue": None}, ValueError, r"query_ids must be \[4\]; it is \[3\]"),
+        ({"query_ids": IDS.int(), "queue": None}, TypeError, "query_ids must be an int64 tensor; it is torch.int32"),
+        ({"query_ids": [1], "queue": None}, TypeError, "query_ids must be an int64 tensor; it is list"),
+        ({"query_ids": IDS.to("meta"), "queue": None}, ValueError, "query_ids must be on q's device"),
+        ({"symmetric": True}, ValueError, "symmetric compares q and k within the batch"),
+    ],
+)
+def test_errors_name_the_argument_and_what_came(arguments: dict[str, Any], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        info_nce(**dict[str, Any](q=Q, k=Q, queue=QUEUE) | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"temperature": 0.0}, ValueError),
+        ({"impl": "cuda"}, ValueError),
+        ({"temperature": torch.ones(())}, TypeError),
+    ],
+)
+def test_module_checks_its_settings_at_once(arguments: dict[str, Any], error: type[Exception]):
+    with pytest.raises(error, match=next(iter(arguments))):
+        InfoNCE(**arguments)

@@ -1,0 +1,303 @@
+"""What the implementations of info_nce promise beside the right numbers: launches, memory, determinism, nothing touched
+beyond their buffers, and what the compiler says of the Triton kernels for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dcvae_kernels
+from dcvae_kernels import chunked, fused
+from info_nce_checks import Implementation, leaves
+
+triton_info_nce = pytest.importorskip("dcvae_kernels.triton.info_nce")
+
+KERNELS = ("sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel")
+
+
+@pytest.fixture
+def triton_on(on: Implementation) -> Implementation:
+    if on.impl != "triton":
+        pytest.skip("for the Triton kernels only")
+    return on
+
+
+@pytest.fixture
+def on_gpu(triton_on: Implementation) -> Implementation:
+    if triton_on.interpreted:
+        pytest.skip("needs a CUDA device")
+    return triton_on
+
+
+# Launches -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted(launches: list[str]) -> Iterator[None]:
+    """Notes each launch of our kernels."""
+
+    class Counter:
+        def __init__(self, name: str, kernel: Any):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setattr(triton_info_nce, name, Counter(name, getattr(triton_info_nce, name)))
+        yield
+
+
+SWEEP, BACKWARD_SWEEP = ["sweep_kernel", "combine_kernel"], ["weights_kernel", "project_kernel"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_frozen_keys_take_two_launches_forward_and_none_backward(
+    triton_on: Implementation, reduction: str, learned: bool
+):
+    (q,) = leaves(triton_on.randn(2, 9, 16))
+    k, queue = triton_on.randn(2, 9, 16, seed=1), triton_on.randn(2, 40, 16, seed=2)
+    temperature = torch.tensor(0.1, requires_grad=True) if learned else 0.1
+    launches = []
+    with counted(launches):
+        loss, _ = triton_on.info_nce(q, k, queue, temperature=temperature, reduction=reduction, return_stats=True)
+        loss.sum().backward()
+    assert launches == SWEEP
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("queue", SWEEP + BACKWARD_SWEEP),
+        ("in-batch", SWEEP + BACKWARD_SWEEP),
+        ("symmetric", ["sweep_kernel"] + SWEEP + 2 * BACKWARD_SWEEP),
+    ],
+)
+def test_keys_with_gradient_take_a_second_sweep(triton_on: Implementation, form: str, expected: list[str]):
+    q, k, queue = leaves(*(triton_on.randn(2, 9, 16, seed=i) for i in range(3)))
+    launches = []
+    with counted(launches):
+        triton_on.info_nce(q, k, queue if form == "queue" else None, symmetric=form == "symmetric").backward()
+    assert launches == expected
+
+
+@pytest.mark.gpu
+def test_no_other_launches_than_ours_and_the_scaling(on_gpu: Implementation):
+    (q,) = leaves(on_gpu.randn(2, 128, 16))
+    k, queue = on_gpu.randn(2, 128, 16, seed=1), on_gpu.randn(2, 8096, 16, seed=2)
+    incoming = torch.ones(())
+
+    def step() -> None:
+        torch.autograd.grad(on_gpu.info_nce(q, k, queue), q, incoming)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    events = profile.events() or []
+    kernels = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 3  # sweep, combine, and the gradient times the incoming one
+    assert kernels[0].startswith("sweep_kernel") and kernels[1].startswith("combine_kernel")
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor) and x.is_floating_point():  # the interpreter copies bytes
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("form", ["frozen", "queue", "in-batch", "symmetric"])
+def test_logits_are_never_in_memory(on: Implementation, form: str):
+    b, k, d = (64, 4000, 4) if on.interpreted else (2048, 40_000, 8)
+    if form in ("in-batch", "symmetric"):
+        b = k = 400 if on.interpreted else 8192
+    q, keys, queue = leaves(on.randn(b, d), on.randn(b, d, seed=1), on.randn(k, d, seed=2))
+    with Largest() as largest:
+        if form in ("in-batch", "symmetric"):
+            on.info_nce(q, keys, symmetric=form == "symmetric").backward()
+        else:
+            on.info_nce(q, keys, queue if form == "queue" else queue.detach()).backward()
+    if on.impl == "torch":
+        assert b * k > 4 * chunked.BLOCK_SCORES["cpu"]
+        allowed = chunked.BLOCK_SCORES[on.device]
+    else:
+        splits = triton_info_nce.MAX_SPLITS
+        allowed = max(b * d, k * d, 2 * triton_info_nce._multiprocessors(q.device) * 128 * (d + 4) + splits * b)
+    assert largest.elements <= max(allowed, b * d, k * d)
+    assert largest.elements < b * k / 4
+
+
+# Determinism, buffers -------------------------------------------------------------------------------------------------
+
+
+def everything(on: Implementation, q: Any, k: Any, queue: Any, **options: Any) -> list[Tensor]:
+    """Loss, rank and all gradients."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, queue) if x is not None]
+    loss, stats = on.info_nce(*inputs, return_stats=True, reduction="none", **options)
+    incoming = torch.linspace(-1, 2, loss.numel(), device=loss.device).view_as(loss)
+    return [loss.detach(), stats.rank, *torch.autograd.grad(loss, inputs, incoming)]
+
+
+FORMS: dict[str, dict[str, Any]] = {"queue": {}, "in-batch": {}, "symmetric": {"symmetric": True}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bitwise_the_same_every_time(on: Implementation, form: str):
+    b, k, runs = (20, 70, 2) if on.interpreted else (129, 4000, 50)
+    q, keys = on.randn(2, b, 16), on.randn(2, b, 16, seed=1)
+    queue = on.randn(2, k, 16, seed=2) if form == "queue" else None
+    first = everything(on, q, keys, queue, **FORMS[form])
+    for _ in range(runs - 1):
+        assert all(map(torch.equal, first, everything(on, q, keys, queue, **FORMS[form])))
+
+
+def guarded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x amid NaN on all sides, between its rows too, and the whole buffer."""
+    padded = torch.full([n + 6 for n in x.shape], torch.nan, dtype=x.dtype, device=x.device)
+    copy = padded[tuple(slice(3, 3 + n) for n in x.shape)]
+    copy.copy_(x)
+    return copy, padded
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("s", "b", "k", "d"), [(2, 1, 1, 1), (2, 17, 33, 15), (1, 65, 66, 48), (1, 3, 5, 513)])
+def test_reads_and_writes_nothing_beyond_its_buffers(
+    triton_on: Implementation, form: str, dtype: torch.dtype, s: int, b: int, k: int, d: int
+):
+    """Inputs lie amid NaN, which would reach the loss; buffers that launches allocate come poisoned, amid guards."""
+    inputs = [triton_on.randn(s, n, d, seed=i, dtype=dtype) for i, n in enumerate((b, b, k))]
+    inputs = inputs if form == "queue" else [*inputs[:2], None]
+    expected = everything(triton_on, *inputs, **FORMS[form])
+
+    buffers = []
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = dtype or self.dtype
+        poison = torch.nan if dtype.is_floating_point else -(2**40)
+        buffer = new_empty(self, (size.numel() + 64,), dtype=dtype, **options).fill_(poison)
+        buffers.append((buffer, size.numel(), poison))
+        return buffer[32 : 32 + size.numel()].view(size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", poisoned)
+        actual = everything(triton_on, *(None if x is None else guarded(x)[0] for x in inputs), **FORMS[form])
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+    assert buffers
+    for buffer, size, poison in buffers:
+        guards = torch.cat([buffer[:32], buffer[32 + size :]])
+        assert guards.isnan().all() if poison != poison else (guards == poison).all()
+
+
+# As operators ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_operators(on: Implementation, symmetric: bool):
+    q, k = on.randn(2, 5, 8), on.randn(2, 5, 8, seed=1)
+    options = (None, torch.arange(5), torch.arange(5) + 3, torch.tensor(0.2), 1.0, True)
+    wanted = [not symmetric, False, not symmetric, True, True]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    forward = (q, k, None, *options, symmetric, "mean", wanted, on.impl)
+    torch.library.opcheck(fused.forward_operator, forward, test_utils=checks)
+    state = fused.forward(*forward)[-1]
+    backward = (torch.tensor(2.0), q, k, *options, True, 0.1, state, True, True, on.impl)
+    torch.library.opcheck(fused.backward_operator, backward, test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_cuda_graph(on_gpu: Implementation, form: str):
+    """Replayed with other numbers in the same places; the queue is enqueued to inside the graph."""
+    q, k = leaves(on_gpu.randn(2, 128, 16), on_gpu.randn(2, 128, 16, seed=1))
+    queue = dcvae_kernels.KeyQueue(8096, 16, scales=2, seed=0).cuda() if form == "queue" else None
+
+    def step() -> tuple[Tensor, Tensor]:
+        keys = {} if queue is None else {"queue": queue.keys, "valid": queue.valid}
+        loss = on_gpu.info_nce(q, k, **keys, **FORMS[form])
+        (gradient,) = torch.autograd.grad(loss, q)
+        if queue is not None:
+            queue.enqueue(k)
+        return loss, gradient
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    state = None if queue is None else {name: x.clone() for name, x in queue.state_dict().items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.copy_(on_gpu.randn(2, 128, 16, seed=5))
+    if queue is not None and state is not None:
+        queue.load_state_dict(state)
+    expected = [x.clone() for x in step()]
+    if queue is not None and state is not None:
+        queue.load_state_dict(state)
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+# Compiled ahead of time -----------------------------------------------------------------------------------------------
+
+# What a program may take: (registers of a thread, KiB of shared memory). 255 registers are all there are; of shared
+# memory sm_80 has 163 KiB, the others 227, and two programs should fit at once.
+BUDGETS = {
+    "sweep_kernel": (255, 100),
+    "weights_kernel": (255, 100),
+    "combine_kernel": (192, 16),
+    "project_kernel": (64, 16),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """In another process, for this one may interpret its kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).parent / "compile_ahead.py"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_for_gpus_that_are_not_here(compiled: list[dict[str, Any]], capability: int):
+    programs = [x for x in compiled if x["capability"] == capability]
+    assert {x["kernel"] for x in programs} == set(KERNELS)
+    assert {(x["dtype"], x["D"]) for x in programs} == {
+        (dtype, d) for dtype in ("float32", "bfloat16") for d in (16, 64, 128, 256, 512)
+    }
+    for program in programs:
+        registers, shared = BUDGETS[program["kernel"]]
+        assert program["registers"] <= registers, program
+        assert program["shared"] <= 1024 * shared, program
+        if program["D"] <= (256 if program["dtype"] == "bfloat16" else 64):
+            assert program["spilled"] == 0, program
