@@ -5,8 +5,12 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 # More arguments for the command that a target ends in: `make test ARGS="-k queue -x"`.
 ARGS ?=
 
+# Tests that run at once.
+WORKERS ?= 2
+
 VENV_PYTHON := .venv/bin/python
 WHEEL_CHECK := build/wheel-check
+OLDEST := build/oldest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # No looking on the network for newer pyrights.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -21,11 +25,20 @@ demo: .venv/.installed ## Train DC-VAE on small real digits, results in runs/dig
 
 .PHONY: test
 test: .venv/.installed ## Run the tests (those for a GPU skip themselves without one)
-	@$(VENV_PYTHON) -m pytest -q -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.installed ## Run the tests that take over a minute each
 	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)
+
+# The oldest versions that the ops support, and nothing else of this project.
+.PHONY: test-oldest
+test-oldest: .venv/.installed ## Run the ops' tests with the oldest torch and Triton
+	@mkdir -p build
+	@test -x $(OLDEST)/bin/python || $(VENV_PYTHON) -m uv venv --quiet --python $(VENV_PYTHON) $(OLDEST)
+	@$(VENV_PYTHON) -m uv pip install --quiet --python $(OLDEST)/bin/python \
+		torch==2.11.0 triton==3.6.0 numpy==2.0.2 pytest==9.0.0 pytest-benchmark==5.1.0
+	@PYTHONPATH=kernels $(OLDEST)/bin/python -m pytest -q -m "not slow" tests/kernels $(ARGS)
 
 .PHONY: gpu
 gpu: .venv/.installed ## Run the tests and benchmarks that need a GPU, in eight minutes

@@ -82,10 +82,10 @@ def info_nce(
 
         loss_i = −log( e^{s⁺} / (e^{s⁺} + Σ_j e^{s_j}) ),   s⁺ = q_i·k_i/τ,   s_j = q_i·n_j/τ
 
-    Differentiable, twice too, in q, k, queue and a tensor temperature. Inputs are compared in float32, or in float64
-    where one of them is float64, autocast or not. A queue that needs no gradient may be overwritten before the backward
-    pass. A query without negatives has loss 0 and gradient 0. NaN and infinity in the inputs reach the loss. Nothing
-    waits for the device.
+    Differentiable, twice too, in q, k, queue and a tensor temperature; second derivatives hold the logits in memory,
+    nothing else does. Sums are float32, or float64 where an input is, autocast or not. A queue that needs no gradient
+    may be overwritten before the backward pass. A query without negatives has loss 0 and gradient 0. NaN and infinity
+    in the inputs reach the loss. Nothing waits for the device, and the result is bitwise reproducible.
 
     Args:
         q: queries [B, D], or [S, B, D] for S independent scales; float16, bfloat16, float32 or float64.
@@ -100,7 +100,10 @@ def info_nce(
             value is not checked. What the other slots hold does not matter.
         query_ids, negative_ids: int64 [B] and [K], shared by the scales. A negative with the query's own id is left
             out; −1 means unknown and equals no id. Without a queue, negative_ids is [B] and defaults to query_ids.
-        impl: "torch" is plain PyTorch; "auto" takes the fastest there is, today the same.
+        impl: "triton" needs an NVIDIA GPU of compute capability 8.0 or newer (or TRITON_INTERPRET=1 in the environment
+            before the import, for tests on a CPU), D ≤ 4096 and no float64. "torch" is plain PyTorch, in blocks. "auto"
+            takes "triton" where it can. Under torch.func's transforms, and for tensor subclasses, all are the plain
+            definition, which holds the logits [S, B, K].
         return_stats: also return `InfoNCEStats`.
         symmetric: CLIP's loss: the mean of q among k and k among q. Excludes a queue.
 

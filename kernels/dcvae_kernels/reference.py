@@ -17,9 +17,12 @@ UNKNOWN_ID = -1  # equal to no identity, not even to itself
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast would round the operands of every product to half precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
