@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dcvae_kernels.fused import FusedInfoNCE, reduced
-from dcvae_kernels.reference import info_nce_reference
+from dcvae_kernels.reference import info_nce_reference, needs_definition
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DATA_ONLY = (Tensor, nn.Parameter, nn.Buffer)
 MAX_DIM = 4096  # of the Triton kernels
 TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in (
@@ -176,11 +175,8 @@ def _choose(impl: str, *tensors: Tensor) -> str:
     if impl == "triton" and obstacle is not None:
         error, reason = obstacle
         raise error(f'impl="triton" {reason}; impl="torch" takes it')
-    if not torch.compiler.is_compiling():
-        # torch.func's transforms, and tensors that are more than data, need operations that PyTorch can look into.
-        data_only = all(type(x) in DATA_ONLY for x in tensors)
-        if not data_only or torch._C._are_functorch_transforms_active():
-            return "reference"
+    if not torch.compiler.is_compiling() and needs_definition(*tensors):
+        return "reference"
     if q.numel() == 0 or obstacle is not None:
         return "torch"
     return "triton" if impl == "auto" and q.is_cuda else impl.replace("auto", "torch")

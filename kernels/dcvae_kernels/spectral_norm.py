@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dcvae_kernels.grouped import normalized_weights
 from dcvae_kernels.reference import as_matrix, spectral_norm_update
 
 M = TypeVar("M", bound=nn.Module)
@@ -126,7 +127,7 @@ class _Group:
     def update(self, *_: Any) -> None:
         weights = [cast(Any, layer).parametrizations.weight for layer in self.layers if layer.training]
         norms = [weight[0] for weight in weights]
-        normalized = spectral_norm_update(
+        normalized = normalized_weights(
             [weight.original for weight in weights],
             [norm._u for norm in norms],
             [norm._v for norm in norms],

