@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcvae_kernels.reference import as_matrix, needs_definition, spectral_norm_update, without_autocast
+from dcvae_kernels.choice import needs_definition, obstacle_to_triton
+from dcvae_kernels.reference import as_matrix, spectral_norm_update, without_autocast
 
 
 def normalized_weights(
@@ -19,16 +20,46 @@ def normalized_weights(
     dims: Sequence[int],
     n_power_iterations: int,
     eps: float,
+    impl: str,
+    memo: dict[str, Any],
 ) -> Sequence[Tensor]:
-    """`reference.spectral_norm_update`, for n_power_iterations ≥ 1, in fewer operations. Twice differentiable."""
+    """`reference.spectral_norm_update`, for n_power_iterations ≥ 1, of all layers together. Twice differentiable.
+
+    Args:
+        memo: where to keep what the next call with the same tensors can use again.
+    """
     alike = len({(weight.device, weight.dtype) for weight in weights}) == 1
     # torch.compile fuses the plain definition itself.
     if torch.compiler.is_compiling() or not alike or needs_definition(*weights):
         return spectral_norm_update(weights, us, vs, dims, n_power_iterations, eps)
-    return GroupedSpectralNorm.apply(us, vs, dims, n_power_iterations, eps, *weights)
+    plan = _triton_plan(weights, us, vs, dims, impl, memo)
+    return GroupedSpectralNorm.apply(us, vs, dims, n_power_iterations, eps, plan, *weights)
+
+
+def _triton_plan(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dims: Sequence[int],
+    impl: str,
+    memo: dict[str, Any],
+) -> Any:
+    """What Triton's kernels need to know of the layers, or None if these are not for them."""
+    device = weights[0].device
+    if impl == "torch" or (impl == "auto" and device.type != "cuda") or obstacle_to_triton(device) is not None:
+        return None
+    from dcvae_kernels.triton import spectral_norm as triton_spectral_norm  # Triton may be absent
+
+    key = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*weights, *us, *vs)]
+    if memo.get("key") != key:
+        memo["plan"] = triton_spectral_norm.make_plan(weights, us, vs, dims)
+        memo["key"] = key
+    return memo["plan"]
 
 
 class GroupedSpectralNorm(torch.autograd.Function):
+    """W/σ of each weight, updating us and vs in place: by Triton's kernels if there is a plan, else by PyTorch's."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -37,32 +68,61 @@ class GroupedSpectralNorm(torch.autograd.Function):
         dims: Sequence[int],
         n_power_iterations: int,
         eps: float,
+        plan: Any,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        with without_autocast(weights[0].device):
-            normalized, sigmas, used_us, used_vs = _update(weights, us, vs, dims, n_power_iterations, eps)
-        ctx.dims = dims
-        # Not us and vs, for the next forward pass may come before this one's backward.
-        ctx.save_for_backward(*weights, *normalized, *sigmas, *used_us, *used_vs)
+        # What is saved are copies of us and vs, for the next forward pass may come before this one's backward.
+        if plan is not None:
+            from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
+
+            normalized, saved = triton_spectral_norm.update(plan, weights, n_power_iterations, eps)
+        else:
+            with without_autocast(weights[0].device):
+                normalized, *rest = _update(weights, us, vs, dims, n_power_iterations, eps)
+            saved = [*normalized, *(x for some in rest for x in some)]
+        ctx.dims, ctx.plan = dims, plan
+        ctx.save_for_backward(*weights, *saved)
         ctx.set_materialize_grads(False)
         return tuple(normalized)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(incoming)
-        layers = zip(*(ctx.saved_tensors[i * count : (i + 1) * count] for i in range(5)), ctx.dims, strict=True)
-        gradients: list[Tensor | None] = []
-        with without_autocast(ctx.saved_tensors[0].device):
-            for arrived, needed, layer in zip(incoming, ctx.needs_input_grad[-count:], layers, strict=True):
-                weight, normalized, sigma, u, v, dim = layer
-                if arrived is None or not needed:
-                    gradients.append(None)
-                elif torch.is_grad_enabled():  # for second derivatives, with a graph
-                    again = spectral_norm_update([weight], [u], [v], [dim], 0, 0.0)
-                    gradients += torch.autograd.grad(again, weight, arrived, create_graph=True)
-                else:
-                    gradients.append(_gradient(arrived, normalized, sigma, u, v, dim))
-        return *(None,) * 5, *gradients
+        weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        wanted = [x if needed else None for x, needed in zip(incoming, ctx.needs_input_grad[-count:], strict=True)]
+        if torch.is_grad_enabled() or ctx.plan is None:
+            with without_autocast(weights[0].device):
+                gradients = _gradients(ctx, weights, saved, wanted)
+        else:
+            from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
+
+            gradients = triton_spectral_norm.gradients(ctx.plan, triton_spectral_norm.Saved(*saved), wanted)
+        return *(None,) * 6, *(None if x is None else gradient for x, gradient in zip(wanted, gradients, strict=True))
+
+
+def _gradients(
+    ctx: Any, weights: Sequence[Tensor], saved: Sequence[Tensor], incoming: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """dW of each weight, with a graph of its own if grad mode is on: for second derivatives."""
+    count = len(weights)
+    if ctx.plan is None:
+        normalized, sigmas, us, vs = (saved[i * count : (i + 1) * count] for i in range(4))
+    else:
+        heights = [weight.shape[dim] for weight, dim in zip(weights, ctx.dims, strict=True)]
+        widths = [weight.numel() // height for weight, height in zip(weights, heights, strict=True)]
+        normalized, us, vs, sigmas = weights, saved[1].split(heights), saved[2].split(widths), saved[3].unbind()
+    gradients: list[Tensor | None] = []
+    for arrived, *layer, u, v, dim in zip(incoming, weights, normalized, sigmas, us, vs, ctx.dims, strict=True):
+        weight, divided, sigma = layer
+        if arrived is None:
+            gradients.append(None)
+        elif torch.is_grad_enabled():
+            u, v = u.to(weight.dtype), v.to(weight.dtype)
+            again = spectral_norm_update([weight], [u], [v], [dim], 0, 0.0)
+            gradients += torch.autograd.grad(again, weight, arrived, create_graph=True)
+        else:
+            gradients.append(_gradient(arrived, divided, sigma, u, v, dim))
+    return gradients
 
 
 def _update(

@@ -1,28 +1,17 @@
 """InfoNCE: one positive for each query, told apart from negatives in a queue or from the other rows of its batch."""
 
 import math
-import os
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
+from dcvae_kernels.choice import Impl, check_impl, needs_definition, obstacle_to_triton
 from dcvae_kernels.fused import FusedInfoNCE, reduced
-from dcvae_kernels.reference import info_nce_reference, needs_definition
+from dcvae_kernels.reference import info_nce_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 4096  # of the Triton kernels
-TRITON_INSTALLED = find_spec("triton") is not None
-TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in (
-    "1",
-    "true",
-    "on",
-    "yes",
-    "y",
-)
-
-Impl = Literal["auto", "triton", "torch"]
 
 
 class InfoNCEStats(NamedTuple):
@@ -174,7 +163,7 @@ def _choose(impl: str, *tensors: Tensor) -> str:
     obstacle = _obstacle_to_triton(*tensors)
     if impl == "triton" and obstacle is not None:
         error, reason = obstacle
-        raise error(f'impl="triton" {reason}; impl="torch" takes it')
+        raise error(f'impl="triton" cannot be used: {reason}; impl="torch" can')
     if not torch.compiler.is_compiling() and needs_definition(*tensors):
         return "reference"
     if q.numel() == 0 or obstacle is not None:
@@ -183,23 +172,12 @@ def _choose(impl: str, *tensors: Tensor) -> str:
 
 
 def _obstacle_to_triton(*tensors: Tensor) -> tuple[type[Exception], str] | None:
-    q = tensors[0]
     if any(x.dtype == torch.float64 for x in tensors):
-        return TypeError, "computes in float32 and one of the inputs is float64"
-    if q.shape[-1] > MAX_DIM:
-        return ValueError, f"takes D up to {MAX_DIM}; q is {list(q.shape)}"
-    if q.is_cuda and not _triton_runs_on(q.device.index):
-        return ValueError, f"needs Triton and an NVIDIA GPU of compute capability 8.0 or newer; q is on {q.device}"
-    if not q.is_cuda and not TRITON_INTERPRETED:
-        return ValueError, (
-            f"needs a GPU, or TRITON_INTERPRET=1 in the environment before the import; q is on {q.device}"
-        )
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _triton_runs_on(index: int) -> bool:
-    return TRITON_INSTALLED and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+        return TypeError, "it computes in float32, and one of the inputs is float64"
+    if tensors[0].shape[-1] > MAX_DIM:
+        return ValueError, f"it takes D up to {MAX_DIM}; q is {list(tensors[0].shape)}"
+    obstacle = obstacle_to_triton(tensors[0].device)
+    return None if obstacle is None else (ValueError, obstacle)
 
 
 class InfoNCE(nn.Module):
@@ -274,8 +252,7 @@ def _check_choices(temperature: float | Tensor, reduction: str, impl: str) -> No
         raise ValueError(f"temperature must be positive and finite; it is {temperature}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; it is {reduction!r}')
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl must be "auto", "triton" or "torch"; it is {impl!r}')
+    check_impl(impl)
 
 
 def _check_vectors(q: Tensor, k: Tensor, queue: Tensor | None) -> None:

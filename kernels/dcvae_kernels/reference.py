@@ -10,9 +10,8 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-DATA = (Tensor, nn.Parameter, nn.Buffer)
 UNKNOWN_ID = -1  # equal to no identity, not even to itself
 
 
@@ -24,12 +23,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 @torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
-
-
-def needs_definition(*tensors: Tensor) -> bool:
-    """Whether only operations that PyTorch can look into will do: for torch.func's transforms, and for tensors that are
-    more than data."""
-    return torch._C._are_functorch_transforms_active() or any(type(x) not in DATA for x in tensors)
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

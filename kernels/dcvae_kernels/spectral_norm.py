@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dcvae_kernels.choice import Impl, check_impl, obstacle_to_triton
 from dcvae_kernels.grouped import normalized_weights
 from dcvae_kernels.reference import as_matrix, spectral_norm_update
 
@@ -15,7 +16,7 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 OLDER_KEYS = {"weight_orig": "original", "weight_u": "0._u", "weight_v": "0._v"}
 
 
-def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12) -> M:
+def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *, impl: Impl = "auto") -> M:
     """Divides the weight of every Conv2d, ConvTranspose2d and Linear in `module` by its largest singular value σ.
 
     σ = uᵀWv comes from a power iteration on the weight as a matrix [output channels, rest]: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖.
@@ -32,6 +33,9 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12) ->
         module: changed in place. A layer reached by two names is normalised once.
         n_power_iterations: for each forward pass, at least 1.
         eps: the least norm to divide by in the power iteration, positive.
+        impl: "triton" updates all layers by three kernels (two more for each further iteration; two for the gradient),
+            on an NVIDIA GPU of compute capability 8.0 or newer; "torch" by PyTorch's operations; "auto" takes "triton"
+            where it can. Weights of float64, of several dtypes or devices, or of unusual strides are always "torch"'s.
 
     Returns:
         module.
@@ -39,8 +43,10 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12) ->
     Raises:
         TypeError: a weight that is not floating point.
         ValueError: no layer to normalise, a layer normalised already, a weight without elements, n_power_iterations
-            below 1, or eps not positive. `module` is unchanged then.
+            below 1, eps not positive, or an impl that is none or cannot run where the weights are. `module` is
+            unchanged then.
     """
+    check_impl(impl)
     if n_power_iterations < 1:
         raise ValueError(f"n_power_iterations must be at least 1; it is {n_power_iterations}")
     if not eps > 0:
@@ -50,10 +56,13 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12) ->
         raise ValueError(f"{type(module).__name__} holds no Conv2d, ConvTranspose2d or Linear to normalise")
     for name, layer in layers.items():
         _check(name or type(layer).__name__, layer)
+        obstacle = obstacle_to_triton(layer.weight.device) if impl == "triton" else None
+        if obstacle is not None:
+            raise ValueError(f'impl="triton" cannot be used for layer {name!r}: {obstacle}; impl="torch" can')
     for layer in layers.values():
         dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
         parametrize.register_parametrization(layer, "weight", _SpectralNorm(layer.weight, dim, eps))
-    module._spectral_norm = _Group(module, list(layers.values()), n_power_iterations, eps)  # type: ignore[assignment]
+    module._spectral_norm = _Group(module, list(layers.values()), n_power_iterations, eps, impl)  # type: ignore[assignment]
     return module
 
 
@@ -114,10 +123,14 @@ class _Group:
     The hooks are bound methods of an object, so that `deepcopy` of the module gives the copy a group of its own layers.
     """
 
-    def __init__(self, module: nn.Module, layers: list[nn.Module], n_power_iterations: int, eps: float) -> None:
+    def __init__(
+        self, module: nn.Module, layers: list[nn.Module], n_power_iterations: int, eps: float, impl: Impl
+    ) -> None:
         self.layers = layers
         self.n_power_iterations = n_power_iterations
         self.eps = eps
+        self.impl: Impl = impl
+        self.memo: dict[str, Any] = {}
         self.handles = [
             module.register_forward_pre_hook(self.update),
             module.register_forward_hook(self.clear, always_call=True),
@@ -134,6 +147,8 @@ class _Group:
             [norm.dim for norm in norms],
             self.n_power_iterations,
             self.eps,
+            self.impl,
+            self.memo,
         )
         for norm, weight in zip(norms, normalized, strict=True):
             norm.normalized = weight

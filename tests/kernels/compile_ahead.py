@@ -42,9 +42,9 @@ class Launch:
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
+    aligned: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...]
 
 
@@ -100,6 +100,9 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
         if isinstance(value, Tensor):
             signature.append((parameter.name, POINTERS[value.dtype]))
             aligned.append(parameter.name)
+        elif isinstance(value, tuple):  # of addresses
+            signature.append((parameter.name, ("i64",) * len(value)))
+            aligned += [(parameter.name, i) for i in range(len(value))]
         elif parameter.is_constexpr or value is None or (specialized and value == 1 and isinstance(value, int)):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
@@ -129,7 +132,7 @@ def _compile(job: tuple[Launch, int]) -> Resources:
         fn=kernel,
         signature=dict(launch.signature),
         constexprs={(index[name],): value for name, value in launch.constants},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+        attrs={_path(name, index): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -139,6 +142,11 @@ def _compile(job: tuple[Launch, int]) -> Resources:
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Resources(usage["REG"], max(usage["STACK"], usage["LOCAL"]), compiled.metadata.shared)
+
+
+def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:
+    """Of an argument, or of an element (name, i) of one that is a tuple."""
+    return (index[name],) if isinstance(name, str) else (index[name[0]], name[1])
 
 
 def info_nce_launches() -> dict[Launch, dict[str, Any]]:

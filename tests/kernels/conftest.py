@@ -1,4 +1,4 @@
-"""The implementations that tests of info_nce run with."""
+"""The implementations that the tests run with."""
 
 from collections.abc import Iterator
 
@@ -27,5 +27,7 @@ def on(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if implementation.device == "cpu":
         yield implementation
     else:
-        with torch.device(implementation.device):
+        # The tests compare results of products of float32, not of tf32.
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.device(implementation.device), exact:
             yield implementation

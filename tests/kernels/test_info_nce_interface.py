@@ -201,7 +201,11 @@ Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch
         ({"temperature": torch.ones((), device="meta")}, ValueError, "temperature must be on q's device"),
         ({"reduction": "avg"}, ValueError, "reduction must be .*'avg'"),
         ({"impl": "cuda"}, ValueError, 'impl must be "auto", "triton" or "torch"; it is .cuda.'),
-        ({"impl": "triton", "k": Q.double()}, TypeError, 'impl="triton" computes in float32.*impl="torch" takes it'),
+        (
+            {"impl": "triton", "k": Q.double()},
+            TypeError,
+            'impl="triton" cannot be used: it computes in float32.*impl="torch" can',
+        ),
         ({"impl": "triton", "q": WIDE, "k": WIDE, "queue": WIDE}, ValueError, r"D up to 4096; q is \[2, 4097\]"),
         ({"valid": 10}, ValueError, "valid must be from 0 to the queue's 9 slots; it is 10"),
         ({"valid": -1}, ValueError, "valid .* -1"),

@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
+import dcvae_kernels
 from dcvae_kernels import grouped, reference, remove_spectral_norm, spectral_norm
+from info_nce_checks import Implementation
+
+
+@pytest.fixture(autouse=True)
+def each_implementation(on: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here runs with each of them."""
+    monkeypatch.setitem(globals(), "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=on.impl))
 
 
 class Net(nn.Module):
@@ -33,7 +42,8 @@ LAYERS = ["conv", "up", "tail.0", "tail.3"]
 
 
 def images(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    noise = torch.randn(4, 2, 6, 6, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return noise.to(torch.get_default_device(), dtype)
 
 
 def pair(n_power_iterations: int = 1) -> tuple[Any, Any]:
@@ -61,23 +71,27 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("n_power_iterations", [1, 2, 5])
-def test_same_as_torch_step_by_step(n_power_iterations: int):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_same_as_torch_step_by_step(on: Implementation, n_power_iterations: int, channels_last: bool):
     """Weights, u, v, outputs and all gradients, after 1, 2 and 100 steps of an optimizer."""
+    last = 10 if on.interpreted else 100
     theirs, ours = pair(n_power_iterations)
+    if channels_last:
+        theirs, ours = (net.to(memory_format=torch.channels_last) for net in (theirs, ours))
     assert_same(ours, theirs)
     optimizers = [torch.optim.Adam(net.parameters(), lr=2e-3) for net in (theirs, ours)]
-    for step in range(1, 101):
+    for step in range(1, last + 1):
         outputs = [net(images(step)) for net in (theirs, ours)]
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             output.square().mean().backward()
-        if step in (1, 2, 100):
+        if step in (1, 2, last):
             torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
             expected = {name: p.grad for name, p in theirs.named_parameters()}
             torch.testing.assert_close({n: p.grad for n, p in ours.named_parameters()}, expected, rtol=1e-5, atol=1e-6)
         for optimizer in optimizers:
             optimizer.step()
-        if step in (1, 2, 100):
+        if step in (1, 2, last):
             assert_same(ours, theirs)
     theirs.eval()
     ours.eval()
@@ -130,9 +144,9 @@ def test_one_update_for_all_layers_in_a_training_forward(monkeypatch: pytest.Mon
     calls: list[tuple[int, int]] = []
     update = grouped.normalized_weights
 
-    def counted(weights, us, vs, dims, n_power_iterations, eps):
+    def counted(weights, us, vs, dims, n_power_iterations, eps, impl, memo):
         calls.append((len(weights), n_power_iterations))
-        return update(weights, us, vs, dims, n_power_iterations, eps)
+        return update(weights, us, vs, dims, n_power_iterations, eps, impl, memo)
 
     # The package's attribute of this name is the function, not the module.
     monkeypatch.setattr(sys.modules["dcvae_kernels.spectral_norm"], "normalized_weights", counted)
@@ -318,11 +332,11 @@ def test_moves_to_another_dtype(dtype: torch.dtype):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0.02, atol=1e-3)
 
 
-def test_autocast_leaves_sigma_in_the_weights_dtype():
+def test_autocast_leaves_sigma_in_the_weights_dtype(on: Implementation):
     """Under bf16 autocast u, v and the weights are those of float32, and the output is within bf16's error of it."""
     full, half = pair()[1], pair()[1]
     expected = full(images())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(on.device, dtype=torch.bfloat16):
         out = half(images())
         weight = half.get_submodule("conv").weight
     assert out.dtype == torch.bfloat16 and weight.dtype == torch.float32
@@ -331,7 +345,9 @@ def test_autocast_leaves_sigma_in_the_weights_dtype():
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.02)
 
 
-def test_meta_device():
+def test_meta_device(on: Implementation):
+    if on.impl == "triton":
+        pytest.skip("it has nothing to run there")
     with torch.device("meta"):
         assert spectral_norm(Net())(torch.empty(4, 2, 6, 6)).shape == (4, 3)
 

@@ -1,0 +1,42 @@
+"""Which implementation takes an operation's inputs."""
+
+import os
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Impl = Literal["auto", "triton", "torch"]
+
+DATA = (Tensor, nn.Parameter, nn.Buffer)
+TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def check_impl(impl: str) -> None:
+    """Raises: ValueError for what is none."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f'impl must be "auto", "triton" or "torch"; it is {impl!r}')
+
+
+def obstacle_to_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on this device, if they cannot."""
+    if device.type == "cuda":
+        if _triton_runs_on(device.index):
+            return None
+        return f"Triton and an NVIDIA GPU of compute capability 8.0 or newer are needed, not {device}"
+    if TRITON_INTERPRETED and TRITON_INSTALLED and device.type == "cpu":
+        return None
+    return f"it needs a GPU, or TRITON_INTERPRET=1 in the environment before the import, not {device}"
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs_on(index: int) -> bool:
+    return TRITON_INSTALLED and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def needs_definition(*tensors: Tensor) -> bool:
+    """Whether only operations that PyTorch can look into will do: for torch.func's transforms, and for tensors that are
+    more than data."""
+    return torch._C._are_functorch_transforms_active() or any(type(x) not in DATA for x in tensors)
