@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -34,6 +35,11 @@ def obstacle_to_triton(device: torch.device) -> str | None:
 @torch.compiler.assume_constant_result
 def _triton_runs_on(index: int) -> bool:
     return TRITON_INSTALLED and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def is_batched(incoming: Tensor) -> bool:
+    """Whether a gradient stands for many at once, as with `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return is_batchedtensor(incoming) or is_legacy_batchedtensor(incoming)
 
 
 def needs_definition(*tensors: Tensor) -> bool:

@@ -17,7 +17,7 @@ from dcvae_kernels.reference import UNKNOWN_ID, accumulate_dtype, without_autoca
 BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**24}
 BLOCK_ROWS = 1024
 # With scores in ±1/τ a fixed maximum of 1/τ keeps every weight above e^{−2/τ}: far from underflow below this.
-FIXED_MAXIMUM_BELOW = 80.0
+FIXED_MAXIMUM_BELOW = 60.0
 SMALLEST_SQUARE = 1e-24  # F.normalize's eps, squared
 
 
@@ -148,8 +148,8 @@ def backward_sweep(
 
 
 def _normalized(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows to compare, [S, rows, D], and their squared norms [S, rows, 1] if they were normalised."""
-    x = (x if x.ndim == 3 else x[None]).to(dtype)
+    """The rows to compare, [S, rows, D], contiguous, and their squared norms [S, rows, 1] if they were normalised."""
+    x = (x if x.ndim == 3 else x[None]).to(dtype).contiguous()
     if not normalize:
         return x, None
     squares = x.square().sum(-1, keepdim=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dcvae_kernels import chunked
+from dcvae_kernels.choice import is_batched
 from dcvae_kernels.reference import accumulate_dtype, info_nce_reference
 
 
@@ -167,9 +168,12 @@ class FusedInfoNCE(torch.autograd.Function):
         reduction: str,
         with_rank: bool,
         impl: str,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs_q, needs_k, needs_queue, needs_temperature = ctx.needs_input_grad[:4]
-        with_state = needs_queue or (queue is None and needs_k) or (symmetric and any(ctx.needs_input_grad[:4]))
+        needs_q, needs_k, needs_queue, needs_temperature = needs = [
+            x and grad_enabled for x in ctx.needs_input_grad[:4]
+        ]
+        with_state = needs_queue or (queue is None and needs_k) or (symmetric and any(needs))
         wanted = [
             needs_q and not symmetric,
             needs_k and queue is not None,
@@ -182,10 +186,10 @@ class FusedInfoNCE(torch.autograd.Function):
             q, k, queue, valid, query_ids, negative_ids, temperature, number, normalize, symmetric, reduction,
             wanted, impl,
         )  # fmt: skip
-        # A queue without gradient is not needed again, and may be overwritten before the backward pass.
-        keys = (queue, valid, negative_ids)
-        frozen = queue is not None and not needs_queue
-        ctx.save_for_backward(q, k, temperature, query_ids, *known, *((None,) * 3 if frozen else keys))
+        # Frozen keys are not needed again, and may be overwritten before the backward pass.
+        keys = (k, queue, valid, query_ids, negative_ids)
+        frozen = queue is not None and not needs_queue and not needs_k
+        ctx.save_for_backward(q, temperature, *known, *((None,) * 5 if frozen else keys))
         ctx.options = (number, normalize, symmetric, reduction, impl)
         ctx.in_batch = queue is None
         ctx.frozen = None
@@ -198,10 +202,10 @@ class FusedInfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if incoming is None:
-            return (None,) * 13
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_gradients(ctx, incoming), *(None,) * 9
-        q, k, temperature, query_ids, dq, dk, dtemperature, state, queue, valid, negative_ids = ctx.saved_tensors
+            return (None,) * 14
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_batched(incoming)):
+            return *_differentiable_gradients(ctx, incoming), *(None,) * 10
+        q, temperature, dq, dk, dtemperature, state, k, queue, valid, query_ids, negative_ids = ctx.saved_tensors
         number, normalize, symmetric, reduction, impl = ctx.options
         needs_q, needs_k, needs_queue, needs_temperature = ctx.needs_input_grad[:4]
         factor = 1 / max(q.shape[:-1].numel(), 1) if reduction == "mean" else 1.0
@@ -226,13 +230,13 @@ class FusedInfoNCE(torch.autograd.Function):
             dk if needs_k else None,
             dqueue,
             dtemperature.sum().to(temperature.dtype) if needs_temperature else None,
-            *(None,) * 9,
+            *(None,) * 10,
         )
 
 
 def _differentiable_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by q, k, queue and temperature from the plain definition, with a graph of their own."""
-    q, k, temperature, query_ids, _, _, _, _, queue, valid, negative_ids = ctx.saved_tensors
+    """The gradients by q, k, queue and temperature from the plain definition; in grad mode, with a graph."""
+    q, temperature, _, _, _, _, *keys = ctx.saved_tensors
     number, normalize, symmetric, reduction, _ = ctx.options
     if ctx.frozen is not None:
         if any(_version(x) != version for x, version in ctx.frozen):
@@ -240,21 +244,28 @@ def _differentiable_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None
                 "the queue was overwritten since the forward pass, and second derivatives of info_nce need it: "
                 "give it copies of the queue's keys, ids and valid"
             )
-        queue, valid, negative_ids = (x for x, _ in ctx.frozen)
-    loss, _ = info_nce_reference(
-        q,
-        k,
-        queue,
-        temperature=number if temperature is None else temperature,
-        normalize=normalize,
-        valid=valid,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        symmetric=symmetric,
-        with_rank=False,
-    )
-    needed: Any = [x for x, needs in zip((q, k, queue, temperature), ctx.needs_input_grad, strict=False) if needs]
-    gradients = iter(torch.autograd.grad(reduced(loss, reduction), needed, incoming, create_graph=True))
+        keys = [x for x, _ in ctx.frozen]
+    k, queue, valid, query_ids, negative_ids = keys
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, because the inputs may depend on each other, and these are the derivatives with the others held.
+        aliases: Any = [x if x is None else x.view_as(x) for x in (q, k, queue, temperature)]
+        q, k, queue, temperature = aliases
+        loss, _ = info_nce_reference(
+            q,
+            k,
+            queue,
+            temperature=number if temperature is None else temperature,
+            normalize=normalize,
+            valid=valid,
+            query_ids=query_ids,
+            negative_ids=negative_ids,
+            symmetric=symmetric,
+            with_rank=False,
+        )
+        loss = reduced(loss, reduction)
+    inputs: Any = [x for x, needs in zip((q, k, queue, temperature), ctx.needs_input_grad, strict=False) if needs]
+    gradients = iter(torch.autograd.grad(loss, inputs, incoming, create_graph=create_graph))
     return tuple(next(gradients) if needs else None for needs in ctx.needs_input_grad[:4])
 
 

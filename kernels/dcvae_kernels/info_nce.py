@@ -11,7 +11,9 @@ from dcvae_kernels.fused import FusedInfoNCE, reduced
 from dcvae_kernels.reference import info_nce_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_DIM = 4096  # of the Triton kernels
+# Of the Triton kernels: what they take, and up to which D they are chosen. Beyond, they would do work over again.
+MAX_DIM, MAX_SCALES = 4096, 65535
+AUTO_DIM, AUTO_DIM_HALF = 256, 512
 
 
 class InfoNCEStats(NamedTuple):
@@ -90,8 +92,8 @@ def info_nce(
             out; −1 means unknown and equals no id. Without a queue, negative_ids is [B] and defaults to query_ids.
         impl: "triton" needs an NVIDIA GPU of compute capability 8.0 or newer (or TRITON_INTERPRET=1 in the environment
             before the import, for tests on a CPU), D ≤ 4096 and no float64. "torch" is plain PyTorch, in blocks. "auto"
-            takes "triton" where it can. Under torch.func's transforms, and for tensor subclasses, all are the plain
-            definition, which holds the logits [S, B, K].
+            takes "triton" where it can and D ≤ 256, or D ≤ 512 in half precision. Under torch.func's transforms, and
+            for tensor subclasses, all are the plain definition, which holds the logits [S, B, K].
         return_stats: also return `InfoNCEStats`.
         symmetric: CLIP's loss: the mean of q among k and k among q. Excludes a queue.
 
@@ -134,6 +136,10 @@ def info_nce(
         )
         loss = reduced(loss, reduction)
     else:
+        if torch.compiler.is_compiling():  # it refuses to be given a tensor twice
+            queue = _alias_if(queue is q or queue is k, queue)
+            k = _alias_if(k is q, k)
+            negative_ids = _alias_if(negative_ids is query_ids, negative_ids)
         tensor, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
         loss, rank = FusedInfoNCE.apply(
             q,
@@ -149,8 +155,13 @@ def info_nce(
             reduction,
             return_stats,
             implementation,
+            torch.is_grad_enabled(),
         )
     return (loss, InfoNCEStats(rank)) if return_stats and isinstance(rank, Tensor) else loss
+
+
+def _alias_if(condition: bool, x: Any) -> Any:
+    return x.view_as(x) if condition and x is not None else x
 
 
 def _choose(impl: str, *tensors: Tensor) -> str:
@@ -168,7 +179,10 @@ def _choose(impl: str, *tensors: Tensor) -> str:
         return "reference"
     if q.numel() == 0 or obstacle is not None:
         return "torch"
-    return "triton" if impl == "auto" and q.is_cuda else impl.replace("auto", "torch")
+    if impl == "auto":
+        half = all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
+        impl = "triton" if q.is_cuda and q.shape[-1] <= (AUTO_DIM_HALF if half else AUTO_DIM) else "torch"
+    return impl
 
 
 def _obstacle_to_triton(*tensors: Tensor) -> tuple[type[Exception], str] | None:
@@ -176,6 +190,8 @@ def _obstacle_to_triton(*tensors: Tensor) -> tuple[type[Exception], str] | None:
         return TypeError, "it computes in float32, and one of the inputs is float64"
     if tensors[0].shape[-1] > MAX_DIM:
         return ValueError, f"it takes D up to {MAX_DIM}; q is {list(tensors[0].shape)}"
+    if tensors[0].ndim == 3 and tensors[0].shape[0] > MAX_SCALES:
+        return ValueError, f"it takes up to {MAX_SCALES} scales; q is {list(tensors[0].shape)}"
     obstacle = obstacle_to_triton(tensors[0].device)
     return None if obstacle is None else (ValueError, obstacle)
 
@@ -246,10 +262,10 @@ class InfoNCE(nn.Module):
 
 
 def _check_choices(temperature: float | Tensor, reduction: str, impl: str) -> None:
-    if not isinstance(temperature, (float, int, Tensor)):
+    if isinstance(temperature, bool) or not isinstance(temperature, (float, int, Tensor)):
         raise TypeError(f"temperature must be a number or a 0-d tensor; it is a {type(temperature).__name__}")
-    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite; it is {temperature}")
+    if not isinstance(temperature, Tensor) and not 1e-37 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, and so must its inverse; it is {temperature}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; it is {reduction!r}')
     check_impl(impl)
@@ -261,6 +277,8 @@ def _check_vectors(q: Tensor, k: Tensor, queue: Tensor | None) -> None:
             raise TypeError(f"{name} must be a tensor; it is a {type(x).__name__}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; it is {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; it is {x.layout}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}; it is on {x.device}")
     if q.ndim not in (2, 3) or q.shape[-1] == 0:
@@ -284,7 +302,7 @@ def _check_valid(valid: int | Tensor | None, queue: Tensor | None, device: torch
     if isinstance(valid, Tensor):
         integer = not (valid.is_floating_point() or valid.is_complex() or valid.dtype == torch.bool)
         _check_scalar("valid", valid, device, integer, "an integer")
-    elif not isinstance(valid, int):
+    elif isinstance(valid, bool) or not isinstance(valid, int):
         raise TypeError(f"valid must be an int or a 0-d integer tensor; it is a {type(valid).__name__}")
     elif not 0 <= valid <= queue.shape[-2]:
         raise ValueError(f"valid must be from 0 to the queue's {queue.shape[-2]} slots; it is {valid}")

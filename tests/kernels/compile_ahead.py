@@ -150,7 +150,7 @@ def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:
 
 
 def info_nce_launches() -> dict[Launch, dict[str, Any]]:
-    """Every choice of sizes: by D, dtype, number of rows, kind of maximum, one split or several."""
+    """Every choice of sizes: by D, dtype, number of rows, kind of maximum, number of splits; with all options on."""
     found = {}
     for d, dtype in itertools.product((16, 64, 128, 256, 512), (torch.float32, torch.bfloat16)):
         for launch in record(info_nce, partial(_launch_everything, d, dtype)):
@@ -162,16 +162,22 @@ def _launch_everything(d: int, dtype: torch.dtype) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    options = (None, None, None, None)
+    def ids(count: int) -> Tensor:
+        return empty(count, dtype=torch.int64)
+
+    valid, learned = empty(dtype=torch.int64), empty(dtype=torch.float32)
     few, many, queue = empty(1, 128, d), empty(1, 4096, d), empty(1, 8096, d)
     for q, keys, temperature in (
-        *itertools.product((few, many), (queue,), (0.07, 0.01)),
-        (few, empty(1, 16, d), 0.07),  # in one split
+        *itertools.product((few, many), (queue,), (None, learned)),
+        (few, empty(1, 16, d), None),  # in one split
+        (many, queue[:, :300], None),  # in few
     ):
-        info_nce.forward(q, q, keys, *options, temperature, True, False, "mean", [True] * 5)
+        options = (valid, ids(q.shape[1]), ids(keys.shape[1]), temperature, 0.07, True)
+        info_nce.forward(q, q, keys, *options, False, "mean", [True] * 5)
     for q in (few, many):
-        state, incoming = empty(1, 3, q.shape[1], dtype=torch.float32), empty(dtype=torch.float32)
-        info_nce.backward_sweep(incoming, q, q, *options, 0.07, True, True, 1.0, state, True, False)
+        state = empty(2, 3, q.shape[1], dtype=torch.float32)
+        options = (None, ids(q.shape[1]), ids(q.shape[1]), learned, 0.07, True)
+        info_nce.backward_sweep(empty(dtype=torch.float32), q, q, *options, True, 1.0, state, False, True)
 
 
 if __name__ == "__main__":

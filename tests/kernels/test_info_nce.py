@@ -2,6 +2,7 @@
 eager PyTorch."""
 
 import math
+import random
 from itertools import cycle, product
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import dcvae_kernels
 from dcvae_kernels import InfoNCEStats, KeyQueue
+from dcvae_kernels.reference import info_nce_reference
 from info_nce_checks import Implementation, by_definition, cross_entropy, leaves
 
 FLOATS = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
@@ -164,6 +166,75 @@ def test_strided_and_transposed_inputs(on: Implementation):
     torch.testing.assert_close(on.info_nce(q, k, queue), contiguous)
     scaled = [x.expand(3, *x.shape) for x in (q, k, queue)]
     torch.testing.assert_close(on.info_nce(*scaled), contiguous)
+
+
+# Anything -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_combination_agrees_with_the_definition(on: Implementation, seed: int):
+    """Loss, rank and all gradients, for shapes, layouts, dtypes and options drawn at random, against fp64."""
+    draw = random.Random(seed)
+    b, k, d, s = draw.choice([1, 5, 33]), draw.choice([1, 7, 70]), draw.choice([1, 8, 17, 40]), draw.choice([1, 2])
+    form = draw.choice(["queue", "queue", "in-batch", "symmetric"])
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (on.widest == torch.float64)
+    given = [on.randn(s, n, d, seed=i, dtype=draw.choice(dtypes)) for i, n in enumerate((b, b, k))]
+    given = [strided(x, draw.choice([0, 1, 2])) for x in given]
+    options: dict[str, Any] = {"symmetric": form == "symmetric", "normalize": draw.random() < 0.7}
+    options["temperature"] = draw.choice([0.02, 0.03, 0.2, 1.0])
+    keys = given[2].shape[1] if form == "queue" else b
+    if draw.random() < 0.6:
+        ids = torch.tensor([[draw.randint(-1, 3)] * 2 for _ in range(b + keys)])[:, 0]  # strided
+        options |= {"query_ids": ids[:b], "negative_ids": ids[b:]}
+    if form == "queue" and draw.random() < 0.4:
+        valid = draw.randint(0, keys)
+        options["valid"] = torch.tensor(valid) if draw.random() < 0.5 else valid
+    wanted = [draw.random() < 0.7 for _ in range(4)]
+    wanted[0] |= not any(wanted)
+
+    def run(call: Any, dtype: torch.dtype | None, **more: Any) -> list[Tensor | None]:
+        inputs = [x.detach().to(dtype or x.dtype) for x in given] + [torch.tensor(options["temperature"], dtype=dtype)]
+        needed = [x.requires_grad_() for x, want in zip(inputs, wanted, strict=True) if want]
+        q, k, queue, temperature = inputs
+        arguments = options | more | ({"temperature": temperature} if wanted[3] else {})
+        loss, stats = call(q, k, queue if form == "queue" else None, reduction="none", return_stats=True, **arguments)
+        incoming = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+        gradients = torch.autograd.grad(loss, needed, incoming, allow_unused=True)
+        return [loss, stats.rank, *gradients]
+
+    ours, exact = run(on.info_nce, None), run(definition, torch.float64)
+    half = any(x.dtype.itemsize == 2 for x in given)
+    for i, (x, y) in enumerate(zip(ours, exact, strict=True)):
+        assert (x is None) == (y is None)
+        if x is None or y is None:
+            continue
+        if i == 1:
+            assert torch.equal(x, y) or d == 1 or half  # where ties, or nearly so, are common
+        else:
+            scale = max(y.norm().item(), 1e-6 if i == 0 else 1 / options["temperature"] * 1e-2)
+            assert (x.double() - y).norm() <= (5e-2 if half and i else 2e-5) * scale, i
+
+
+def test_a_queue_that_is_the_queries_or_the_keys_is_a_queue(on: Implementation):
+    q, k = on.randn(2, 5, 8), on.randn(2, 5, 8, seed=1)
+    for queue in (q, k):
+        assert torch.equal(on.info_nce(q, k, queue), on.info_nce(q, k, queue.clone()))
+
+
+def strided(x: Tensor, kind: int) -> Tensor:
+    """x as it is, transposed in memory, or with gaps between its elements."""
+    if kind == 0:
+        return x
+    return x.mT.contiguous().mT if kind == 1 else torch.stack([x, x], -1)[..., 0]
+
+
+def definition(q: Tensor, k: Tensor, queue: Tensor | None, reduction: str, return_stats: bool, **options: Any) -> Any:
+    options = {"valid": None, "query_ids": None, "negative_ids": None} | options
+    if isinstance(options["valid"], int):
+        options["valid"] = torch.tensor(options["valid"])
+    loss, rank = info_nce_reference(q, k, queue, with_rank=True, **options)
+    assert rank is not None
+    return loss, InfoNCEStats(rank)
 
 
 # Rank -----------------------------------------------------------------------------------------------------------------

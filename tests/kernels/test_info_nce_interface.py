@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp, vmap
 
-from dcvae_kernels import InfoNCE, KeyQueue, info_nce
+from dcvae_kernels import InfoNCE, KeyQueue, chunked, fused, info_nce
 from info_nce_checks import Implementation, leaves, randn
 
 # Differentiation ------------------------------------------------------------------------------------------------------
@@ -48,6 +48,71 @@ def test_gradcheck_and_gradgradcheck(form: str):
 
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("form", ["head", "in-batch", "queue", "temperature"])
+def test_inputs_that_depend_on_each_other(on: Implementation, form: str):
+    """Gradients are the same with a graph as without, and the second derivatives those of finite differences."""
+    (z,) = leaves(on.randn(4, 3, dtype=on.widest))
+    head, k = on.randn(3, 3, seed=1, dtype=on.widest), on.randn(4, 3, seed=2, dtype=on.widest)
+    calls: dict[str, Any] = {
+        "head": lambda z: on.info_nce(z @ head, z, temperature=0.5),
+        "in-batch": lambda z: on.info_nce(z, z * 1.0, temperature=0.5),
+        "queue": lambda z: on.info_nce(k, z, z, temperature=0.5),
+        "temperature": lambda z: on.info_nce(z, k, temperature=z.square().mean()),
+    }
+    (plain,) = torch.autograd.grad(calls[form](z), z)
+    (graph,) = torch.autograd.grad(calls[form](z), z, create_graph=True)
+    torch.testing.assert_close(graph, plain)
+    if on.widest == torch.float64:
+        direction, step = on.randn(4, 3, seed=3, dtype=on.widest), 1e-6
+        (second,) = torch.autograd.grad((graph * direction).sum(), z)
+        above, below = (torch.autograd.grad(calls[form](x := z + sign * step * direction), x)[0] for sign in (1, -1))
+        torch.testing.assert_close(second, (above - below) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["queue", "in-batch", "symmetric"])
+def test_batched_gradients(on: Implementation, form: str):
+    q, k, queue = leaves(*(on.randn(4, 5, seed=i) for i in range(3)))
+    loss = on.info_nce(q, k, queue if form == "queue" else None, symmetric=form == "symmetric", reduction="none")
+    each = [torch.autograd.grad(loss, (q, k), row, retain_graph=True) for row in torch.eye(4)]
+    batched = torch.autograd.grad(loss, (q, k), torch.eye(4), is_grads_batched=True)
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+def test_nothing_is_computed_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch):
+    q, k, queue = leaves(randn(3, 8), randn(3, 8, seed=1), randn(5, 8, seed=2))
+    wanted = []
+    forward = fused.forward
+    monkeypatch.setattr(fused, "forward", lambda *args: (wanted.append(args[-2]), forward(*args))[1])
+    with torch.no_grad():
+        info_nce(q, k, queue)
+    with torch.inference_mode():
+        info_nce(q, k)
+    info_nce(q, k.detach(), queue.detach())
+    assert wanted == [[False] * 5, [False] * 5, [True, False, False, False, False]]
+
+
+def test_frozen_keys_may_change_before_the_backward_pass():
+    q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), randn(5, 8, seed=2)
+    ids, queue_ids = torch.arange(3), torch.arange(5)
+    loss = info_nce(q, k, queue, query_ids=ids, negative_ids=queue_ids)
+    (expected,) = torch.autograd.grad(loss, q, retain_graph=True)
+    for x in (k, queue, ids, queue_ids):
+        x.zero_()
+    assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
+
+
+def test_compiles_when_given_a_tensor_twice():
+    z, queue, ids = randn(4, 8).requires_grad_(), randn(4, 8, seed=1), torch.arange(4)
+
+    def losses() -> Tensor:
+        simclr = info_nce(z, z.flip(0), query_ids=ids)
+        return simclr + info_nce(z, z) + info_nce(z, z, z) + info_nce(z, z, queue, query_ids=ids, negative_ids=ids)
+
+    compiled, eager = torch.compile(losses, backend="aot_eager", fullgraph=True)(), losses()
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, z), torch.autograd.grad(eager, z))
 
 
 def test_gradients_only_where_asked():
@@ -126,6 +191,15 @@ def test_reads_no_value_on_the_host():
         info_nce(q, q, symmetric=True, query_ids=ids[:5]).backward()
 
 
+def test_blocks_read_no_value_on_the_host():
+    """Nor does the implementation itself, which fake tensors do not reach by the front door."""
+    with FakeTensorMode():
+        q, queue, ids = torch.empty(2, 5, 8), torch.empty(2, 9, 8), torch.empty(9).long()
+        scalars = torch.empty(()).long(), ids[:5], ids, torch.tensor(0.1), 1.0, True
+        state = chunked.forward(q, q, queue, *scalars, False, "mean", [True] * 5)[-1]
+        chunked.backward_sweep(torch.tensor(1.0), q, queue, *scalars, False, 1.0, state, True, True)
+
+
 def test_meta_tensors():
     q = torch.empty(2, 5, 8, device="meta")
     assert info_nce(q, q, q, reduction="none").shape == (2, 5)
@@ -191,10 +265,14 @@ Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch
             ValueError,
             r"\[2, K, 8\] for q of \[2, 4, 8\]; it is \[9, 8\]",
         ),
-        ({"temperature": 0}, ValueError, "temperature must be positive and finite; it is 0"),
+        ({"temperature": 0}, ValueError, "temperature must be positive and finite, .* it is 0"),
         ({"temperature": -1.0}, ValueError, "temperature .* -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature .* nan"),
         ({"temperature": float("inf")}, ValueError, "temperature .* inf"),
+        ({"temperature": 1e-40}, ValueError, "temperature .* its inverse; it is 1e-40"),
+        ({"temperature": True}, TypeError, "temperature must be a number or a 0-d tensor; it is a bool"),
+        ({"valid": True}, TypeError, "valid must be an int or a 0-d integer tensor; it is a bool"),
+        ({"queue": QUEUE.to_sparse()}, TypeError, "queue must be a dense tensor; it is torch.sparse_coo"),
         ({"temperature": "0.1"}, TypeError, "temperature must be a number or a 0-d tensor; it is a str"),
         ({"temperature": torch.ones(1)}, ValueError, r"temperature must be a 0-d tensor; it is \[1\]"),
         ({"temperature": torch.tensor(1)}, TypeError, "temperature must be a floating-point tensor; it is torch.int64"),

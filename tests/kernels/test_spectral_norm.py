@@ -21,7 +21,8 @@ from info_nce_checks import Implementation
 @pytest.fixture(autouse=True)
 def each_implementation(on: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test here runs with each of them."""
-    monkeypatch.setitem(globals(), "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=on.impl))
+    impl: Any = on.impl
+    monkeypatch.setitem(globals(), "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=impl))
 
 
 class Net(nn.Module):

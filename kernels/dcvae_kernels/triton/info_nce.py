@@ -1,8 +1,8 @@
 """InfoNCE in Triton: `forward` and `backward_sweep`, the two computations of `dcvae_kernels.info_nce`.
 
 Similarities q̂·n̂ live in registers only; a weight is e^{(similarity − maximum)/τ}. Rows are normalised by scaling their
-products, never by rounding a normalised copy, and so that the similarity is the same whichever side comes first: the
-backward pass must find that of the forward pass, for at low temperatures its rounding error matters. Nothing is added
+products, never by rounding a normalised copy, and in the same way whichever side comes first: the backward pass should
+find the similarity of the forward pass, for at low temperatures its rounding error matters. Nothing is added
 atomically: programs write partial sums to a workspace, a second kernel adds them in a fixed order.
 
     forward          sweep_kernel     a program owns queries and sweeps a part of the negatives, as attention with V = K
@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_SPLITS = 64  # a power of 2, so that combine can take all at once
-# With similarities in ±1 a fixed maximum of 1 keeps every weight above e^{−2/τ}: far from underflow below this.
-FIXED_MAXIMUM_BELOW = 80.0
+# With similarities in ±1 a fixed maximum of 1 keeps every weight above e^{−2/τ}. Below this that is far from underflow,
+# even times 1/‖n‖.
+FIXED_MAXIMUM_BELOW = 60.0
 # Kernels are compiled as tested: whether a·b + c may be one instruction is no default to rely on.
 LAUNCH = {"enable_fp_fusion": True}
 
@@ -200,7 +201,7 @@ def sweep_kernel(
     total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     end = tl.minimum((split + 1) * part, K)
     if valid is not None:
-        end = tl.minimum(end, tl.load(valid).to(tl.int32))
+        end = tl.minimum(end, tl.load(valid).to(tl.int64)).to(tl.int32)
     for first in range(split * part, end, BLOCK_K):
         slots = first + tl.arange(0, BLOCK_K)
         filled = slots < end
@@ -448,7 +449,7 @@ def weights_kernel(
     x_inverse = _inverse_norm(squares, NORMALIZE)
     if x_state is not None:
         x_maximum, x_share, x_negatives = _load_state(
-            x_state + scale * X, incoming + xs * incoming_stride, tl.num_programs(2) * X, xs, x_present
+            x_state + scale * X, incoming + xs.to(tl.int64) * incoming_stride, tl.num_programs(2) * X, xs, x_present
         )
 
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
@@ -467,7 +468,7 @@ def weights_kernel(
             positives += x_negatives[:, None]
         if y_state is not None:
             y_maximum, y_share, y_negatives = _load_state(
-                y_state + scale * Y, incoming + ys * incoming_stride, tl.num_programs(2) * Y, ys, y_present
+                y_state + scale * Y, incoming + ys.to(tl.int64) * incoming_stride, tl.num_programs(2) * Y, ys, y_present
             )
             weights += y_share[None, :] * tl.exp2((similarity - y_maximum[None, :]) * to_log2)
             positives += y_negatives[None, :]
@@ -530,24 +531,20 @@ class Tiles(NamedTuple):
 
 
 def tiles(dim: int, dtype: torch.dtype, rows: int) -> Tiles:
-    """The sizes for D = dim, operands of that dtype and so many owned rows; chosen from what the compiler reports.
+    """The sizes for D = dim, operands of that dtype and so many queries; chosen from what the compiler reports.
 
     None spills registers on sm_80, sm_90 or sm_100 for D ≤ 64 (float32) or D ≤ 256 (bfloat16). Above 2048 rows float32
     products are made of three tf32 ones (as exact, and on tensor cores); below, the launch is too short to gain by it.
     """
     features = max(16, triton.next_power_of_2(dim))
-    many = rows > 2048
-    if dtype == torch.float32 and many:
-        if features == 16:
-            return Tiles(64, 64, 16, 4, 2, "tf32x3")
-        return Tiles(64, 16, 64, 4, 2, "tf32x3") if features == 64 else Tiles(64, 32, min(features, 64), 8, 2, "tf32x3")
+    if dtype == torch.float32 and rows <= 2048:
+        return Tiles(64, 32, min(features, 128), 8, 2, "ieee")
     if dtype == torch.float32:
-        return Tiles(64, 64, 16, 4, 2, "ieee") if features == 16 else Tiles(64, 32, min(features, 128), 8, 2, "ieee")
+        other, warps = {16: (64, 4), 64: (16, 8)}.get(features, (32, 8))
+        return Tiles(64, other, min(features, 64), warps, 2, "tf32x3")
     if features > 128 or dtype == torch.float16:
         return Tiles(64, 32, min(features, 256), 8, 2, "ieee")
-    if features == 128:
-        return Tiles(128, 32, features, 8, 3, "ieee") if many else Tiles(64, 64, features, 8, 3, "ieee")
-    return Tiles(128, 64, features, 8, 3, "ieee") if many else Tiles(64, 64, features, 4, 3, "ieee")
+    return Tiles(64, 64, features, 8 if features == 128 else 4, 3, "ieee")
 
 
 class Blocks(NamedTuple):
@@ -562,7 +559,8 @@ class Blocks(NamedTuple):
 def blocks(dim: int, splits: int) -> Blocks:
     """The sizes for rows of D = dim that come in so many splits: 1024 elements, and 8192 parts of losses."""
     features = triton.next_power_of_2(dim)
-    at_once = 1 if splits == 1 else min(MAX_SPLITS, max(1, 1024 // features))
+    enough = next(count for count in (1, 8, MAX_SPLITS) if count >= splits)
+    at_once = min(enough, max(1, 1024 // features))
     rows = max(1, min(16, 1024 // (features * at_once)))
     return Blocks(rows, features, at_once, min(1024, 8192 // at_once))
 
@@ -585,6 +583,10 @@ def _rows_by_features(x: Tensor) -> Tensor:
     """x as [S, rows, D] with unit stride along D; copied only where it has another."""
     x = x if x.ndim == 3 else x[None]
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _operand_dtype(x: Tensor, y: Tensor) -> torch.dtype:
@@ -637,9 +639,12 @@ def forward(
     def given(x: Tensor) -> Tensor | None:
         return x if x.numel() else None
 
+    in_batch = queue is None
+    negatives = k if queue is None else _rows_by_features(queue)
+    query_ids, negative_ids = _contiguous(query_ids), _contiguous(negative_ids)
     with _on(q.device):
-        sweep = (temperature, number, normalize, gradient)
-        workspace, splits = _sweep(q, k, k if queue is None else queue, query_ids, negative_ids, valid, *sweep)
+        sweep = (temperature, number, normalize, in_batch, gradient)
+        workspace, splits = _sweep(q, k, negatives, query_ids, negative_ids, valid, *sweep)
         mirror = _sweep(k, q, q, negative_ids, query_ids, None, *sweep)[0] if symmetric else None
         size = blocks(dim, splits)
         combine_kernel[(triton.cdiv(rows, size.rows) + reduce,)](
@@ -664,11 +669,10 @@ def _sweep(
     temperature: Tensor | None,
     number: float,
     normalize: bool,
+    in_batch: bool,
     gradient: bool,
 ) -> tuple[Tensor, int]:
     """A workspace of partial sums, and into how many parts the negatives were split."""
-    in_batch = negatives is k or negatives is q
-    negatives = _rows_by_features(negatives)
     scales, batch, dim = q.shape
     count = negatives.shape[1]
     dtype = _operand_dtype(q, negatives)
@@ -707,6 +711,7 @@ def backward_sweep(
     with_dtemperature: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `dcvae_kernels.fused.backward_sweep`."""
+    query_ids, key_ids = _contiguous(query_ids), _contiguous(key_ids)
     mirror = state[1] if state.shape[0] == 2 else None
     if of_keys:
         x, y, x_ids, y_ids, x_state, y_state = k, q, key_ids, query_ids, mirror, state[0]
@@ -722,7 +727,7 @@ def backward_sweep(
     if rows == 0:
         return dx, dtemperature
     dtype = _operand_dtype(x, y)
-    size = tiles(dim, dtype, rows)
+    size = tiles(dim, dtype, q.shape[:-1].numel())
     splits, part = _splits(own, other, scales, size, dim, x.device)
     workspace = x.new_empty(splits * rows * dim, dtype=torch.float32)
     incoming = incoming.expand(scales, q.shape[-2])
