@@ -1,13 +1,14 @@
 """Compiles the launches of a Triton module for GPUs that are not there, and reports what the compiler says of them.
 
 A launch is recorded instead of made, so that what is compiled is what the launch code would have asked for. Run as a
-script it prints, as JSON, what every configuration of the InfoNCE kernels needs.
+script, with `info_nce` or `spectral_norm`, it prints as JSON what every configuration of its kernels needs.
 """
 
 import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dcvae_kernels.triton import info_nce
+from dcvae_kernels.triton import info_nce, spectral_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
@@ -180,8 +181,26 @@ def _launch_everything(d: int, dtype: torch.dtype) -> None:
         info_nce.backward_sweep(empty(dtype=torch.float32), q, q, *options, True, 1.0, state, False, True)
 
 
+def spectral_norm_launches() -> dict[Launch, dict[str, Any]]:
+    """For one layer and for many, in one and in two iterations."""
+    found = {}
+    for layers, dtype in itertools.product((1, 25, 100), (torch.float32, torch.bfloat16)):
+        for launch in record(spectral_norm, partial(_launch_update, layers, dtype)):
+            found[launch] = {"kernel": launch.kernel, "layers": layers, "dtype": str(dtype).removeprefix("torch.")}
+    return found
+
+
+def _launch_update(layers: int, dtype: torch.dtype) -> None:
+    weights = [torch.zeros(64, 32, 3, 3, dtype=dtype) for _ in range(layers)]
+    us, vs = ([torch.zeros(n, dtype=dtype) for _ in weights] for n in (64, 288))
+    plan = spectral_norm.make_plan(weights, us, vs, [0] * layers)
+    assert plan is not None
+    _, saved = spectral_norm.update(plan, weights, 2, 1e-12)
+    spectral_norm.gradients(plan, saved, weights)
+
+
 if __name__ == "__main__":
-    launches = info_nce_launches()
+    launches = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[sys.argv[1]]()
     results = compile_all(launches, (80, 90, 100))
     report = [launches[launch] | {"capability": x} | asdict(result) for (launch, x), result in results.items()]
     print(json.dumps(report))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from info_nce_checks import Implementation
+from checks import Implementation
 
 
 @pytest.fixture(

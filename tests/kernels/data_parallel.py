@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checks import randn
 from dcvae_kernels import KeyQueue, info_nce
-from info_nce_checks import randn
 
 WORLD, BATCH, STEPS = 2, 6, 3
 

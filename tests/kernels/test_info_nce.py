@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dcvae_kernels
+from checks import Implementation, by_definition, cross_entropy, leaves
 from dcvae_kernels import InfoNCEStats, KeyQueue
 from dcvae_kernels.reference import info_nce_reference
-from info_nce_checks import Implementation, by_definition, cross_entropy, leaves
 
 FLOATS = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 TEMPERATURES = [0.005, 0.01, 0.07, 1.0]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp, vmap
 
+from checks import Implementation, leaves, randn
 from dcvae_kernels import InfoNCE, KeyQueue, chunked, fused, info_nce
-from info_nce_checks import Implementation, leaves, randn
 
 # Differentiation ------------------------------------------------------------------------------------------------------
 

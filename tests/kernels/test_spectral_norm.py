@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
 import dcvae_kernels
+from checks import Implementation
 from dcvae_kernels import grouped, reference, remove_spectral_norm, spectral_norm
-from info_nce_checks import Implementation
 
 
 @pytest.fixture(autouse=True)

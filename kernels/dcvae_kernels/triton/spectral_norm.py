@@ -351,8 +351,8 @@ def gradients(plan: Plan, saved: Saved, incoming: Sequence[Tensor | None]) -> li
 
 def _parts(plan: Plan, buffer: Tensor) -> list[Tensor]:
     """The layers' tensors in a buffer; not as views of it, which autograd would treat as one."""
-    storage = buffer.untyped_storage()
-    return [buffer.new_empty(0).set_(storage, start, size, stride) for start, size, stride in plan.parts]
+    storage, first = buffer.untyped_storage(), buffer.storage_offset()
+    return [buffer.new_empty(0).set_(storage, first + start, size, stride) for start, size, stride in plan.parts]
 
 
 def _on(device: torch.device) -> AbstractContextManager:

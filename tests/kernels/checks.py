@@ -1,0 +1,125 @@
+"""What the tests of the ops share: the implementations, inputs, InfoNCE written out, and what kernels do unseen."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dcvae_kernels
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One of info_nce's implementations on a device. On a CPU, "triton" is run by Triton's interpreter."""
+
+    impl: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        return self.impl == "triton" and self.device == "cpu"
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The widest dtype that it takes."""
+        return torch.float32 if self.impl == "triton" else torch.float64
+
+    def info_nce(self, *args: Any, **options: Any) -> Any:
+        return dcvae_kernels.info_nce(*args, **{"impl": self.impl} | options)
+
+    def randn(self, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return randn(*shape, seed=seed, dtype=dtype).to(self.device)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers on every device and in every dtype, but for rounding."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+
+def cross_entropy(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """The loss as everyone writes it, in the inputs' own dtype; [B, D], [B, D], [K, D] -> [B]."""
+    q, k, queue = (F.normalize(t, dim=-1) for t in (q, k, queue))
+    logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64), reduction="none")
+
+
+def by_definition(q: Tensor, k: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
+    """Eq. 6 in fp64, one query at a time; negatives[i] [K_i, D] are those of query i."""
+    losses = []
+    for query, key, others in zip(q.double(), k.double(), negatives, strict=True):
+        positive = torch.cosine_similarity(query, key, dim=0) / temperature
+        scores = torch.cosine_similarity(query[None], others.double(), dim=1) / temperature
+        losses.append(torch.cat([positive[None], scores]).logsumexp(0) - positive)
+    return torch.stack(losses)
+
+
+@contextmanager
+def counted(module: ModuleType, launches: list[str]) -> Iterator[None]:
+    """Notes the names of the module's kernels as they are launched."""
+
+    class Counter:
+        def __init__(self, name: str, kernel: Any):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            patch.setattr(module, name, Counter(name, getattr(module, name)))
+        yield
+
+
+@contextmanager
+def poisoned() -> Iterator[Callable[[], bool]]:
+    """Fills what `Tensor.new_empty` allocates with NaN, or the least integer, and puts guards of the same around it.
+
+    Yields a function that tells, afterwards, whether there were allocations and all guards are as they were.
+    """
+    buffers: list[tuple[Tensor, int, float]] = []
+    new_empty = Tensor.new_empty
+
+    def allocate(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = dtype or self.dtype
+        poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+        buffer = new_empty(self, (size.numel() + 64,), dtype=dtype, **options).fill_(poison)
+        buffers.append((buffer, size.numel(), poison))
+        return buffer[32 : 32 + size.numel()].view(size)
+
+    def intact() -> bool:
+        for buffer, size, poison in buffers:
+            guards = torch.cat([buffer[:32], buffer[32 + size :]])
+            if not (guards.isnan() if poison != poison else guards == poison).all():
+                return False
+        return bool(buffers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", allocate)
+        yield intact
+
+
+def compiled_ahead(operation: str) -> list[dict[str, Any]]:
+    """What `compile_ahead.py` reports; from another process, for this one may interpret its kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).parent / "compile_ahead.py", operation]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)

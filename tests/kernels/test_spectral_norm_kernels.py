@@ -1,0 +1,181 @@
+"""What the Triton kernels of spectral norm promise beside the right numbers: launches, any shape, determinism, nothing
+touched beyond their buffers, and what the compiler says of them for GPUs that are not here."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from checks import Implementation, compiled_ahead, counted, leaves, poisoned
+from dcvae_kernels import grouped, reference, spectral_norm
+
+kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
+
+UPDATE, GRADIENT = ["rows_kernel", "columns_kernel", "divide_kernel"], ["inner_kernel", "gradient_kernel"]
+
+
+@pytest.fixture
+def triton_on(on: Implementation) -> Implementation:
+    if on.impl != "triton":
+        pytest.skip("for the Triton kernels only")
+    return on
+
+
+class Weights(nn.Module):
+    """Layers, and nothing done with them: the forward pass returns their weights."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self) -> list[Any]:
+        return [layer.weight for layer in self.layers]
+
+
+@pytest.mark.parametrize(("layers", "n_power_iterations"), [(1, 1), (1, 3), (100, 1)])
+def test_as_many_launches_for_many_layers_as_for_one(triton_on: Implementation, layers: int, n_power_iterations: int):
+    net = Weights([nn.Linear(2 + i % 3, 1 + i % 5) if i % 2 else nn.Conv2d(1, 2, i % 3 + 1) for i in range(layers)])
+    spectral_norm(net, n_power_iterations, impl="triton")
+    launches = []
+    with counted(kernels, launches):
+        torch.autograd.backward([weight.square().sum() for weight in net()])
+    assert launches == UPDATE[:2] * n_power_iterations + UPDATE[2:] + GRADIENT
+
+
+@pytest.mark.gpu
+def test_no_other_launches_than_ours(triton_on: Implementation):
+    if triton_on.interpreted:
+        pytest.skip("needs a CUDA device")
+    net = spectral_norm(Weights([nn.Conv2d(8, 8, 3) for _ in range(10)]), impl="triton")
+    incoming = [torch.randn(8, 8, 3, 3) for _ in range(10)]
+    parameters = [p for p in net.parameters() if p.ndim == 4]
+
+    def step() -> None:
+        torch.autograd.grad(net(), parameters, incoming)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    events = profile.events() or []
+    names = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert [name for name in names if "memset" not in name.lower()] == UPDATE + GRADIENT
+
+
+SHAPES: list[tuple[tuple[int, ...], int]] = [
+    ((1, 9), 0),
+    ((9, 1), 0),
+    ((1, 1), 0),
+    ((65, 259), 0),
+    ((7, 3, 3, 3), 0),
+    ((5, 8, 1, 7), 0),
+    ((33, 70, 1, 1), 0),
+    ((6, 4, 2, 2), 1),
+    ((70, 33, 4, 4), 1),
+    ((1, 5, 3, 3), 1),
+]
+
+
+def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
+    shapes = SHAPES if on.interpreted else [*SHAPES, ((512, 512, 3, 3), 0), ((512, 256, 4, 4), 1)]
+    weights = [on.randn(*shape, seed=i, dtype=dtype) for i, (shape, _) in enumerate(shapes)]
+    if channels_last:
+        weights = [w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
+    matrices = [reference.as_matrix(w, dim) for w, (_, dim) in zip(weights, shapes, strict=True)]
+    us, vs = (
+        [torch.nn.functional.normalize(on.randn(m.shape[i], seed=9, dtype=dtype), dim=0) for m in matrices]
+        for i in (0, 1)
+    )
+    return weights, us, vs, [dim for _, dim in shapes]
+
+
+def run(on: Implementation, weights: list[Tensor], us: Any, vs: Any, dims: Any, iterations: int) -> list[Tensor]:
+    """W/σ, the gradients, u and v; every third weight gets no gradient."""
+    weights, us, vs = leaves(*weights), [u.clone() for u in us], [v.clone() for v in vs]
+    normalized = grouped.normalized_weights(weights, us, vs, dims, iterations, 1e-12, on.impl, {})
+    used = [i for i in range(len(weights)) if i % 3]
+    incoming = [on.randn(*normalized[i].shape, seed=20 + i, dtype=weights[i].dtype) for i in used]
+    gradients = torch.autograd.grad([normalized[i] for i in used], weights, incoming, allow_unused=True)
+    assert all(gradient is None for i, gradient in enumerate(gradients) if i % 3 == 0)
+    return [*(x.detach() for x in normalized), *(x for x in gradients if x is not None), *us, *vs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_last: bool, iterations: int):
+    weights, us, vs, dims = problem(on, dtype, channels_last)
+    ours = run(on, weights, us, vs, dims, iterations)
+    doubles = [[x.double() for x in some] for some in (weights, us, vs)]
+    exact = run(Implementation("torch", on.device), *doubles, dims, iterations)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    for x, y in zip(ours, exact, strict=True):
+        assert x.dtype == dtype
+        assert (x.double() - y).norm() <= tolerance * y.norm().clamp_min(1e-2)
+    for x, w in zip(ours, weights, strict=False):
+        assert x.stride() == w.stride()
+
+
+def test_bitwise_the_same_every_time(on: Implementation):
+    arguments = problem(on, torch.float32, True)
+    first = run(on, *arguments, 1)
+    for _ in range(1 if on.interpreted else 20):
+        assert all(map(torch.equal, first, run(on, *arguments, 1)))
+
+
+def test_reads_and_writes_nothing_beyond_its_buffers(triton_on: Implementation):
+    weights, us, vs, dims = problem(triton_on, torch.float32, False)
+    expected = run(triton_on, weights, us, vs, dims, 2)
+    with poisoned() as intact:
+        weights, us, vs = ([x.new_empty(x.shape).copy_(x) for x in some] for some in (weights, us, vs))
+        actual = run(triton_on, weights, us, vs, dims, 2)
+    assert all(map(torch.equal, actual, expected))
+    assert intact()
+
+
+@pytest.mark.gpu
+def test_cuda_graph(triton_on: Implementation):
+    if triton_on.interpreted:
+        pytest.skip("needs a CUDA device")
+    layers = [nn.Conv2d(8, 8, 3), nn.Linear(8, 3)]
+    net = spectral_norm(Weights(layers), impl="triton")
+    parameters = [p for p in net.parameters() if p.ndim > 1]
+
+    def step() -> list[Tensor]:
+        weights = net()
+        return [*weights, *torch.autograd.grad([w.square().sum() for w in weights], parameters)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    state = {name: x.clone() for name, x in net.state_dict().items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    net.load_state_dict(state)
+    expected = [x.detach().clone() for x in step()]
+    net.load_state_dict(state)
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+# What a program may take: (registers of a thread, KiB of shared memory).
+BUDGETS = {
+    "rows_kernel": (96, 4),
+    "columns_kernel": (128, 4),
+    "divide_kernel": (96, 4),
+    "inner_kernel": (96, 4),
+    "gradient_kernel": (96, 4),
+}
+
+
+def test_compiles_for_gpus_that_are_not_here():
+    programs = compiled_ahead("spectral_norm")
+    assert {(x["kernel"], x["capability"]) for x in programs} == {(k, c) for k in BUDGETS for c in (80, 90, 100)}
+    for program in programs:
+        registers, shared = BUDGETS[program["kernel"]]
+        assert program["registers"] <= registers, program
+        assert program["shared"] <= 1024 * shared, program
+        assert program["spilled"] == 0, program
