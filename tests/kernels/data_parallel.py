@@ -1,4 +1,4 @@
-"""One of two processes that train with info_nce in data parallel; run as `data_parallel.py RANK FILE`.
+"""One of two processes that train with the ops in data parallel; run as `data_parallel.py RANK FILE`.
 
 Each checks what it gets against one process that has the whole batch, which it plays itself.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checks import randn
-from dcvae_kernels import KeyQueue, info_nce
+from dcvae_kernels import KeyQueue, info_nce, spectral_norm
 
 WORLD, BATCH, STEPS = 2, 6, 3
 
@@ -81,6 +81,21 @@ def keys_of_all_ranks(rank: int, impl: Any) -> None:
     torch.testing.assert_close(together.module.weight.grad, alone.weight.grad, rtol=1e-5, atol=1e-6)
 
 
+def spectral_norm_buffers(rank: int, impl: Any) -> None:
+    """The same on all ranks, whatever images each has seen."""
+    torch.manual_seed(0)
+    net = spectral_norm(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)), impl=impl)
+    together = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        together(randn(BATCH, 5, seed=60 + 10 * rank + step)).square().mean().backward()
+        optimizer.step()
+    for value in net.state_dict().values():
+        ours, theirs = gathered(value[None])
+        assert torch.equal(ours, theirs)
+
+
 if __name__ == "__main__":
     rank, file = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
@@ -88,4 +103,5 @@ if __name__ == "__main__":
         queue_of_all_ranks(rank, impl)
         own_queues(rank, impl)
         keys_of_all_ranks(rank, impl)
+        spectral_norm_buffers(rank, impl)
     dist.destroy_process_group()

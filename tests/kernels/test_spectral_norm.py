@@ -236,6 +236,21 @@ def test_update_gradcheck():
     assert torch.autograd.gradgradcheck(update, weights)
 
 
+def test_second_derivatives(on: Implementation):
+    """Of W/σ in W with u and v held, against the plain definition."""
+    weight = torch.randn(3, 2, 2, 2).to(on.widest).requires_grad_()
+    u, v = (torch.nn.functional.normalize(torch.randn(n).to(on.widest), dim=0) for n in (2, 12))
+    slope, direction = torch.randn_like(weight), torch.randn_like(weight)
+
+    def second(update: Any, *more: Any) -> Tensor:
+        (normalized,) = update([weight], [u], [v], [1], *more)
+        (first,) = torch.autograd.grad((normalized**3 * slope).sum(), weight, create_graph=True)
+        return torch.autograd.grad((first * direction).sum(), weight)[0]
+
+    ours = second(grouped.normalized_weights, 1, 1e-12, on.impl, {})
+    torch.testing.assert_close(ours, second(reference.spectral_norm_update, 0, 1e-12), rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_penalty():
     theirs, ours = pair()
     for net in (theirs, ours):

@@ -86,10 +86,10 @@ def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
         [torch.nn.functional.normalize(on.randn(m.shape[i], seed=9, dtype=dtype), dim=0) for m in matrices]
         for i in (0, 1)
     )
-    return weights, us, vs, [dim for _, dim in shapes]
+    return [dim for _, dim in shapes], weights, us, vs
 
 
-def run(on: Implementation, weights: list[Tensor], us: Any, vs: Any, dims: Any, iterations: int) -> list[Tensor]:
+def run(on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any) -> list[Tensor]:
     """W/σ, the gradients, u and v; every third weight gets no gradient."""
     weights, us, vs = leaves(*weights), [u.clone() for u in us], [v.clone() for v in vs]
     normalized = grouped.normalized_weights(weights, us, vs, dims, iterations, 1e-12, on.impl, {})
@@ -104,10 +104,10 @@ def run(on: Implementation, weights: list[Tensor], us: Any, vs: Any, dims: Any, 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_last: bool, iterations: int):
-    weights, us, vs, dims = problem(on, dtype, channels_last)
-    ours = run(on, weights, us, vs, dims, iterations)
+    dims, weights, us, vs = problem(on, dtype, channels_last)
+    ours = run(on, iterations, dims, weights, us, vs)
     doubles = [[x.double() for x in some] for some in (weights, us, vs)]
-    exact = run(Implementation("torch", on.device), *doubles, dims, iterations)
+    exact = run(Implementation("torch", on.device), iterations, dims, *doubles)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     for x, y in zip(ours, exact, strict=True):
         assert x.dtype == dtype
@@ -118,17 +118,17 @@ def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_l
 
 def test_bitwise_the_same_every_time(on: Implementation):
     arguments = problem(on, torch.float32, True)
-    first = run(on, *arguments, 1)
+    first = run(on, 1, *arguments)
     for _ in range(1 if on.interpreted else 20):
-        assert all(map(torch.equal, first, run(on, *arguments, 1)))
+        assert all(map(torch.equal, first, run(on, 1, *arguments)))
 
 
 def test_reads_and_writes_nothing_beyond_its_buffers(triton_on: Implementation):
-    weights, us, vs, dims = problem(triton_on, torch.float32, False)
-    expected = run(triton_on, weights, us, vs, dims, 2)
+    dims, weights, us, vs = problem(triton_on, torch.float32, False)
+    expected = run(triton_on, 2, dims, weights, us, vs)
     with poisoned() as intact:
         weights, us, vs = ([x.new_empty(x.shape).copy_(x) for x in some] for some in (weights, us, vs))
-        actual = run(triton_on, weights, us, vs, dims, 2)
+        actual = run(triton_on, 2, dims, weights, us, vs)
     assert all(map(torch.equal, actual, expected))
     assert intact()
 
