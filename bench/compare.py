@@ -1,4 +1,4 @@
-"""Measures InfoNCE anew and compares with the committed file of this device: fails if ours has become slower.
+"""Measures anew and compares with the committed file of this device: fails if ours has become slower.
 
 Only our own medians count. Other implementations are not run: their speed is not ours to keep.
 """

@@ -1,7 +1,10 @@
-"""Options of the benchmarks, and what is printed while they run."""
+"""Options of the benchmarks, what is printed while they run, and the fixtures that fill and write a result file."""
 
+import functools
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +30,19 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 DEADLINE = pytest.StashKey[float | None]()
 
 
+@pytest.fixture(scope="module")
+def document(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.module.BENCHMARK.document()
+
+
 @pytest.fixture
-def out_of_time(request: pytest.FixtureRequest) -> bool:
+def fill(request: pytest.FixtureRequest, document: dict[str, Any], benchmark: Any) -> Iterator[Callable[..., None]]:
+    """suite.fill for this module's result file, which is written after each case, so that whatever stops the run leaves
+    what it had measured."""
+    import suite  # not before the deadline is set: it imports torch
+
     deadline = request.config.stash[DEADLINE]
-    return deadline is not None and time.monotonic() > deadline
+    yield functools.partial(suite.fill, document, benchmark, deadline is not None and time.monotonic() > deadline)
+    folder: Path | None = request.config.getoption("--results")
+    if folder is not None:
+        request.module.BENCHMARK.write(document, folder)

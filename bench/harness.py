@@ -16,6 +16,7 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
+MODES = ("forward", "forward_backward")
 BATCH_SECONDS, MEASURE_SECONDS, WARMUP_SECONDS = (0.01, 0.3, 0.05) if ON_GPU else (0.002, 0.02, 0.002)
 MIN_BATCHES, MAX_BATCHES = 5, 50
 # Calls in one captured graph: launching a graph costs microseconds, which are not the operation's.

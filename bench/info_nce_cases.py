@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import Unavailable
+from harness import MODES, Unavailable
 
 TEMPERATURE = 0.07
-MODES = ("forward", "forward_backward")
 
 # Of the loss, relative to it or to 1 if that is more, and of a gradient, by Frobenius norm. The float32 ones admit
 # implementations that compute in tf32; the result files hold each one's own errors.

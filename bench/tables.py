@@ -5,10 +5,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import records
-from info_nce_targets import MODE, fastest_us, median
+from targets import MODE, fastest_us, floor_us, median, ratio
 
 READMES = (records.ROOT / "README.md", records.ROOT / "kernels" / "README.md")
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -46,37 +46,49 @@ def regenerated(text: str, folder: Path) -> str:
 def contents(name: str, folder: Path) -> str:
     documents = [records.read(path) for path in sorted(folder.glob(f"*/{name}.json"))]
     measured = [document for document in documents if not document["rehearsal"]]
-    return "\n".join(TABLES[name](document) for document in measured) or NOTHING
+    return "\n".join(table(document) for document in measured) or NOTHING
 
 
-def info_nce(document: dict[str, Any]) -> str:
+class Kind(NamedTuple):
+    """What one benchmark's tables have that others' do not.
+
+    explanation: what follows "Memory is what one call".
+    shape: of a row, after its name.
+    columns: the last ones by heading, each from a document, its row and that row's cells by implementation.
+    """
+
+    explanation: str
+    shape: Callable[[dict[str, Any]], str]
+    columns: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], str]]
+
+
+def table(document: dict[str, Any]) -> str:
+    kind = KINDS[document["benchmark"]]
+    headings = ["", "ours", "eager", "`torch.compile`", "fastest other", "memory, ours / eager", *kind.columns]
     lines = [
         head(document),
         "",
         "Forward and backward in µs, median: called from Python / replayed from a CUDA graph. Memory is what one call",
-        "needs beyond its inputs. The last column is the share of the matrix rate that this device reaches with torch.",
+        kind.explanation,
         "",
-        "| | ours | eager | `torch.compile` | fastest other | memory, ours / eager | matrix rate |",
-        "|---|---|---|---|---|---|---|",
+        f"|{' |'.join(f' {heading}' if heading else '' for heading in headings)} |",
+        "|" + "---|" * len(headings),
     ]
     for row in document["rows"]:
         cells = {cell["peer"]: cell for cell in row["cells"] if cell["mode"] == MODE}
         other = fastest_other(cells)
         columns = [
-            shape(row),
+            f"{row['name']}: {kind.shape(row)}",
             *(times(cells[peer]) for peer in ("ours", "eager", "torch.compile")),
             f"{times(cells[other])} ({other})" if other else "–",
             f"{memory(cells['ours'])} / {memory(cells['eager'])}",
-            matrix_share(document, row, cells["ours"]),
+            *(column(document, row, cells) for column in kind.columns.values()),
         ]
         lines.append(f"| {' | '.join(columns)} |")
     lines += ["", "| target | required | measured | |", "|---|---|---|---|"]
     for target in document["targets"]:
         lines.append(f"| {' | '.join(target_columns(target))} |")
     return "\n".join(lines) + "\n"
-
-
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"info_nce": info_nce}
 
 
 def head(document: dict[str, Any]) -> str:
@@ -87,10 +99,15 @@ def head(document: dict[str, Any]) -> str:
     return f"**{document['device']}**: {known}; {document['date'][:10]}, commit {commit}."
 
 
-def shape(row: dict[str, Any]) -> str:
+def info_nce_shape(row: dict[str, Any]) -> str:
     parts = [f"S {row['scales']}"] if row["scales"] > 1 else []
     parts += [f"B {row['batch']}", f"K {row['queue']}" if row["queue"] else "in-batch", f"D {row['dim']}"]
-    return f"{row['name']}: {', '.join(parts)}, {'symmetric, ' if row['symmetric'] else ''}{row['dtype']}"
+    return f"{', '.join(parts)}, {'symmetric, ' if row['symmetric'] else ''}{row['dtype']}"
+
+
+def spectral_norm_shape(row: dict[str, Any]) -> str:
+    largest = "×".join(map(str, row["largest"]))
+    return f"{row['layers']} layers, {number(row['elements'] / 1e6)} M weights, the largest {largest}, {row['dtype']}"
 
 
 def fastest_other(cells: dict[str, dict[str, Any]]) -> str | None:
@@ -108,9 +125,45 @@ def memory(cell: dict[str, Any]) -> str:
     return "–" if cell["peak_bytes"] is None else f"{number(cell['peak_bytes'] / 1e6)} MB"
 
 
-def matrix_share(document: dict[str, Any], row: dict[str, Any], cell: dict[str, Any]) -> str:
-    time, rate = fastest_us(cell), (document["device_rates"] or {}).get(row["dtype"])
-    return f"{row['floors'][MODE]['flops'] / time / 1e6 / rate:.0%}" if time and rate else "–"
+def launches(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    return " / ".join(str(cells[peer]["launches"] or "–") for peer in ("ours", "eager"))
+
+
+def byte_floor(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    floor = floor_us(document, row["floors"][MODE], "copy")
+    return number(floor) if floor else "–"
+
+
+def share(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any], rate: str) -> str:
+    """How much of a rate of the device ours reaches, backward too."""
+    found = ratio(floor_us(document, row["floors"][MODE], rate), fastest_us(cells["ours"]))
+    return f"{found:.0%}" if found else "–"
+
+
+ABOUT_INFO_NCE = """\
+needs beyond its inputs. The last column is the share of the matrix rate that this device reaches with torch."""
+
+ABOUT_SPECTRAL_NORM = """\
+needs beyond its inputs. Eager is torch's parametrization, the others are its older hook. The floor is what moving the
+weights takes at the rate at which this device copies; the last column is the share of that rate that ours reaches, and
+what stays in the cache may exceed it."""
+
+KINDS = {
+    "info_nce": Kind(
+        ABOUT_INFO_NCE,
+        info_nce_shape,
+        {"matrix rate": lambda document, row, cells: share(document, row, cells, row["dtype"])},
+    ),
+    "spectral_norm": Kind(
+        ABOUT_SPECTRAL_NORM,
+        spectral_norm_shape,
+        {
+            "launches, ours / eager": launches,
+            "floor": byte_floor,
+            "copy rate": lambda document, row, cells: share(document, row, cells, "copy"),
+        },
+    ),
+}
 
 
 def target_columns(target: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A result file to try things on: bench/gpu.py's rehearsal on the CPU, once for all tests."""
+"""Result files to try things on: bench/gpu.py's rehearsal on the CPU, once for all tests."""
 
 import os
 import subprocess
@@ -23,9 +23,9 @@ def script():
 
 @pytest.fixture(scope="session")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of results and what was printed."""
+    """The folder of results and what was printed; all benchmarks, no tests."""
     folder = tmp_path_factory.mktemp("results")
-    arguments = ("--cpu-rehearsal", "--only", "info_nce", "--out", folder)
+    arguments = ("--cpu-rehearsal", "--only", "info_nce", "spectral_norm", "--out", folder)
     result = run_script("gpu", *arguments, DCVAE_COMMIT="0123456789abcdef-dirty")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
@@ -34,3 +34,8 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture
 def document(rehearsal) -> dict:
     return records.read(rehearsal[0] / "cpu" / "info_nce.json")
+
+
+@pytest.fixture
+def spectral_norm_document(rehearsal) -> dict:
+    return records.read(rehearsal[0] / "cpu" / "spectral_norm.json")

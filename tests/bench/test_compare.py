@@ -4,6 +4,8 @@ import copy
 
 import pytest
 
+import compare as compare_script
+import gpu
 import records
 
 pytestmark = pytest.mark.multiprocess
@@ -71,12 +73,26 @@ def test_device_without_committed_file(rehearsal, tmp_path, script):
     assert "is not there to compare with" in result.stdout
 
 
-def test_fresh_run(rehearsal, script, document, tmp_path):
+def test_fresh_run(document, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"info_nce": 160})  # one is enough
     for row in document["rows"]:
         for cell in row["cells"]:
             if cell["wall"]:
                 cell["wall"]["median_us"] *= 1000
     records.write(tmp_path / "cpu" / "info_nce.json", document)
-    result = script("compare", "--cpu-rehearsal", "--committed", tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "eager" not in result.stdout
+    status = compare_script.main(["--cpu-rehearsal", "--committed", str(tmp_path)])
+    printed = capfd.readouterr().out
+    assert status == 0, printed
+    assert "ours              forward" in printed
+    assert "eager" not in printed
+
+
+def test_every_benchmark_is_compared(compare, spectral_norm_document, tmp_path):
+    records.write(tmp_path / "fresh" / "cpu" / "spectral_norm.json", spectral_norm_document)
+    cell = next(cell for cell in spectral_norm_document["rows"][1]["cells"] if cell["peer"] == "ours")
+    cell["wall"]["median_us"] /= 2
+    records.write(tmp_path / "committed" / "cpu" / "spectral_norm.json", spectral_norm_document)
+    status, text = compare(lambda row, cells: None)
+    assert status == 1
+    assert text.startswith("sngan forward wall: ")
+    assert "100% over" in text

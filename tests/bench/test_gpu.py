@@ -55,6 +55,22 @@ def test_result_has_times_and_errors(document):
 
 
 @pytest.mark.multiprocess
+def test_result_of_spectral_norm(spectral_norm_document):
+    rows = spectral_norm_document["rows"]
+    assert [(row["name"], row["layers"]) for row in rows] == [("dcvae", 23), ("sngan", 18), ("stylegan2", 22)]
+    for row in rows:
+        assert row["floors"]["forward_backward"] == {"bytes": 7 * 4 * row["elements"]}  # of the narrow network
+        for (peer, mode), cell in cells(spectral_norm_document, row["name"]).items():
+            if peer in ("torch.compile", "older compiled"):
+                assert "needs a C++ compiler" in cell["reason"]
+                continue
+            assert cell["reason"] is None
+            assert 0 < cell["wall"]["median_us"]
+            assert len(cell["errors"]) == (1 if mode == "forward" else 2)
+            assert max(cell["errors"].values()) < 1e-5
+
+
+@pytest.mark.multiprocess
 def test_who_cannot_run_says_why(document):
     for row in document["rows"]:
         for cell in row["cells"]:
@@ -68,10 +84,11 @@ def test_who_cannot_run_says_why(document):
 
 
 @pytest.mark.multiprocess
-def test_rehearsal_meets_no_target(document, rehearsal):
-    assert len(document["targets"]) == 10
-    assert all(target["met"] is target["measured"] is None for target in document["targets"])
-    assert rehearsal[1].count("not measured  ") == 10
+def test_rehearsal_meets_no_target(document, spectral_norm_document, rehearsal):
+    found = document["targets"] + spectral_norm_document["targets"]
+    assert (len(document["targets"]), len(found)) == (10, 13)
+    assert all(target["met"] is target["measured"] is None for target in found)
+    assert rehearsal[1].count("not measured  ") == 13
 
 
 @pytest.mark.multiprocess
@@ -79,7 +96,7 @@ def test_file_is_written_in_one_way(document, rehearsal, tmp_path):
     path = rehearsal[0] / "cpu" / "info_nce.json"
     records.write(tmp_path / "again.json", dict(reversed(document.items())))
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
-    assert [p.name for p in path.parent.iterdir()] == ["info_nce.json"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["info_nce.json", "spectral_norm.json"]
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):

@@ -62,6 +62,27 @@ needs beyond its inputs. The last column is the share of the matrix rate that th
 """
 
 
+def test_table_of_spectral_norm(tmp_path):
+    ours = {**cell("ours", 210.0, 40.0, 2e7), "launches": 5}
+    eager = {**cell("eager", 2900.0, 500.0, 4e7), "launches": 391}
+    row = {
+        **{"name": "dcvae", "layers": 23, "elements": 2139664, "largest": [128, 1152], "dtype": "float32"},
+        "floors": {"forward_backward": {"bytes": 59910592}},
+        "cells": [ours, eager, cell("older hook", 2500.0, 450.0, 1), cell("torch.compile", 900.0, None, 1)],
+    }
+    head = {**HEAD, "benchmark": "spectral_norm", "device_rates": {"copy": 2500.0}}
+    records.write(tmp_path / "some-gpu" / "spectral_norm.json", {**head, "rows": [row], "targets": TARGETS[:1]})
+    # 59,910,592 bytes at 2500 GB/s take 23.96 µs, 59.9% of 40.
+    text = tables.contents("spectral_norm", tmp_path).split("\n\n")
+    assert text[2] == (
+        "| | ours | eager | `torch.compile` | fastest other | memory, ours / eager | launches, ours / eager | floor "
+        "| copy rate |\n|---|---|---|---|---|---|---|---|---|\n"
+        "| dcvae: 23 layers, 2.14 M weights, the largest 128×1152, float32 | 210 / 40 | 2,900 / 500 | 900 / – "
+        "| 2,500 / 450 (older hook) | 20 MB / 40 MB | 5 / 391 | 24 | 60% |"
+    )
+    assert "| dcvae: times faster | ≥ 5 | 13.2 (attention) | met |" in text[3]
+
+
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
