@@ -47,7 +47,7 @@ def forward(
         loss: [S, B] / [B], or 0-d if reduced.
         rank: int64 [S, B] / [B].
         dq, dk, dtemperature: derivatives of the loss (of each row's, or of the mean or sum) by q, by k as the positive,
-            and, row by row, by τ.
+            and, row by row, by τ. Not to be wanted of a symmetric loss.
         state: [directions, 3, S·B], what `backward_sweep` needs to know of the queries; two directions if symmetric.
         What is not wanted is empty. Floating point is float32, or float64 where an input is.
     """
