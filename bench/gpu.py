@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ from targets import MODE
 # Seconds, 480 in all. When its time is over, a benchmark starts no further measurement, and has its overtime to finish
 # the last one. What then goes on is told to stop, and after the grace it is ended.
 TESTS_SECONDS, TESTS_GRACE = 200, 10
+# Side by side, for most of their time goes into compiling, on one core each.
+TESTS = {
+    "tests of info_nce, sizes": ["tests/kernels/test_info_nce.py", "-k", "eager_against"],
+    "tests of info_nce, the rest": ["tests/kernels/test_info_nce.py", "-k", "not eager_against"],
+    "tests of the ops, all else": ["tests/kernels", "--ignore=tests/kernels/test_info_nce.py"],
+    "tests of the project, all else": ["tests", "--ignore=tests/kernels"],
+}
 BENCHMARKS = {"info_nce": 160, "spectral_norm": 60}
 OVERTIME, BENCHMARK_GRACE = 20, 5
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
@@ -46,8 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     summary, failed = [], False
     if "tests" in options.only:
-        line, failed = run_tests(options.cpu_rehearsal)
-        summary.append(line)
+        with ThreadPoolExecutor(len(TESTS)) as pool:
+            results = list(pool.map(partial(run_tests, rehearsal=options.cpu_rehearsal), TESTS))
+        summary += [line for line, _ in results]
+        failed = any(part_failed for _, part_failed in results)
     with tempfile.TemporaryDirectory() as forgotten:
         out = options.out or (Path(forgotten) if options.cpu_rehearsal else records.COMMITTED)
         for name in (name for name in BENCHMARKS if name in options.only):
@@ -65,24 +76,24 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def run_tests(rehearsal: bool) -> tuple[str, bool]:
-    """Runs the tests marked gpu: a line that says how it went, and whether it went wrong."""
+def run_tests(name: str, rehearsal: bool) -> tuple[str, bool]:
+    """Runs the tests of a part that are marked gpu: a line that says how it went, and whether it went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         status = run_pytest(
-            ["tests", "-m", "gpu", "-q", "--continue-on-collection-errors", f"--junitxml={report}"],
+            [*TESTS[name], "-m", "gpu", "-q", "--continue-on-collection-errors", f"--junitxml={report}"],
             rehearsal,
             TESTS_SECONDS,
             TESTS_GRACE,
         )
         if not report.exists():
-            return f"tests: ended without a report, status {status}", True
-        line, failed = tests_line(report, stopped=status is None)
+            return f"{name}: ended without a report, status {status}", True
+        line, failed = tests_line(name, report, stopped=status is None)
         # 1 may stand for nothing worse than a file not collected, 5 for no tests.
         return line, failed or status not in (0, 1, 5, None)
 
 
-def tests_line(report: Path, stopped: bool) -> tuple[str, bool]:
+def tests_line(name: str, report: Path, stopped: bool) -> tuple[str, bool]:
     """What a JUnit report says, in a line, and whether a test failed.
 
     A file that cannot be collected for want of somebody else's package is no failure, but is named with the package.
@@ -92,15 +103,15 @@ def tests_line(report: Path, stopped: bool) -> tuple[str, bool]:
         problem = next((x for x in case if x.tag in ("failure", "error")), None)
         text = "" if problem is None else problem.text or ""
         absent = re.search(r"ModuleNotFoundError: No module named '((?!dcvae_)[\w.]+)'", text)
-        name = ".".join(filter(None, (case.get("classname"), case.get("name"))))
+        test = ".".join(filter(None, (case.get("classname"), case.get("name"))))
         if problem is None:
             is_skipped = case.find("skipped") is not None
             passed, skipped = passed + (not is_skipped), skipped + is_skipped
         elif absent and problem.get("message") == "collection failure":
-            uncollected.append(f"{name} (needs {absent[1]})")
+            uncollected.append(f"{test} (needs {absent[1]})")
         else:
-            failed.append(name)
-    parts = [f"tests: {passed} passed, {skipped} skipped, {len(failed)} failed"]
+            failed.append(test)
+    parts = [f"{name}: {passed} passed, {skipped} skipped, {len(failed)} failed"]
     parts += [f"failed: {', '.join(failed)}"] if failed else []
     parts += [f"not collected: {', '.join(uncollected)}"] if uncollected else []
     parts += [f"stopped after {TESTS_SECONDS} s, the rest not run"] if stopped else []

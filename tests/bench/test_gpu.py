@@ -120,7 +120,7 @@ def test_report_names_failures_and_missing_packages(tmp_path):
         <testcase classname="" name="tests.b"><error message="collection failure">{missing.format("yaml")}
         </error></testcase></testsuite></testsuites>"""
     )
-    line, failed = gpu.tests_line(report, stopped=True)
+    line, failed = gpu.tests_line("tests", report, stopped=True)
     assert not failed
     assert line == (
         "tests: 1 passed, 1 skipped, 0 failed; not collected: tests.b (needs yaml); "
@@ -132,7 +132,7 @@ def test_report_names_failures_and_missing_packages(tmp_path):
         <testcase classname="" name="tests.b"><error message="collection failure">{missing.format("dcvae_kernels.x")}
         </error></testcase></testsuite></testsuites>"""
     )
-    assert gpu.tests_line(report, stopped=False) == (
+    assert gpu.tests_line("tests", report, stopped=False) == (
         "tests: 0 passed, 0 skipped, 2 failed; failed: tests.a.fails, tests.b",
         True,
     )
