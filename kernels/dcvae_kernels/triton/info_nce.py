@@ -12,7 +12,6 @@ atomically: programs write partial sums to a workspace, a second kernel adds the
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dcvae_kernels.triton import on_device
 
 MAX_SPLITS = 64  # a power of 2, so that combine can take all at once
 # With similarities in ±1 a fixed maximum of 1 keeps every weight above e^{−2/τ}. Below this that is far from underflow,
@@ -596,13 +597,6 @@ def _operand_dtype(x: Tensor, y: Tensor) -> torch.dtype:
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -642,7 +636,7 @@ def forward(
     in_batch = queue is None
     negatives = k if queue is None else _rows_by_features(queue)
     query_ids, negative_ids = _contiguous(query_ids), _contiguous(negative_ids)
-    with _on(q.device):
+    with on_device(q.device):
         sweep = (temperature, number, normalize, in_batch, gradient)
         workspace, splits = _sweep(q, k, negatives, query_ids, negative_ids, valid, *sweep)
         mirror = _sweep(k, q, q, negative_ids, query_ids, None, *sweep)[0] if symmetric else None
@@ -731,7 +725,7 @@ def backward_sweep(
     splits, part = _splits(own, other, scales, size, dim, x.device)
     workspace = x.new_empty(splits * rows * dim, dtype=torch.float32)
     incoming = incoming.expand(scales, q.shape[-2])
-    with _on(x.device):
+    with on_device(x.device):
         grid = (triton.cdiv(own, size.own) * triton.cdiv(dim, size.features), splits, scales)
         weights_kernel[grid](
             x, y, x_ids, y_ids, valid, temperature, incoming, x_state, y_state, workspace,

@@ -11,13 +11,14 @@ norms are found anew by whoever needs them, from vectors that the cache holds. S
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dcvae_kernels.triton import on_device
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_LAYERS = 256  # `gradients` passes a pointer for each as an argument
@@ -321,7 +322,7 @@ def update(plan: Plan, weights: Sequence[Tensor], n_power_iterations: int, eps: 
     floats = like.new_empty(2 * (plan.rows + plan.columns) + layers, dtype=torch.float32)
     ts, ss, us, vs, sigmas = floats.split([plan.rows, plan.columns, plan.rows, plan.columns, layers])
     by_rows, by_columns = (len(plan.row_blocks),), (len(plan.column_blocks),)
-    with _on(like.device):
+    with on_device(like.device):
         for i in range(n_power_iterations):
             rows_kernel[by_rows](plan.layers, plan.row_blocks, ts, ss, normalized, eps, i == 0, *ROWS, **LAUNCH)
             columns_kernel[by_columns](plan.layers, plan.column_blocks, ts, ss, normalized, eps, *COLUMNS, **LAUNCH)
@@ -340,7 +341,7 @@ def gradients(plan: Plan, saved: Saved, incoming: Sequence[Tensor | None]) -> li
     grid = (len(plan.row_blocks),)
     parts = saved.us.new_empty(len(plan.row_blocks))
     count = len(addresses)
-    with _on(result.device):
+    with on_device(result.device):
         inner_kernel[grid](plan.layers, plan.row_blocks, addresses, saved.normalized, parts, count, *ROWS, **LAUNCH)
         gradient_kernel[grid](
             plan.layers, plan.row_blocks, addresses, parts, saved.us, saved.vs, saved.sigmas, result, count, *ROWS,
@@ -353,10 +354,3 @@ def _parts(plan: Plan, buffer: Tensor) -> list[Tensor]:
     """The layers' tensors in a buffer; not as views of it, which autograd would treat as one."""
     storage, first = buffer.untyped_storage(), buffer.storage_offset()
     return [buffer.new_empty(0).set_(storage, first + start, size, stride) for start, size, stride in plan.parts]
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
