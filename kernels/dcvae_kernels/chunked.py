@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcvae_kernels.reference import UNKNOWN_ID, accumulate_dtype, without_autocast
+from dcvae_kernels.reference import SMALLEST_SQUARE, UNKNOWN_ID, accumulate_dtype, without_autocast
 
 # Scores of a block: 2 MiB in float32, which a CPU's cache holds; a GPU needs more to be busy.
 BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**24}
 BLOCK_ROWS = 1024
 # With scores in ±1/τ a fixed maximum of 1/τ keeps every weight above e^{−2/τ}: far from underflow below this.
 FIXED_MAXIMUM_BELOW = 60.0
-SMALLEST_SQUARE = 1e-24  # F.normalize's eps, squared
 
 
 def forward(

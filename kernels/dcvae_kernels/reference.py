@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALLEST_SQUARE = 1e-24  # F.normalize's eps, squared
 UNKNOWN_ID = -1  # equal to no identity, not even to itself
 
 
@@ -85,7 +86,7 @@ def _rows(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
         return x.to(dtype, copy=True)
     x = x.to(dtype)
     # F.normalize's values and gradients; its second derivative, though, is NaN at a zero row.
-    return x / x.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()
+    return x / x.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SQUARE).sqrt()
 
 
 def _contrast(positive: Tensor, scores_BK: Tensor) -> Tensor:

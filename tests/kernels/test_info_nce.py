@@ -141,6 +141,21 @@ def test_scores_far_below_and_above(on: Implementation):
     assert far[0].item() == pytest.approx(0, abs=1e-30)
 
 
+@pytest.mark.parametrize("temperature", [0.011, 0.02, 0.03, 0.035])
+def test_all_negatives_opposite(on: Implementation, temperature: float):
+    """As far below a maximum of 1/τ as scores can be, with a positive as far below: loss ln(1 + K)."""
+    q = on.randn(3, 16)[:1].expand(3, 16).clone().requires_grad_()
+    keys = -q.detach()
+    loss = on.info_nce(q, keys, torch.cat([keys, keys[:2]]), temperature=temperature, reduction="none")
+    torch.testing.assert_close(loss.detach(), torch.full((3,), math.log(6)), rtol=1e-4, atol=0)
+    turned = keys + 0.1 * on.randn(3, 16, seed=1)
+    exact_q = q.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(by_definition(exact_q, keys, [turned] * 3, temperature).sum(), exact_q)
+    ours = on.info_nce(q, keys, turned, temperature=temperature, reduction="sum")
+    (gradient,) = torch.autograd.grad(ours, q)
+    assert (gradient - exact).norm() <= 1e-4 * exact.norm()
+
+
 def test_reduction_none_takes_any_incoming_gradient(on: Implementation):
     q, k, queue = leaves(*(on.randn(*s, seed=i, dtype=on.widest) for i, s in enumerate([(5, 8), (5, 8), (7, 8)])))
     weights = on.randn(5, seed=3, dtype=on.widest)

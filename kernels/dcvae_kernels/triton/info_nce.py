@@ -20,12 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dcvae_kernels import reference
+from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
 from dcvae_kernels.triton import on_device
 
 MAX_SPLITS = 64  # a power of 2, so that combine can take all at once
-# With similarities in ±1 a fixed maximum of 1 keeps every weight above e^{−2/τ}. Below this that is far from underflow,
-# even times 1/‖n‖.
-FIXED_MAXIMUM_BELOW = 60.0
 # Kernels are compiled as tested: whether a·b + c may be one instruction is no default to rely on.
 LAUNCH = {"enable_fp_fusion": True}
 
@@ -34,8 +33,8 @@ SIZES = ["B", "K", "X", "Y", "part", "rows", "splits"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-UNKNOWN_ID = tl.constexpr(-1)
-SMALLEST_SQUARE = tl.constexpr(1e-24)  # F.normalize's eps, squared
+UNKNOWN_ID = tl.constexpr(reference.UNKNOWN_ID)
+SMALLEST_SQUARE = tl.constexpr(reference.SMALLEST_SQUARE)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
