@@ -1,10 +1,29 @@
 """Data sets for training: from files to normalised batches on the device.
 
-Importing this package imports torch only; torchvision, scikit-learn and Pillow are imported by what needs them.
+Importing this package imports torch only; DALI, torchvision, scikit-learn, Pillow, lmdb are imported by what needs them.
 """
 
-from dcvae_pipelines.datasets import ImageSet, load_dataset, load_image
+from dcvae_pipelines.dali import DaliSource
+from dcvae_pipelines.datasets import load_dataset
+from dcvae_pipelines.decoded import ImageSet
+from dcvae_pipelines.encoded import EncodedSet
+from dcvae_pipelines.image import load_image
+from dcvae_pipelines.loader import decode_images, make_source
+from dcvae_pipelines.pixels import cross_fade
 from dcvae_pipelines.resident import ResidentSource
 from dcvae_pipelines.source import Batch, DataError, Source
 
-__all__ = ["Batch", "DataError", "ImageSet", "ResidentSource", "Source", "load_dataset", "load_image"]
+__all__ = [
+    "Batch",
+    "DaliSource",
+    "DataError",
+    "EncodedSet",
+    "ImageSet",
+    "ResidentSource",
+    "Source",
+    "cross_fade",
+    "decode_images",
+    "load_dataset",
+    "load_image",
+    "make_source",
+]

@@ -1,197 +1,200 @@
-"""The data sets: where their files lie, how they are split; and single image files."""
+"""The data sets: where their files lie, how they are split."""
 
-import gzip
 import hashlib
-import importlib
-import math
-import struct
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from http.client import HTTPException
+import re
+from importlib import resources
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from dcvae_pipelines import decoded
+from dcvae_pipelines.decoded import ImageSet, download_with, root_and_remedy
+from dcvae_pipelines.encoded import Box, EncodedSet, Files, Lmdb, Shards, find_images
+from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.source import DataError
 
+NAMES = ("digits", "mnist", "cifar10", "stl10", "celeba", "celebahq", "lsun_bedroom", "folder", "shards")
 
-@dataclass(frozen=True)
-class ImageSet:
-    """A split of a data set, decoded, in host memory."""
-
-    name: str
-    images: Tensor
-    """uint8 [N, C, H, W]"""
-    labels: Tensor
-    """int64 [N]"""
+# The 1,000 of CelebA-HQ's 30,000 images that are held out. The paper's are not published; these are the numbers n with
+# the smallest SHA-256 of "celebahq n".
+_CELEBAHQ_SHA256 = "e89202423ee678fad8fbdc4ff1884ad26aa5f1338c1cac3ae965dbe738d36f94"
 
 
-def load_dataset(name: str, root: str | Path | None = None, split: str = "train", download: bool = False) -> ImageSet:
-    """Loads a split of a data set, at 32×32 pixels.
+def load_dataset(
+    name: str, root: str | Path | None = None, split: str = "train", download: bool = False
+) -> ImageSet | EncodedSet:
+    """Finds, checks and splits a data set.
 
-    | name      | images                                          | train  | test   | files                    |
-    |-----------|-------------------------------------------------|--------|--------|--------------------------|
-    | `digits`  | grey, 8×8 upscaled smoothly (scikit-learn)      | 1,437  | 360    | come with scikit-learn   |
-    | `mnist`   | grey, 28×28 in a border of zeros                | 60,000 | 10,000 | ROOT/MNIST/raw           |
-    | `cifar10` | RGB                                             | 50,000 | 10,000 | ROOT/cifar-10-batches-py |
+    Decoded at once, to 32×32 pixels:
+
+    | name      | images                                             | train   | test   | below ROOT            |
+    |-----------|----------------------------------------------------|---------|--------|-----------------------|
+    | `digits`  | grey, 8×8 upscaled smoothly                        | 1,437   | 360    | (with scikit-learn)   |
+    | `mnist`   | grey, 28×28 in a border of zeros                   | 60,000  | 10,000 | MNIST/raw             |
+    | `cifar10` | RGB                                                | 50,000  | 10,000 | cifar-10-batches-py   |
+    | `stl10`   | RGB, 96×96 shrunk; 100,000 of train have no labels | 105,000 | 8,000  | stl10_binary          |
+
+    Decoded while they are shown, at any resolution:
+
+    | name           | images                                                | split                                        |
+    |----------------|-------------------------------------------------------|----------------------------------------------|
+    | `celeba`       | celeba/img_align_celeba, the 128×128 around the face  | celeba/list_eval_partition.txt, "valid" too  |
+    | `celebahq`     | anywhere in ROOT, or some of them, named by number    | 29,000 and 1,000 by a list of ours           |
+    | `lsun_bedroom` | bedroom_train_lmdb and bedroom_val_lmdb, or folders   | as published; a single folder like `folder`  |
+    |                | bedroom_train and bedroom_val, or images in ROOT      |                                              |
+    | `folder`       | anywhere in ROOT                                      | ROOT/train and ROOT/test if there, else 1 in |
+    |                |                                                       | 20, 1,000 at most, by a hash of the names    |
+    | `shards`       | ROOT/*.tar, WebDataset; `dcvae prepare` makes them    | train*.tar and test*.tar if there, else as   |
+    |                |                                                       | above                                        |
 
     Args:
-        name: one of the table.
-        root: the folder ROOT of the table, laid out as torchvision does; `digits` needs none.
-        split: "train" or "test".
-        download: whether files that are missing under `root` may be downloaded.
+        name: one of the tables.
+        root: the folder ROOT, laid out as torchvision does where torchvision knows the data set; `digits` needs none.
+        split: "train" or "test"; "valid" for `celeba`.
+        download: whether files that are missing under `root` may be downloaded, where torchvision can.
 
     Raises:
         DataError: unknown name or split; files missing or corrupt; a download that failed; a package not installed.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"{name}: unknown split {split!r}; known are train and test")
+    if name not in NAMES:
+        raise DataError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+    splits = ("train", "valid", "test") if name == "celeba" else ("train", "test")
+    if split not in splits:
+        raise DataError(f"{name}: unknown split {split!r}; known are {', '.join(splits)}")
     match name:
         case "digits":
-            images, labels = _digits(split)
+            return ImageSet(name, *decoded.digits(split))
         case "mnist":
-            images, labels = _mnist(root, split, download)
+            return ImageSet(name, *decoded.mnist(root, split, download))
         case "cifar10":
-            images, labels = _cifar10(root, split, download)
+            return ImageSet(name, *decoded.cifar10(root, split, download))
+        case "stl10":
+            return ImageSet(name, *decoded.stl10(root, split, download))
+        case "celeba":
+            return _celeba(root, split, download)
+    folder = _folder(name, root)
+    match name:
+        case "celebahq":
+            return _celebahq(folder, split)
+        case "lsun_bedroom":
+            return _lsun_bedroom(folder, split)
+        case "folder":
+            return _images(name, folder, split, {"train": "train", "test": "test"})
         case _:
-            raise DataError(f"unknown data set {name!r}; known are digits, mnist and cifar10")
-    return ImageSet(name, images, labels)
+            return _shards(folder, split)
 
 
-def load_image(path: str | Path, channels: int, resolution: int) -> Tensor:
-    """Reads an image file of any kind that Pillow knows, as a network sees it.
-
-    Turned upright (EXIF), cropped to the square in its centre, transparency dropped, 16-bit greys scaled to 8 bits,
-    resized with antialiasing.
-
-    Args:
-        path: the image file; of an animation, the first frame.
-        channels: 1 for grey, 3 for RGB.
-        resolution: height and width of the result in pixels.
-
-    Returns:
-        float32 [C, H, W] in [-1, 1].
-
-    Raises:
-        DataError: the file is missing, is no image, is damaged, holds floats or far too many pixels.
-    """
-    if channels not in (1, 3):
-        raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
-    pil, pil_ops = _import("PIL.Image", "Pillow"), _import("PIL.ImageOps", "Pillow")
-    try:
-        with pil.open(path) as file:
-            image = pil_ops.exif_transpose(file)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image.info.pop("transparency", None)  # or Pillow warns that converting drops it
-        if image.mode == "F":
-            raise ValueError("its pixels are floats, which have no agreed range")
-        if image.mode.startswith("I"):  # "I;16" and its kin, and the "I" that Pillow makes of a 16-bit PGM
-            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
-        image = image.convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such image file") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise anything, SyntaxError and struct.error too
-        raise DataError(f"{path}: cannot be read as an image: {error}") from error
-    pixels_HWC = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, channels)
-    pixels_1CHW = pixels_HWC.permute(2, 0, 1)[None].float()
-    resized = F.interpolate(pixels_1CHW, size=(resolution, resolution), mode="bicubic", antialias=True)[0]
-    return resized.clamp(0, 255) / 127.5 - 1  # bicubic overshoots at edges
-
-
-def _digits(split: str) -> tuple[Tensor, Tensor]:
-    digits = _import("sklearn.datasets", "scikit-learn").load_digits()
-    held_out = torch.arange(len(digits.target)) % 5 == 0
-    chosen = held_out if split == "test" else ~held_out
-    greys = torch.from_numpy(digits.images).float()[chosen, None] * (255 / 16)
-    images = F.interpolate(greys, size=(32, 32), mode="bicubic", antialias=True)  # antialias: Pillow's bicubic kernel
-    return images.clamp(0, 255).round().to(torch.uint8), torch.from_numpy(digits.target).long()[chosen]
-
-
-def _mnist(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    root, remedy = _root_and_remedy("mnist", root, "MNIST/raw")
-    stem = "train" if split == "train" else "t10k"
-    paths = [root / "MNIST" / "raw" / f"{stem}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    if download and not all(map(_plain_or_gzipped, paths)):
-        _download("mnist", _import("torchvision.datasets", "torchvision").MNIST, root, split)
-    images, labels = (_read_idx(path, dimensions, remedy) for path, dimensions in zip(paths, (3, 1), strict=True))
-    if images.shape != (len(labels), 28, 28):
-        came = f"images {list(images.shape)} and {len(labels)} labels"
-        raise DataError(f"mnist: {paths[0]} and {paths[1].name} hold {came}, not N images of 28×28 and N labels")
-    return F.pad(images, (2, 2, 2, 2))[:, None], labels.long()
-
-
-def _plain_or_gzipped(path: Path) -> Path | None:
-    return next((file for file in (path, path.with_name(path.name + ".gz")) if file.is_file()), None)
-
-
-def _read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
-    """An idx file of bytes: 0, 0, 8 (uint8), the number of dimensions; the dimensions as big-endian uint32; values."""
-    file = _plain_or_gzipped(path)
-    if file is None:
-        raise DataError(f"mnist: looked for {path} (or {path.name}.gz) and found neither; {remedy}")
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise DataError(f"mnist: {file} cannot be read ({error}); delete it, then {remedy}") from error
-    start = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or not start < len(content) == start + math.prod(shape):
-        raise DataError(
-            f"mnist: {file} is empty, truncated or no idx{dimensions} file of bytes; delete it, then {remedy}"
-        )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
-
-
-def _cifar10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    cifar10 = _import("torchvision.datasets", "torchvision").CIFAR10
-    root, remedy = _root_and_remedy("cifar10", root, cifar10.base_folder)
-    if download:
-        _download("cifar10", cifar10, root, split)
-    try:
-        # The files are pickles. torchvision compares each with its published md5 before it opens the first,
-        # so only the published bytes are ever unpickled.
-        opened = cifar10(root, train=split == "train")
-    except (OSError, RuntimeError) as error:
-        folder = root / cifar10.base_folder
-        md5s = dict(cifar10.train_list + cifar10.test_list) | {cifar10.meta["filename"]: cifar10.meta["md5"]}
-        wrong = ", ".join(file for file, md5 in md5s.items() if not _has_md5(folder / file, md5))
-        raise DataError(f"cifar10: missing in {folder}, or not as published (md5): {wrong}; {remedy}") from error
-    images_NHWC = torch.from_numpy(opened.data)
-    return images_NHWC.permute(0, 3, 1, 2).contiguous(), torch.tensor(opened.targets)
-
-
-def _has_md5(file: Path, md5: str) -> bool:
-    try:
-        return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() == md5
-    except OSError:
-        return False
-
-
-def _root_and_remedy(name: str, root: str | Path | None, layout: str) -> tuple[Path, str]:
-    remedy = f"set --data.root to the folder that holds {layout}, or add --data.download true to have it downloaded"
+def _folder(name: str, root: str | Path | None) -> Path:
     if root is None:
-        raise DataError(f"{name}: data.root is not set; {remedy}")
-    return Path(root).expanduser(), remedy
+        raise DataError(f"{name}: data.root is not set; set --data.root to the folder that holds the images")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{name}: looked for images in {folder}, which is no folder; set --data.root to theirs")
+    return folder
 
 
-def _download(name: str, dataset: Callable[..., Any], root: Path, split: str) -> None:
+def _celeba(root: str | Path | None, split: str, download: bool) -> EncodedSet:
+    root, remedy = root_and_remedy("celeba", root, "celeba/img_align_celeba")
+    if download:
+        published = import_optional("torchvision.datasets", "torchvision").CelebA
+        download_with("celeba", published, root, split="all")
+    folder, partition = root / "celeba" / "img_align_celeba", root / "celeba" / "list_eval_partition.txt"
+    for path in (folder, partition):
+        if not path.exists():
+            hint = " (unpack img_align_celeba.zip there)" if path.with_suffix(".zip").exists() else ""
+            raise DataError(f"celeba: looked for {path} and did not find it{hint}; {remedy}")
     try:
-        dataset(root, train=split == "train", download=True)
-    except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split())  # torchvision's runs over several lines, one for each mirror
-        raise DataError(f"{name}: cannot be downloaded to {root}: {reason}") from error
+        rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
+        parts = {file: ("train", "valid", "test")[int(part)] for file, part in rows}
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"celeba: {partition} is not the published list ({error}); {remedy}") from error
+    names = sorted(file for file, part in parts.items() if part == split)
+    there = set(find_images(folder))
+    if missing := [file for file in names if file not in there]:
+        raise DataError(
+            f"celeba: {len(missing):,} of the {len(names):,} {split} images that {partition} lists are missing in"
+            f" {folder}, {missing[0]} for one; {remedy}"
+        )
+    return EncodedSet("celeba", Files(folder, names), torch.arange(len(names)), box=_celeba_face)
 
 
-def _import(module: str, package: str) -> ModuleType:
-    """Imports late: neither this package nor the ops beside it should load, or need, what a run does not use."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(f"{package} is needed here and cannot be imported ({error}): pip install {package}") from error
+def _celeba_face(width: int, height: int) -> Box:
+    """128×128 around the face of an aligned image of 178×218: Progressive GAN's crop."""
+    return 121 - 64, 89 - 64, 128
+
+
+def _celebahq(folder: Path, split: str) -> EncodedSet:
+    names = _found("celebahq", folder)
+    held_out = _celebahq_held_out()
+    numbers = [re.search(r"(\d+)\.\w+$", name) for name in names]
+    is_held_out = torch.tensor([number is not None and int(number[1]) in held_out for number in numbers])
+    if not is_held_out.any():  # a few of the images, and none of those
+        is_held_out = _hold_out("celebahq", names)
+    return EncodedSet("celebahq", Files(folder, names), _indices(is_held_out, split))
+
+
+def _celebahq_held_out() -> set[int]:
+    file = resources.files("dcvae_pipelines") / "splits" / "celebahq.txt"
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != _CELEBAHQ_SHA256:
+        raise DataError(f"celebahq: {file} is not the list that this version was made with; install it again")
+    return set(map(int, content.split()))
+
+
+def _lsun_bedroom(root: Path, split: str) -> EncodedSet:
+    part = "train" if split == "train" else "val"
+    if any((root / f"bedroom_{each}_lmdb").exists() for each in ("train", "val")):
+        folder = root / f"bedroom_{part}_lmdb"
+        if not (folder / "data.mdb").is_file():
+            raise DataError(
+                f"lsun_bedroom: looked for {folder / 'data.mdb'} and did not find it; unpack bedroom_{part}_lmdb.zip"
+                f" of LSUN in {root}"
+            )
+        store = Lmdb(folder)
+        return EncodedSet("lsun_bedroom", store, torch.arange(len(store)))
+    return _images("lsun_bedroom", root, split, {"train": "bedroom_train", "test": "bedroom_val"})
+
+
+def _images(name: str, root: Path, split: str, folders: dict[str, str]) -> EncodedSet:
+    """Images in a folder for each split if those are there, else in one."""
+    if all((root / folder).is_dir() for folder in folders.values()):
+        names = _found(name, root / folders[split])
+        return EncodedSet(name, Files(root / folders[split], names), torch.arange(len(names)))
+    names = _found(name, root)
+    return EncodedSet(name, Files(root, names), _indices(_hold_out(name, names), split))
+
+
+def _found(name: str, folder: Path) -> list[str]:
+    if names := find_images(folder):
+        return names
+    raise DataError(f"{name}: looked for images (JPEG, PNG, WebP…) in {folder} and below, and found none")
+
+
+def _shards(root: Path, split: str) -> EncodedSet:
+    paths = sorted(root.glob("*.tar"))
+    if not paths:
+        raise DataError(f"shards: looked for {root}/*.tar and found none; `dcvae prepare` packs images into such")
+    of_split = {each: [path for path in paths if path.name.startswith(each)] for each in ("train", "test")}
+    if all(of_split.values()):
+        store = Shards(of_split[split])
+        indices = torch.arange(len(store))
+    else:
+        store = Shards(paths)
+        indices = _indices(_hold_out("shards", [store.key(i) for i in range(len(store))]), split)
+    if len(store) == 0:
+        raise DataError(f"shards: there are no images in {root}/*.tar")
+    return EncodedSet("shards", store, indices)
+
+
+def _hold_out(name: str, names: list[str]) -> Tensor:
+    """bool [N]: 1 in 20 of the images, 1,000 at most, one at least: those whose names have the smallest hashes."""
+    if len(names) < 2:
+        raise DataError(f"{name}: there is one image only; training needs two, for one is held out")
+    hashes = [hashlib.sha256(each.encode()).digest() for each in names]
+    last = sorted(hashes)[min(1000, max(1, len(names) // 20)) - 1]
+    return torch.tensor([each <= last for each in hashes])
+
+
+def _indices(is_held_out: Tensor, split: str) -> Tensor:
+    return (is_held_out if split == "test" else ~is_held_out).nonzero()[:, 0]

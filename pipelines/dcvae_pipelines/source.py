@@ -1,6 +1,6 @@
 """What training sees of data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ class Batch:
     """Images and where they came from, both on the training device."""
 
     images: Tensor
-    """float32 [B, C, H, W] in [-1, 1]"""
+    """float32 (or bfloat16, where the source was asked for it) [B, C, H, W] in [-1, 1]"""
     ids: Tensor
     """int64 [B], each image's index in its data set"""
 
@@ -37,9 +37,21 @@ class Source(Protocol):
         ...
 
     def set_resolution(self, resolution: int) -> None:
-        """Shows images at resolution × resolution pixels from the next batch on.
+        """Shows images at resolution × resolution pixels from the next batch on; the position stays.
 
         Raises:
             DataError: this source cannot show them at that resolution.
         """
         ...
+
+
+def check_size(state: Mapping[str, Any], count: int) -> None:
+    """
+    Raises:
+        DataError: the state was saved of a data set with another number of images, so that its order is another.
+    """
+    if state.get("of", count) != count:
+        raise DataError(
+            f"the data set has {count:,} images now and had {state['of']:,} when this position was saved; "
+            "bring back the same images, or begin a new run"
+        )

@@ -1,0 +1,340 @@
+"""Images decoded by NVIDIA DALI as they are needed: on the GPU where there is one, else on the CPU."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dcvae_pipelines.encoded import Box, EncodedSet
+from dcvae_pipelines.image import Header, decode, read_header
+from dcvae_pipelines.optional import import_optional
+from dcvae_pipelines.order import Order, to_device
+from dcvae_pipelines.pixels import normalize, resize
+from dcvae_pipelines.source import Batch, DataError, check_size
+
+OnCorrupt = Literal["stop", "skip"]
+
+# What DALI decodes as Pillow does, on the CPU to the last bit. Everything else is decoded by Pillow first.
+_DALI_DECODES = {
+    "JPEG": ("L", "RGB"),
+    "MPO": ("L", "RGB"),  # JPEG, with further pictures behind the first
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA"),
+    "WEBP": ("RGB", "RGBA"),
+    "BMP": ("RGB",),
+    "PPM": ("L", "RGB"),
+}
+
+_File = tuple[bytes, Box]
+"""An encoded image as DALI can decode it, and the square of it that is shown."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The next image of this rank's share of the order, while its file is being read."""
+
+    index: int
+    coin: int
+    file: "Future[_File] | None"
+    """None where the image is known to be undecodable."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A batch while DALI decodes it."""
+
+    indices: list[int]
+    coins: list[int]
+    files: list[_File]
+    skipped: int
+    """Images left out among these."""
+
+
+class DaliSource:
+    """A `Source` over encoded images, in the order that `Order` describes.
+
+    Files are read ahead by threads, decoded by DALI (JPEG on the GPU, by its hardware decoder where it has one), then
+    resized, mirrored and normalised by torch on the device. The state is a number of images and no state of DALI's, so
+    that it is exact at any batch, and holds for another resolution and another number of ranks too.
+    """
+
+    def __init__(
+        self,
+        images: EncodedSet,
+        *,
+        resolution: int,
+        batch: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
+        channels: int = 3,
+        mirror: bool = False,
+        drop_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        threads: int | None = None,
+        prefetch: int = 2,
+        on_corrupt: OnCorrupt = "stop",
+    ) -> None:
+        """Nothing is read before the first batch is asked for.
+
+        Args:
+            images: the data set.
+            resolution: height and width of the images shown, in pixels.
+            batch: images a batch, on each rank.
+            seed: of the order and of the mirroring; the same on all ranks.
+            device: where batches appear; a GPU decodes, too.
+            rank: this process among `ranks`.
+            ranks: processes that share the epochs.
+            channels: 3 for RGB, 1 for grey.
+            mirror: whether to flip each image left to right with probability ½, drawn afresh each epoch.
+            drop_last: whether an epoch leaves out the last images of its permutation that fill no batch on all ranks.
+            dtype: of the batches, float32 or bfloat16.
+            channels_last: memory format of the batches.
+            threads: that decode, and as many that read; None for the cores of this process, shared among the ranks.
+            prefetch: batches decoded ahead.
+            on_corrupt: what to do about an image that cannot be read or decoded: `stop` raises DataError when its turn
+                comes, `skip` leaves it out with a warning, and the next one of the order takes its place.
+
+        Raises:
+            DataError: no images; a setting out of range; DALI is missing.
+        """
+        if len(images) == 0:
+            raise DataError(f"{images.name}: there are no images")
+        if channels not in (1, 3):
+            raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+        if prefetch < 1 or (threads is not None and threads < 1):
+            raise DataError(f"prefetch and threads must be at least 1, not {prefetch} and {threads}")
+        import_optional("nvidia.dali", "nvidia-dali-cuda130")
+        self._images, self._device = images, torch.device(device)
+        self._order = Order(len(images), batch=batch, seed=seed, rank=rank, ranks=ranks, drop_last=drop_last)
+        self._channels, self._mirror, self._on_corrupt = channels, mirror, on_corrupt
+        self._dtype, self._channels_last = dtype, channels_last
+        self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+        self._prefetch = prefetch
+        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
+        self._shown = self._skipped = 0
+        self._left_out: set[int] = set()
+        self._pipeline: Any = None
+        self.set_resolution(resolution)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endless batches: images [B, C, R, R] in [-1, 1], ids int64 [B], both on the device.
+
+        Raises:
+            DataError: an image cannot be read or decoded; the message names it. Or none of them can.
+        """
+        while True:
+            yield self._next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"images": number of images shown, by all ranks together, "of": images in the data set, "skipped": images
+        left out by this rank}."""
+        return {"images": self._shown, "of": len(self._images), "skipped": self._skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after state["images"] images.
+
+        Raises:
+            DataError: the data set has another number of images than when the state was saved.
+        """
+        check_size(state, len(self._images))
+        self._shown, self._skipped = state["images"], state.get("skipped", 0)
+        self._stop()
+
+    def set_resolution(self, resolution: int) -> None:
+        """Shows images at resolution × resolution pixels from the next batch on; what is decoded already stays.
+
+        Raises:
+            DataError: it is below 1.
+        """
+        if resolution < 1:
+            raise DataError(f"resolution must be at least 1, not {resolution}")
+        self._resolution = resolution
+
+    def _next(self) -> Batch:
+        while True:
+            if self._pipeline is None:
+                self._start()
+            try:
+                (decoded,) = self._pipeline.run(self._stream())
+                break
+            except StopIteration:  # `_feed` has nothing more, and all that it fed has been handed out
+                self._stop()
+                raise self._problem from None
+            except RuntimeError as error:  # DALI's, about one of the images it holds; it does not say which
+                groups, _ = self._decoding, self._stop()
+                self._leave_out_undecodable(groups, error)
+        group = self._decoding.popleft()
+        squares = [
+            torch.from_dlpack(image)[top : top + side, left : left + side]
+            for image, (_, (top, left, side)) in zip(decoded, group.files, strict=True)
+        ]
+        self._shown += self._order.step
+        self._skipped += group.skipped
+        ids, coins = to_device(torch.tensor([group.indices, group.coins]), self._device)
+        return Batch(normalize(self._resized(squares), coins if self._mirror else None, self._dtype, self._channels_last), ids)
+
+    def _resized(self, decoded: list[Tensor]) -> Tensor:
+        """Squares uint8 [H, H, C] of different sizes → uint8 [B, C, R, R], all those of a size at once."""
+        resized: dict[int, Tensor] = {}
+        for side in {len(image) for image in decoded}:
+            chosen = [i for i, image in enumerate(decoded) if len(image) == side]
+            squares = torch.stack([decoded[i] for i in chosen]).permute(0, 3, 1, 2)
+            if len(chosen) == len(decoded):
+                return resize(squares, self._resolution)
+            resized.update(zip(chosen, resize(squares, self._resolution), strict=True))
+        return torch.stack([resized[i] for i in range(len(decoded))])
+
+    # --- what goes into DALI ---
+
+    def _start(self) -> None:
+        """Begins to read and to decode after the images that were shown."""
+        self._places = self._share()
+        self._reading: deque[_Reading] = deque()
+        self._decoding: deque[_Group] = deque()
+        self._problem = DataError("")
+        for _ in range(2 * self._order.batch):
+            self._read_one_more()
+        self._pipeline = _decoder(
+            self._feed, self._order.batch, self._channels, self._threads, self._prefetch, self._device_id()
+        )
+
+    def _stop(self) -> None:
+        """Drops all that was read and decoded ahead."""
+        self._pipeline = None
+        self._reading = self._decoding = deque()
+
+    def _share(self) -> Iterator[tuple[int, int]]:
+        """This rank's share of the order, from where it is: index and coin of one image after the other.
+
+        Where images were left out, it is further on in its share than what it has shown; other ranks are not.
+        """
+        steps, first = divmod(self._skipped, self._order.batch)
+        shown = self._shown + steps * self._order.step
+        while True:
+            indices, coins = self._order.take(shown)[:, first:].tolist()
+            yield from zip(indices, coins, strict=True)
+            shown, first = shown + self._order.step, 0
+
+    def _read_one_more(self) -> None:
+        index, coin = next(self._places)
+        file = None if index in self._left_out else self._readers.submit(self._read, index)
+        self._reading.append(_Reading(index, coin, file))
+
+    def _read(self, index: int) -> _File:
+        """Run by the reading threads."""
+        name, encoded = self._images.image_name(index), self._images.read(index)
+        header = read_header(encoded, name)
+        square = self._images.square(index, header.width, header.height)
+        if header.animated or header.mode not in _DALI_DECODES.get(header.format, ()):
+            encoded = _as_pnm(decode(encoded, name, self._channels))
+        return encoded, square
+
+    def _feed(self) -> list[_File]:
+        """The next batch for DALI."""
+        indices, coins, files, skipped = [], [], [], 0
+        while len(indices) < self._order.batch:
+            reading = self._reading.popleft()
+            self._read_one_more()
+            try:
+                if reading.file is not None:
+                    files.append(reading.file.result())
+                    indices.append(reading.index)
+                    coins.append(reading.coin)
+                else:
+                    skipped += 1
+            except DataError as error:
+                try:
+                    self._leave_out(reading.index, error)
+                except DataError as problem:
+                    self._problem = problem  # raised when the turn of this batch has come
+                    raise StopIteration from None
+                skipped += 1
+        self._decoding.append(_Group(indices, coins, files, skipped))
+        return files
+
+    # --- what cannot be decoded ---
+
+    def _leave_out(self, index: int, error: DataError) -> None:
+        """
+        Raises:
+            DataError: it is not to be left out, or there is nothing else left.
+        """
+        if self._on_corrupt == "stop":
+            raise error
+        _log.warning("left out: %s", error)
+        self._left_out.add(index)
+        if len(self._left_out) == len(self._images):
+            raise DataError(f"{self._images.name}: none of the {len(self._images):,} images can be decoded")
+
+    def _leave_out_undecodable(self, groups: "deque[_Group]", error: RuntimeError) -> None:
+        """Decodes images one by one, to find the first batch that DALI cannot decode, and what it cannot decode in it.
+
+        Raises:
+            DataError: see `_leave_out`.
+            RuntimeError: it is no image's fault.
+        """
+        for group in groups:
+            found = False
+            for index, file in zip(group.indices, group.files, strict=True):
+                decoder = _decoder(lambda file=file: [file], 1, self._channels, 1, 1, self._device_id())
+                try:
+                    decoder.run()
+                except RuntimeError as reason:
+                    found = True
+                    message = f"{self._images.image_name(index)}: cannot be decoded: {_last_line(reason)}"
+                    self._leave_out(index, DataError(message))
+            if found:
+                return
+        raise error
+
+    def _device_id(self) -> int | None:
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self._device.index is None else self._device.index
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+
+def _decoder(
+    feed: Callable[[], list[_File]], batch: int, channels: int, threads: int, prefetch: int, device_id: int | None
+) -> Any:
+    """A DALI pipeline, built: what `feed` returns, batch by batch → images uint8 [H, W, C]."""
+    import numpy as np
+    from nvidia.dali import fn, pipeline_def, types
+
+    def arrays() -> list[np.ndarray]:
+        return [np.frombuffer(encoded, np.uint8) for encoded, _ in feed()]
+
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
+    def decoder() -> Any:
+        return fn.decoders.image(
+            fn.external_source(source=arrays, dtype=types.UINT8, ndim=1),
+            device="cpu" if device_id is None else "mixed",
+            output_type=types.GRAY if channels == 1 else types.RGB,
+            jpeg_fancy_upsampling=True,  # chroma on the GPU as on the CPU
+        )
+
+    pipeline = decoder()
+    pipeline.build()
+    return pipeline
+
+
+def _as_pnm(image: Any) -> bytes:
+    """A PIL.Image.Image of mode L or RGB, uncompressed."""
+    kind = "P5" if image.mode == "L" else "P6"
+    return f"{kind} {image.width} {image.height} 255\n".encode() + image.tobytes()
+
+
+def _last_line(error: RuntimeError) -> str:
+    return str(error).strip()[:2000]

@@ -1,0 +1,159 @@
+"""Data sets small enough to be decoded at once: their files, as torchvision lays them out, and their splits."""
+
+import gzip
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcvae_pipelines.optional import import_optional
+from dcvae_pipelines.pixels import resize
+from dcvae_pipelines.source import DataError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A split of a data set, decoded, in host memory."""
+
+    name: str
+    images: Tensor
+    """uint8 [N, C, H, W]"""
+    labels: Tensor | None
+    """int64 [N] where the data set has labels; -1 where an image has none"""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 digits, of which every fifth is for testing."""
+    loaded = import_optional("sklearn.datasets", "scikit-learn").load_digits()
+    held_out = torch.arange(len(loaded.target)) % 5 == 0
+    chosen = held_out if split == "test" else ~held_out
+    greys = torch.from_numpy(loaded.images).float()[chosen, None] * (255 / 16)
+    images = F.interpolate(greys, size=(32, 32), mode="bicubic", antialias=True)  # antialias: Pillow's bicubic kernel
+    return images.clamp(0, 255).round().to(torch.uint8), torch.from_numpy(loaded.target).long()[chosen]
+
+
+def mnist(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
+    """In a border of zeros, to 32×32."""
+    root, remedy = root_and_remedy("mnist", root, "MNIST/raw")
+    stem = "train" if split == "train" else "t10k"
+    paths = [root / "MNIST" / "raw" / f"{stem}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    if download and not all(map(_plain_or_gzipped, paths)):
+        published = import_optional("torchvision.datasets", "torchvision").MNIST
+        download_with("mnist", published, root, train=split == "train")
+    images, labels = (_read_idx(path, dimensions, remedy) for path, dimensions in zip(paths, (3, 1), strict=True))
+    if images.shape != (len(labels), 28, 28):
+        came = f"images {list(images.shape)} and {len(labels)} labels"
+        raise DataError(f"mnist: {paths[0]} and {paths[1].name} hold {came}, not N images of 28×28 and N labels")
+    return F.pad(images, (2, 2, 2, 2))[:, None], labels.long()
+
+
+def _plain_or_gzipped(path: Path) -> Path | None:
+    return next((file for file in (path, path.with_name(path.name + ".gz")) if file.is_file()), None)
+
+
+def _read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
+    """An idx file of bytes: 0, 0, 8 (uint8), the number of dimensions; the dimensions as big-endian uint32; values."""
+    file = _plain_or_gzipped(path)
+    if file is None:
+        raise DataError(f"mnist: looked for {path} (or {path.name}.gz) and found neither; {remedy}")
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise DataError(f"mnist: {file} cannot be read ({error}); delete it, then {remedy}") from error
+    start = 4 + 4 * dimensions
+    if content[:4] != bytes([0, 0, 8, dimensions]) or not start < len(content) == start + math.prod(shape):
+        raise DataError(
+            f"mnist: {file} is empty, truncated or no idx{dimensions} file of bytes; delete it, then {remedy}"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
+
+
+def cifar10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
+    """Only the published bytes are read."""
+    published = import_optional("torchvision.datasets", "torchvision").CIFAR10
+    root, remedy = root_and_remedy("cifar10", root, published.base_folder)
+    if download:
+        download_with("cifar10", published, root, train=split == "train")
+    try:
+        # The files are pickles. torchvision compares each with its published md5 before it opens the first,
+        # so only the published bytes are ever unpickled.
+        opened = published(root, train=split == "train")
+    except (OSError, RuntimeError) as error:
+        folder = root / published.base_folder
+        md5s = dict(published.train_list + published.test_list) | {published.meta["filename"]: published.meta["md5"]}
+        wrong = ", ".join(file for file, md5 in md5s.items() if not _has_md5(folder / file, md5))
+        raise DataError(f"cifar10: missing in {folder}, or not as published (md5): {wrong}; {remedy}") from error
+    images_NHWC = torch.from_numpy(opened.data)
+    return images_NHWC.permute(0, 3, 1, 2).contiguous(), torch.tensor(opened.targets)
+
+
+def _has_md5(file: Path, md5: str) -> bool:
+    try:
+        return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() == md5
+    except OSError:
+        return False
+
+
+def stl10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
+    """Training: the 5,000 images with labels, then the 100,000 without."""
+    root, remedy = root_and_remedy("stl10", root, "stl10_binary")
+    if download:
+        published = import_optional("torchvision.datasets", "torchvision").STL10
+        download_with("stl10", published, root, split="test" if split == "test" else "train+unlabeled")
+    folder, parts = root / "stl10_binary", {"train": 5000, "unlabeled": 100_000} if split == "train" else {"test": 8000}
+    images, labels = [], []
+    for part, count in parts.items():
+        images.append(_read_stl10(folder / f"{part}_X.bin", (count, 3, 96, 96), remedy))
+        if part == "unlabeled":
+            labels.append(torch.full((count,), -1))
+        else:
+            labels.append(_read_stl10(folder / f"{part}_y.bin", (count,), remedy).long() - 1)  # published from 1 to 10
+    # Columns come first in the files. A slice at a time: the float copies that resizing makes are large.
+    small = [resize(slice_.transpose(2, 3).contiguous(), 32) for part in images for slice_ in part.split(1000)]
+    return torch.cat(small), torch.cat(labels)
+
+
+def _read_stl10(file: Path, shape: tuple[int, ...], remedy: str) -> Tensor:
+    """A file of nothing but bytes, mapped into memory."""
+    size = file.stat().st_size if file.is_file() else None
+    if size != math.prod(shape):
+        came = "is missing" if size is None else f"has {size:,} bytes instead of {math.prod(shape):,}"
+        raise DataError(f"stl10: {file} {came}; {remedy}")
+    return torch.from_file(str(file), size=size, dtype=torch.uint8).view(shape)
+
+
+def root_and_remedy(name: str, root: str | Path | None, layout: str) -> tuple[Path, str]:
+    """The folder of a data set, and what to do if `layout` is not in it.
+
+    Raises:
+        DataError: the folder is not set.
+    """
+    remedy = f"set --data.root to the folder that holds {layout}, or add --data.download true to have it downloaded"
+    if root is None:
+        raise DataError(f"{name}: data.root is not set; {remedy}")
+    return Path(root).expanduser(), remedy
+
+
+def download_with(name: str, dataset: Callable[..., Any], root: Path, **split: Any) -> None:
+    """
+    Raises:
+        DataError: torchvision's data set cannot be downloaded.
+    """
+    try:
+        dataset(root, **split, download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = " ".join(str(error).split())  # torchvision's runs over several lines, one for each mirror
+        raise DataError(f"{name}: cannot be downloaded to {root}: {reason}") from error

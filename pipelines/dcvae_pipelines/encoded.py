@@ -1,0 +1,295 @@
+"""Images as they lie on disk, still encoded: in folders, in tar shards (WebDataset), in an LMDB (LSUN)."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from torch import Tensor
+
+from dcvae_pipelines.image import EXTENSIONS, centre_square
+from dcvae_pipelines.optional import import_optional
+from dcvae_pipelines.source import DataError
+
+Box = tuple[int, int, int]
+"""A square of an image: its top, left and side in pixels."""
+
+
+class Store(Protocol):
+    """Encoded images by number. Threads may read at the same time."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What an error calls the image: a path, or a path and a key."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """
+        Raises:
+            DataError: it cannot be read any more; the message names it.
+        """
+        ...
+
+    def label(self, index: int) -> int | None:
+        """The image's class, where the store knows it."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """A split of a data set, not decoded yet.
+
+    Attributes:
+        name: the data set's name
+        store: where images lie, of this split and others
+        indices: int64 [N], which of them belong to this split
+        box: given an upright image's width and height, the square of it that is shown
+    """
+
+    name: str
+    store: Store
+    indices: Tensor
+    box: Callable[[int, int], Box] = centre_square
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image_name(self, index: int) -> str:
+        return self.store.name(int(self.indices[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.store.read(int(self.indices[index]))
+
+    def label(self, index: int) -> int | None:
+        return self.store.label(int(self.indices[index]))
+
+    def square(self, index: int, width: int, height: int) -> Box:
+        """The part of an image of this width and height, upright, that is shown.
+
+        Raises:
+            DataError: the image does not hold it.
+        """
+        top, left, side = self.box(width, height)
+        if top + side > height or left + side > width:
+            raise DataError(
+                f"{self.image_name(index)}: {self.name} shows the {side} × {side} pixels from row {top} and column"
+                f" {left} on, which an image of {width} × {height} does not hold"
+            )
+        return top, left, side
+
+
+class Files:
+    """Image files by their paths below a folder."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.names[index])
+
+    def read(self, index: int) -> bytes:
+        try:
+            with open(self.name(index), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
+
+    def label(self, index: int) -> int | None:
+        return None
+
+
+def find_images(folder: Path) -> list[str]:
+    """Paths of the image files anywhere below a folder, relative to it, sorted.
+
+    By their endings, `EXTENSIONS`; what is hidden (".name") does not count, and links to folders are not followed.
+
+    Raises:
+        DataError: the folder cannot be read, or an image in it is a link to somewhere else.
+    """
+    real_folder, found = folder.resolve(), []
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = (name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.startswith(".") or not name.lower().endswith(EXTENSIONS):
+                continue
+            path = Path(parent, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(real_folder):
+                raise DataError(f"{path}: is a link out of {folder}, which is not followed; copy the image instead")
+            found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+class Shards:
+    """Images in tar archives named and ordered as WebDataset has it, read at random places.
+
+    Beside each archive its index is used if it is newer: NAME.idx, as DALI's `wds2idx` and `dcvae prepare` write it.
+    Without one, the archive is read through once.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """
+        Args:
+            paths: the archives, uncompressed.
+
+        Raises:
+            DataError: one of them is no tar archive, is compressed or cut short, or has a member that would lie outside
+                the folder it were unpacked into, or an index that does not fit.
+        """
+        self.paths = list(paths)
+        self._samples: list[tuple[int, Member, Member | None]] = []  # which archive, the image, its label
+        for shard, path in enumerate(self.paths):
+            for image, label in _labelled_images(path):
+                self._samples.append((shard, image, label))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def name(self, index: int) -> str:
+        return f"{self.paths[self._samples[index][0]]}: {self.key(index)}"
+
+    def key(self, index: int) -> str:
+        """The member's name in its archive."""
+        return self._samples[index][1][2]
+
+    def read(self, index: int) -> bytes:
+        shard, image, _ = self._samples[index]
+        return _read_at(self.paths[shard], image)
+
+    def label(self, index: int) -> int | None:
+        """What the member KEY.cls holds, if there is one."""
+        shard, _, label = self._samples[index]
+        if label is None:
+            return None
+        text = _read_at(self.paths[shard], label)
+        try:
+            return int(text)
+        except ValueError as error:
+            message = f"{self.paths[shard]}: its member {label[2]} holds {text[:20]!r}, not the number of a class"
+            raise DataError(message) from error
+
+
+Member = tuple[int, int, str]
+"""Offset and size in bytes, name."""
+
+
+def _labelled_images(path: Path) -> Iterator[tuple[Member, Member | None]]:
+    """The archive's images, each with its label if that is there.
+
+    What has the same name up to the first dot, and stands together, belongs to one sample.
+    """
+    index = path.with_suffix(".idx")
+    try:
+        fresh = index.is_file() and index.stat().st_mtime >= path.stat().st_mtime
+        members = _indexed(index, path.stat().st_size) if fresh else _scanned(path)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read as an uncompressed tar archive: {error}") from error
+    for _, sample in groupby(members, key=lambda member: _split(member[2])[0]):
+        sample = list(sample)
+        image = next((member for member in sample if member[2].lower().endswith(EXTENSIONS)), None)
+        if image is not None:
+            yield image, next((member for member in sample if _split(member[2])[1] == "cls"), None)
+
+
+def _scanned(path: Path) -> list[Member]:
+    with tarfile.open(path, "r:") as archive:
+        members = []
+        for member in archive:
+            outside = member.name.startswith("/") or ".." in PurePosixPath(member.name).parts
+            if outside or not (member.isfile() or member.isdir()):
+                kind = "lies outside the archive" if outside else "is a link or a device"
+                raise DataError(f"{path}: its member {member.name} {kind}, which is refused")
+            if member.isfile():
+                members.append((member.offset_data, member.size, member.name))
+    if members and members[-1][0] + members[-1][1] > path.stat().st_size:
+        raise DataError(f"{path}: is cut short in its member {members[-1][2]}")
+    return members
+
+
+def _indexed(index: Path, archive_size: int) -> list[Member]:
+    """An index has a line "v1.2 N", then one for each sample: extension, offset, size and name of each file."""
+    head, *lines = index.read_text(encoding="utf-8").splitlines()
+    members = []
+    try:
+        if head != f"v1.2 {len(lines)}":
+            raise ValueError("its first line does not fit")
+        for line in lines:
+            words = line.split(" ")
+            for _, offset, size, name in zip(*(words[i::4] for i in range(4)), strict=True):
+                if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                    raise ValueError(f"{name} lies outside the archive")
+                members.append((int(offset), int(size), name))
+                if not 0 <= int(offset) <= int(offset) + int(size) <= archive_size:
+                    raise ValueError(f"{name} lies beyond the archive's end")
+    except ValueError as error:
+        raise DataError(f"{index}: is no index of the archive beside it ({error}); delete it to do without") from error
+    return members
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Of a member's name, what tells its sample from others, and what it is of it."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _read_at(path: Path, member: Member) -> bytes:
+    offset, size, name = member
+    try:
+        with open(path, "rb", buffering=0) as file:
+            content = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"{path}: {name}: cannot be read: {error.strerror}") from error
+    if len(content) < size:
+        raise DataError(f"{path}: {name}: cannot be read: the archive was cut short")
+    return content
+
+
+class Lmdb:
+    """An LMDB whose values are image files, as LSUN is published."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            DataError: it is none, is damaged, or the package lmdb is missing.
+        """
+        lmdb = import_optional("lmdb", "lmdb")
+        self.path, self._error = path, lmdb.Error
+        try:
+            self._environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
+            with self._environment.begin() as transaction, transaction.cursor() as cursor:
+                self._keys = list(cursor.iternext(keys=True, values=False))
+        except lmdb.Error as error:
+            raise DataError(f"{path}: cannot be read as an LMDB: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}: {self.key(index)}"
+
+    def key(self, index: int) -> str:
+        return self._keys[index].decode(errors="backslashreplace")
+
+    def read(self, index: int) -> bytes:
+        try:
+            with self._environment.begin() as transaction:
+                value = transaction.get(self._keys[index])
+        except self._error as error:
+            raise DataError(f"{self.name(index)}: cannot be read: {error}") from error
+        if value is None:
+            raise DataError(f"{self.name(index)}: is gone")
+        return value
+
+    def label(self, index: int) -> int | None:
+        return None

@@ -1,0 +1,136 @@
+"""Single image files: which may be decoded, which part of them is shown."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcvae_pipelines.optional import import_optional
+from dcvae_pipelines.pixels import normalize, resize
+from dcvae_pipelines.source import DataError
+
+# Endings of what counts as an image in a folder or a shard, in any case.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".jp2")
+# More is refused as a decompression bomb. Pillow warns from here on: 256 MiB once decoded.
+MAX_PIXELS = 89_478_485
+
+_ORIENTATION = 0x0112  # in EXIF
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself."""
+
+    format: str
+    """Pillow's name: JPEG, PNG…"""
+    mode: str
+    """Pillow's mode: RGB, L (grey), CMYK, I;16 (16-bit grey)…"""
+    width: int
+    """in pixels, once upright"""
+    height: int
+    rotated: bool
+    """EXIF says that it must be turned or mirrored to stand upright."""
+    animated: bool
+
+
+def read_header(encoded: bytes, name: str) -> Header:
+    """Checks an image file as far as that is possible without decoding it.
+
+    Raises:
+        DataError: it is no image, has too many pixels, or is a JPEG without its end; the message begins with `name`.
+    """
+    with _opened(encoded, name) as image:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        width, height = image.size if orientation < 5 else image.size[::-1]
+        header = Header(
+            image.format, image.mode, width, height, orientation != 1, getattr(image, "is_animated", False)
+        )
+        # GPU decoders fill up what is missing with grey and say nothing. Coded pixels never contain a marker.
+        if header.format == "JPEG" and encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
+            raise ValueError("it is truncated")
+    return header
+
+
+def decode(encoded: bytes, name: str, channels: int) -> Any:
+    """Decodes with Pillow: upright, 8 bits, transparency dropped, of an animation the first frame.
+
+    Args:
+        channels: 1 for grey, 3 for RGB.
+
+    Returns:
+        PIL.Image.Image of mode L or RGB.
+
+    Raises:
+        DataError: it is no image, is damaged, holds floats or too many pixels; the message begins with `name`.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+    pil_ops = import_optional("PIL.ImageOps", "Pillow")
+    with _opened(encoded, name) as opened:
+        image = pil_ops.exif_transpose(opened)
+        image.info.pop("transparency", None)  # or Pillow warns that converting drops it
+        if image.mode == "F":
+            raise ValueError("its pixels are floats, which have no agreed range")
+        if image.mode.startswith("I"):  # "I;16" and its kin, and the "I" that Pillow makes of a 16-bit PGM
+            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+def to_tensor(image: Any) -> Tensor:
+    """A PIL.Image.Image of mode L or RGB → uint8 [C, H, W], channels last in memory."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, len(image.getbands())).permute(2, 0, 1)
+
+
+def centre_square(width: int, height: int) -> tuple[int, int, int]:
+    """The largest square in the centre: its top, left and side in pixels."""
+    side = min(width, height)
+    return (height - side) // 2, (width - side) // 2, side
+
+
+def load_image(path: str | Path, channels: int, resolution: int) -> Tensor:
+    """Reads an image file of any kind that Pillow knows, as a network sees it.
+
+    Turned upright (EXIF), cropped to the square in its centre, transparency dropped, 16-bit greys scaled to 8 bits,
+    resized with antialiasing.
+
+    Args:
+        path: the image file; of an animation, the first frame.
+        channels: 1 for grey, 3 for RGB.
+        resolution: height and width of the result in pixels.
+
+    Returns:
+        float32 [C, H, W] in [-1, 1].
+
+    Raises:
+        DataError: the file is missing, is no image, is damaged, holds floats or far too many pixels.
+    """
+    try:
+        encoded = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such image file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image: {error.strerror}") from error
+    image = decode(encoded, str(path), channels)
+    top, left, side = centre_square(image.width, image.height)
+    square = to_tensor(image.crop((left, top, left + side, top + side)))
+    return normalize(resize(square[None], resolution))[0]
+
+
+@contextmanager
+def _opened(encoded: bytes, name: str) -> Iterator[Any]:
+    """Opened by Pillow, which decodes nothing yet. Whatever goes wrong inside is said of the image `name`."""
+    pil = import_optional("PIL.Image", "Pillow")
+    try:
+        with pil.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"its {image.width} × {image.height} pixels could be a decompression bomb")
+            yield image
+    except Exception as error:  # on damaged files Pillow's decoders raise anything, SyntaxError and struct.error too
+        reason = "no known format" if isinstance(error, pil.UnidentifiedImageError) else error
+        raise DataError(f"{name}: cannot be read as an image: {reason}") from error

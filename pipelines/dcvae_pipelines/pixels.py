@@ -1,0 +1,46 @@
+"""What is done to decoded pixels, the same for every source and on every device."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def resize(images: Tensor, resolution: int) -> Tensor:
+    """Square images uint8 [B, C, H, H] → uint8 [B, C, R, R], antialiased bicubic as Pillow's; the memory format stays."""
+    if images.shape[2:] == (resolution, resolution):
+        return images
+    if images.device.type == "cpu":  # torch's kernel for bytes, Pillow's fixed-point arithmetic
+        return F.interpolate(images, size=(resolution, resolution), mode="bicubic", antialias=True)
+    resized = F.interpolate(images.float(), size=(resolution, resolution), mode="bicubic", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots at edges
+
+
+def normalize(
+    images: Tensor, mirrored: Tensor | None = None, dtype: torch.dtype = torch.float32, channels_last: bool = False
+) -> Tensor:
+    """uint8 [B, C, H, W] → what networks see, in [-1, 1].
+
+    Args:
+        mirrored: [B], nonzero where an image is flipped left to right.
+        dtype: of the result; bfloat16 is rounded from float32.
+        channels_last: the result's memory format, else contiguous.
+    """
+    if mirrored is not None:
+        images = torch.where(mirrored.bool()[:, None, None, None], images.flip(3), images)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(torch.float32, memory_format=layout).div_(127.5).sub_(1).to(dtype)
+
+
+def cross_fade(images: Tensor, alpha: float) -> Tensor:
+    """Real images while a network grows to their resolution: as blended as the network's own output is.
+
+    Progressive GAN's rule: alpha·x + (1 − alpha)·up(down(x)), with 2×2 box down and nearest up.
+
+    Args:
+        images: [B, C, R, R], R even.
+        alpha: share of the new resolution, 0 to 1.
+    """
+    if alpha >= 1:
+        return images
+    coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
+    return torch.lerp(coarse, images, alpha)
