@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(ROOT, include=["dcvae_fast", "dcvae_fast.*"]) + nested_packages(),
     package_dir={name: f"{folder}/{name}" for name, folder in NESTED.items()},
-    package_data={"dcvae_fast": ["recipes/*.yaml"], "": ["py.typed"]},
+    package_data={"dcvae_fast": ["recipes/*.yaml"], "dcvae_pipelines": ["splits/*.txt"], "": ["py.typed"]},
     # The ops (dcvae_kernels) need nothing else.
     install_requires=[
         "torch>=2.11",
@@ -41,6 +41,7 @@ setup(
             "deepspeed>=0.18",
             "huggingface_hub>=1.0",
             "jsonargparse[signatures]>=4.49",
+            "lmdb>=1.6",
             "numpy>=2.0",
             "nvidia-dali-cuda130>=2.0; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'",
             "Pillow>=11.0",

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from dcvae_fast.config import Config, recipe_path, recipes
@@ -21,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["train"]:  # all settings of a run are options; they have a parser of their own
-            return _train(argv[1:])
+        if argv[:1] in (["train"], ["data"]):  # all settings of a run are options; they have a parser of their own
+            return (_train if argv[0] == "train" else _data)(argv[1:])
         arguments = _parser().parse_args(argv)
         return arguments.run_command(arguments)
     except (UserError, DataError) as error:
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("train", lambda _: _train(["--help"]), "Train, or go on training, a run: see `dcvae train --help`.")
+
+    text = "Write a grid of what a recipe's networks would see: dcvae data RECIPE [-n 64] [--data.root DIR …]."
+    command("data", lambda _: _data(["--help"]), text)
 
     sub = model_command("sample", _sample, "Draw images from the prior.", "samples.png")
     sub.add_argument("-n", type=int, default=64, help="how many (default: 64)")
@@ -143,6 +147,29 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
+def _data(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dcvae data",
+        description="Write a grid of what a recipe's networks would see, from its first batches on.",
+        epilog="All settings of `dcvae train` can be given too, such as --data.root.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(recipes())}, or a .yaml file")
+    parser.add_argument("-n", "--n", type=int, default=64, help="how many images (default: 64)")
+    parser.add_argument("--out", type=Path, default=Path("data.png"), help="what to write (default: data.png)")
+    arguments, settings = parser.parse_known_args(argv)
+    if arguments.n < 1:
+        raise UserError(f"--n is {arguments.n}; it must be at least 1.")
+    config, _, _ = parse_config(["--recipe", arguments.recipe, *settings])
+    import torch
+
+    from dcvae_fast.training.loop import open_data, open_source, pick_device
+
+    source = open_source(config, open_data(config, "train"), pick_device(config.train.device))
+    batches = islice(source, -(-arguments.n // config.train.batch))
+    return _write_sheet(arguments.out, torch.cat([batch.images.cpu() for batch in batches])[: arguments.n], columns=8)
+
+
 def _summary(config: Config, folder: Path, images: int) -> str:
     """Reconstruction error and linear probe on held-out images, measured once and kept in RUN/summary.json."""
     from dcvae_fast.training.checkpoint import write_aside
@@ -155,33 +182,32 @@ def _summary(config: Config, folder: Path, images: int) -> str:
     if not isinstance(summary, dict) or summary.get("images") != images:
         summary = {"images": images, **_measure(config, folder)}
         write_aside(path, (json.dumps(summary, indent=2) + "\n").encode())
+    probe = summary.get("probe_accuracy")
     return (
         f"On {summary['held_out']:,} held-out images: reconstruction error {summary['pixel_error']:.4f}"
-        f" (predicting the mean image: {summary['mean_image_error']:.4f}); a linear probe on the latents names"
-        f" {summary['probe_accuracy']:.1%} rightly. Look at {folder / 'grids'}."
+        f" (predicting the mean image: {summary['mean_image_error']:.4f})"
+        + ("" if probe is None else f"; a linear probe on the latents names {probe:.1%} rightly")
+        + f". Look at {folder / 'grids'}."
     )
 
 
 def _measure(config: Config, folder: Path) -> dict[str, float]:
-    from dataclasses import replace
-
     from dcvae_fast.evaluation.perceptual import mean_image_error, pixel_error
     from dcvae_fast.evaluation.probe import linear_probe
     from dcvae_fast.models.dcvae import DCVAE
-    from dcvae_fast.training.loop import open_data, pick_device
+    from dcvae_fast.training.loop import first_images, pick_device
 
     model = DCVAE.from_pretrained(folder, device=pick_device(config.train.device))
     # A few thousand tell enough at the end of a run; `evaluate` measures on all.
-    train_set, held_out = (
-        replace(data, images=data.images[:most], labels=data.labels[:most])
-        for data, most in ((open_data(config, "train"), 5000), (open_data(config, "test"), 2000))
-    )
-    return {
-        "held_out": len(held_out.images),
+    train_set, held_out = first_images(config, "train", 5000), first_images(config, "test", 2000)
+    measured = {
+        "held_out": len(held_out),
         "pixel_error": pixel_error(model, held_out.images),
         "mean_image_error": mean_image_error(held_out.images, train_set.images),
-        "probe_accuracy": linear_probe(model, train_set, held_out),
     }
+    if train_set.labels is not None:
+        measured["probe_accuracy"] = linear_probe(model, train_set, held_out)
+    return measured
 
 
 def _load_model(arguments: argparse.Namespace):

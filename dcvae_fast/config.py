@@ -30,18 +30,30 @@ class DataConfig:
     """Which images.
 
     Attributes:
-        name: the data set
-        root: folder of the data set in torchvision's layout; `digits` needs none
-        download: fetch a missing data set into root
+        name: the data set; folder is any folder of images, shards are what `dcvae prepare` makes of one
+        root: folder of the data set, in torchvision's layout where torchvision knows it; `digits` needs none
+        download: fetch a missing data set into root, where torchvision can
         mirror: flip each image left to right with probability 1/2
         drop_last: leave out the end of each epoch that does not fill a batch (official), else let batches run on
+        on_corrupt: stop at an image that cannot be decoded, or skip it with a warning
+        threads: CPU threads that read and decode; null for as many as there are cores
+        prefetch: batches decoded ahead
     """
 
-    name: Literal["digits", "mnist", "cifar10"] = "cifar10"
+    name: Literal["digits", "mnist", "cifar10", "stl10", "celeba", "celebahq", "lsun_bedroom", "folder", "shards"] = (
+        "cifar10"
+    )
     root: str | None = field(default=None, metadata=_MAY_CHANGE)
     download: bool = field(default=False, metadata=_MAY_CHANGE)
     mirror: bool = False
     drop_last: bool = False
+    on_corrupt: Literal["stop", "skip"] = field(default="stop", metadata=_MAY_CHANGE)
+    threads: int | None = field(default=None, metadata=_MAY_CHANGE)
+    prefetch: int = field(default=2, metadata=_MAY_CHANGE)
+
+    def __post_init__(self):
+        _check("data.threads", self.threads, self.threads is None or self.threads >= 1, "null or at least 1")
+        _check("data.prefetch", self.prefetch, self.prefetch >= 1, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ def posterior_means(model: DCVAE, images: Tensor, batch: int = 256) -> Tensor:
 
 
 def linear_probe(model: DCVAE, train: ImageSet, test: ImageSet) -> float:
-    """Share of test images that logistic regression on the frozen posterior means names rightly."""
+    """Share of test images that logistic regression on the frozen posterior means names rightly.
+
+    Raises:
+        ValueError: a set has no labels.
+    """
+    if train.labels is None or test.labels is None:
+        raise ValueError("a linear probe needs labels")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -33,10 +33,11 @@ class Log:
     def _restart(self, images: int) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
-        self._images, self._time = images, time.perf_counter()
+        self._images, self._time, self._waited = images, time.perf_counter(), 0.0
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add the scalars of one iteration, without waiting for them."""
+    def add(self, metrics: dict[str, Tensor], waited: float = 0.0) -> None:
+        """Add the scalars of one iteration, without waiting for them, and the seconds it had to wait for its images."""
+        self._waited += waited
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] += 1
@@ -57,12 +58,13 @@ class Log:
                 f"{self.folder}: {bad[0]} became {means[bad[0]]} between {self._images:,} and {images:,} images."
             )
         seconds = time.perf_counter() - self._time
-        rate = (images - self._images) / seconds
+        rate, waiting = (images - self._images) / seconds, self._waited / seconds
+        record = {"images_per_second": rate, "waiting_for_data": waiting, **means}
         with open(self.folder / METRICS_FILE, "a") as file:
-            file.write(json.dumps({"images": images, "images_per_second": rate, **means}) + "\n")
-        for name, value in {**means, "images_per_second": rate}.items():
+            file.write(json.dumps({"images": images, **record}) + "\n")
+        for name, value in record.items():
             self._tensorboard.add_scalar(name, value, images)
-        say(_progress_line(images, self.total, rate, means))
+        say(_progress_line(images, self.total, rate, waiting, means))
         self._restart(images)
 
     def grid(self, name: str, images: int, tiles: Tensor, columns: int) -> Path:
@@ -105,9 +107,10 @@ def png_bytes(sheet: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _progress_line(images: int, total: int, rate: float, means: dict[str, float]) -> str:
+def _progress_line(images: int, total: int, rate: float, waiting: float, means: dict[str, float]) -> str:
     left = max(0, total - images) / rate
     parts = [f"{images:,} / {total:,} images", f"{rate:,.0f} images/s", f"{_duration(left)} left"]
+    parts.append(f"waiting for data {waiting:.0%}" if waiting >= 0.05 else "")
     parts.append(f"pixel error {means['pixel_mse']:.4f}" if "pixel_mse" in means else "")
     for name, value in means.items():
         if name.startswith("loss/"):

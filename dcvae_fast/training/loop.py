@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run,
 from dcvae_fast.training.log import Log, say
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
-from dcvae_pipelines import ImageSet, ResidentSource, load_dataset
+from dcvae_pipelines import DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
+
+# Held-out images in the grids.
+GRID_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ def train(config: Config, folder: Path) -> Outcome:
         DataError: the data set is missing or damaged.
     """
     device = pick_device(config.train.device)
-    train_set, held_out = open_data(config, "train"), open_data(config, "test")
-    step, source = TrainStep(config, device), make_source(config, train_set, device)
+    held_out = first_images(config, "test", GRID_IMAGES).images
+    step, source = TrainStep(config, device), open_source(config, open_data(config, "train"), device)
     prepare_run(folder, config)  # only now: a folder is bound to settings that work
     with locked(folder), stop_signals() as received:
         if state := load_checkpoint(folder):
@@ -64,13 +68,20 @@ def train(config: Config, folder: Path) -> Outcome:
         batches, saved = iter(source), start
         with closing(Log(folder, start, total)) as log:
             while step.images < total and not received:
-                before = step.images
-                log.add(step(next(batches)))
+                before, asked = step.images, time.perf_counter()
+                try:
+                    batch = next(batches)
+                except DataError:  # a damaged image: what was learned so far is not to be lost
+                    if step.images > saved:
+                        _save(config, folder, step, source)
+                    raise
+                waited = time.perf_counter() - asked
+                log.add(step(batch), waited)
                 finished = step.images >= total
                 if finished or _crossed(before, step.images, intervals.every):
                     log.write(step.images)
                 if finished or _crossed(before, step.images, intervals.grids_every):
-                    write_grids(log, step, held_out.images)
+                    write_grids(log, step, held_out)
                 if finished or _crossed(before, step.images, intervals.checkpoint_every):
                     _save(config, folder, step, source)
                     saved = step.images
@@ -97,29 +108,56 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_data(config: Config, split: str) -> ImageSet:
+def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
     """A split of the configured data set.
 
     Raises:
         DataError: it is missing or damaged.
-        ConfigError: its images do not fit the networks, or are fewer than the settings need.
+        ConfigError: its images do not fit the networks.
     """
-    data = config.data
+    data, model = config.data, config.model
     images = load_dataset(data.name, data.root, split, data.download)
-    channels, size = images.images.shape[1], images.images.shape[2]
-    if channels != config.model.image_channels:
-        raise ConfigError(f"model.image_channels is {config.model.image_channels}, but {data.name} has {channels}.")
-    if size != config.model.resolution:
-        raise ConfigError(
-            f"{data.name} has images of {size}×{size}, but the networks are for {config.model.resolution}."
-        )
+    if isinstance(images, ImageSet):
+        channels, size = images.images.shape[1], images.images.shape[2]
+        if channels != model.image_channels:
+            raise ConfigError(f"model.image_channels is {model.image_channels}, but {data.name} has {channels}.")
+        if size != model.resolution:
+            raise ConfigError(f"{data.name} has images of {size}×{size}, but the networks are for {model.resolution}.")
     return images
 
 
-def make_source(config: Config, images: ImageSet, device: torch.device) -> ResidentSource:
-    data, train = config.data, config.train
-    return ResidentSource(
-        images.images, batch=train.batch, seed=train.seed, device=device, mirror=data.mirror, drop_last=data.drop_last
+def first_images(config: Config, split: str, count: int) -> ImageSet:
+    """The first `count` images of a split, or fewer if there are fewer, decoded as the networks see them.
+
+    Raises:
+        DataError: the split is missing or damaged, or one of the images and `data.on_corrupt` is stop.
+        ConfigError: its images do not fit the networks.
+    """
+    data, model = config.data, config.model
+    return decode_images(
+        open_data(config, split),
+        count,
+        resolution=model.resolution,
+        channels=model.image_channels,
+        on_corrupt=data.on_corrupt,
+    )
+
+
+def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.device) -> Source:
+    """Batches for training, at the networks' resolution."""
+    data, model, train = config.data, config.model, config.train
+    return make_source(
+        images,
+        resolution=model.resolution,
+        channels=model.image_channels,
+        batch=train.batch,
+        seed=train.seed,
+        device=device,
+        mirror=data.mirror,
+        drop_last=data.drop_last,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        on_corrupt=data.on_corrupt,
     )
 
 
@@ -144,10 +182,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
-    """Reconstructions and interpolations of the first held-out images, and samples of a fixed latent."""
+    """Reconstructions and interpolations of the held-out images uint8 [N, C, H, W], and samples of fixed latents."""
     config, device = step.config, step.device
     generator = torch.Generator().manual_seed(derive_seed(config.train.seed, "grids"))
-    images = held_out[:32].to(device).float() / 127.5 - 1
+    chosen = torch.arange(GRID_IMAGES) % len(held_out)  # over again where there are few
+    images = held_out[chosen].to(device).float() / 127.5 - 1
     with evaluating(step.networks):
         model = current_model(config, step)
         reconstructions = model.reconstruct(images, sample_posterior=False)
@@ -155,7 +194,7 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
         rows = pairs.unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 2)
         log.grid("reconstructions", step.images, rows, columns=8)
         log.grid("samples", step.images, model.sample(64, generator=generator), columns=8)
-        log.grid("interpolations", step.images, interpolate(model, images[:8], images[8:16]).flatten(0, 1), columns=10)
+        log.grid("interpolations", step.images, interpolate(model, images[:8], images[1:9]).flatten(0, 1), columns=10)
 
 
 @contextmanager
@@ -182,7 +221,7 @@ def _crossed(before: int, now: int, interval: int) -> bool:
     return now // interval > before // interval
 
 
-def _save(config: Config, folder: Path, step: TrainStep, source: ResidentSource) -> None:
+def _save(config: Config, folder: Path, step: TrainStep, source: Source) -> None:
     norms = torch._foreach_norm(tuple(step.networks.parameters()))
     if not torch.stack(norms).isfinite().all():
         raise DivergedError(f"{folder}: a weight is no longer a finite number after {step.images:,} images.")

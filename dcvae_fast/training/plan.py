@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcvae_fast.config import Config
 from dcvae_fast.training.step import TrainStep
-from dcvae_pipelines import Batch, ImageSet
+from dcvae_pipelines import Batch, EncodedSet, ImageSet
 
 
-def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
+def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device) -> str:
     """A readable page: parameters and FLOPs a network, the run in images, the memory expected."""
     train, model = config.train, config.model
     step = TrainStep(config, "meta")
@@ -42,7 +42,8 @@ def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
             step(batch)
         flops = (flops + (every - 1) * counter.get_total_flops()) / every
     iterations = -(-train.images // n)
-    epoch = len(train_set.images) // n * n if config.data.drop_last else len(train_set.images)
+    epoch = len(train_set) // n * n if config.data.drop_last else len(train_set)
+    data = train_set.images.nbytes if isinstance(train_set, ImageSet) else 0  # decoded, all of it is on the device
     resident = sum(tensor.nbytes for tensor in [*networks.parameters(), *networks.buffers()])
     trained = sum(p.nbytes for group in step.engine.groups.values() for p in group)
     lines += [
@@ -52,9 +53,9 @@ def plan(config: Config, train_set: ImageSet, device: torch.device) -> str:
         f" = {iterations:,} iterations of {n}; the autoencoder is stepped in 1 of {every}",
         f"arithmetic      {flops / 1e12:.3f} TFLOP an iteration on average,"
         f" {flops * iterations / 1e15:,.2f} PFLOP in all",
-        f"memory          {(resident + 2 * trained + peak.peak + train_set.images.nbytes) / 2**30:.2f} GiB expected:"
+        f"memory          {(resident + 2 * trained + peak.peak + data) / 2**30:.2f} GiB expected:"
         f" networks, averages and queue {resident / 2**20:.0f} MiB, Adam {2 * trained / 2**20:.0f} MiB,"
-        f" activations and gradients {peak.peak / 2**20:.0f} MiB, data {train_set.images.nbytes / 2**20:.0f} MiB",
+        f" activations and gradients {peak.peak / 2**20:.0f} MiB, data {data / 2**20:.0f} MiB",
     ]
     return "\n".join(lines)
 

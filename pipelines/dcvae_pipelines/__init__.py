@@ -1,6 +1,6 @@
 """Data sets for training: from files to normalised batches on the device.
 
-Importing this package imports torch only; DALI, torchvision, scikit-learn, Pillow, lmdb are imported by what needs them.
+Importing this package imports torch only; DALI, lmdb, Pillow, scikit-learn and torchvision are imported when needed.
 """
 
 from dcvae_pipelines.dali import DaliSource

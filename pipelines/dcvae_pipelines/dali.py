@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcvae_pipelines.encoded import Box, EncodedSet
-from dcvae_pipelines.image import Header, decode, read_header
+from dcvae_pipelines.image import check_channels, decode, read_header
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.order import Order, to_device
 from dcvae_pipelines.pixels import normalize, resize
@@ -109,8 +109,7 @@ class DaliSource:
         """
         if len(images) == 0:
             raise DataError(f"{images.name}: there are no images")
-        if channels not in (1, 3):
-            raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+        check_channels(channels)
         if prefetch < 1 or (threads is not None and threads < 1):
             raise DataError(f"prefetch and threads must be at least 1, not {prefetch} and {threads}")
         import_optional("nvidia.dali", "nvidia-dali-cuda130")
@@ -123,7 +122,7 @@ class DaliSource:
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._shown = self._skipped = 0
         self._left_out: set[int] = set()
-        self._pipeline: Any = None
+        self._stop()
         self.set_resolution(resolution)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -162,10 +161,9 @@ class DaliSource:
 
     def _next(self) -> Batch:
         while True:
-            if self._pipeline is None:
-                self._start()
+            pipeline = self._start() if self._pipeline is None else self._pipeline
             try:
-                (decoded,) = self._pipeline.run(self._stream())
+                (decoded,) = pipeline.run(self._stream())
                 break
             except StopIteration:  # `_feed` has nothing more, and all that it fed has been handed out
                 self._stop()
@@ -181,52 +179,40 @@ class DaliSource:
         self._shown += self._order.step
         self._skipped += group.skipped
         ids, coins = to_device(torch.tensor([group.indices, group.coins]), self._device)
-        return Batch(normalize(self._resized(squares), coins if self._mirror else None, self._dtype, self._channels_last), ids)
+        mirrored = coins if self._mirror else None
+        return Batch(normalize(self._resized(squares), mirrored, self._dtype, self._channels_last), ids)
 
-    def _resized(self, decoded: list[Tensor]) -> Tensor:
-        """Squares uint8 [H, H, C] of different sizes → uint8 [B, C, R, R], all those of a size at once."""
+    def _resized(self, squares: list[Tensor]) -> Tensor:
+        """uint8 [H, H, C] of different sizes → uint8 [B, C, R, R], all those of a size at once."""
         resized: dict[int, Tensor] = {}
-        for side in {len(image) for image in decoded}:
-            chosen = [i for i, image in enumerate(decoded) if len(image) == side]
-            squares = torch.stack([decoded[i] for i in chosen]).permute(0, 3, 1, 2)
-            if len(chosen) == len(decoded):
-                return resize(squares, self._resolution)
-            resized.update(zip(chosen, resize(squares, self._resolution), strict=True))
-        return torch.stack([resized[i] for i in range(len(decoded))])
+        for side in {len(square) for square in squares}:
+            chosen = [i for i, square in enumerate(squares) if len(square) == side]
+            same_size = torch.stack([squares[i] for i in chosen]).permute(0, 3, 1, 2)
+            if len(chosen) == len(squares):
+                return resize(same_size, self._resolution)
+            resized.update(zip(chosen, resize(same_size, self._resolution), strict=True))
+        return torch.stack([resized[i] for i in range(len(squares))])
 
     # --- what goes into DALI ---
 
-    def _start(self) -> None:
-        """Begins to read and to decode after the images that were shown."""
-        self._places = self._share()
-        self._reading: deque[_Reading] = deque()
-        self._decoding: deque[_Group] = deque()
-        self._problem = DataError("")
+    def _start(self) -> Any:
+        """The pipeline; begins to read and to decode after the images that were shown."""
+        self._share = self._order.share(self._shown, self._skipped)
         for _ in range(2 * self._order.batch):
             self._read_one_more()
         self._pipeline = _decoder(
             self._feed, self._order.batch, self._channels, self._threads, self._prefetch, self._device_id()
         )
+        return self._pipeline
 
     def _stop(self) -> None:
         """Drops all that was read and decoded ahead."""
-        self._pipeline = None
-        self._reading = self._decoding = deque()
-
-    def _share(self) -> Iterator[tuple[int, int]]:
-        """This rank's share of the order, from where it is: index and coin of one image after the other.
-
-        Where images were left out, it is further on in its share than what it has shown; other ranks are not.
-        """
-        steps, first = divmod(self._skipped, self._order.batch)
-        shown = self._shown + steps * self._order.step
-        while True:
-            indices, coins = self._order.take(shown)[:, first:].tolist()
-            yield from zip(indices, coins, strict=True)
-            shown, first = shown + self._order.step, 0
+        self._pipeline: Any = None
+        self._reading: deque[_Reading] = deque()
+        self._decoding: deque[_Group] = deque()
 
     def _read_one_more(self) -> None:
-        index, coin = next(self._places)
+        index, coin = next(self._share)
         file = None if index in self._left_out else self._readers.submit(self._read, index)
         self._reading.append(_Reading(index, coin, file))
 
@@ -264,38 +250,47 @@ class DaliSource:
 
     # --- what cannot be decoded ---
 
-    def _leave_out(self, index: int, error: DataError) -> None:
+    def _leave_out(self, index: int, problem: DataError) -> None:
         """
         Raises:
             DataError: it is not to be left out, or there is nothing else left.
         """
         if self._on_corrupt == "stop":
-            raise error
-        _log.warning("left out: %s", error)
+            raise problem
+        if index not in self._left_out:
+            _log.warning("left out: %s", problem)
         self._left_out.add(index)
         if len(self._left_out) == len(self._images):
             raise DataError(f"{self._images.name}: none of the {len(self._images):,} images can be decoded")
 
-    def _leave_out_undecodable(self, groups: "deque[_Group]", error: RuntimeError) -> None:
-        """Decodes images one by one, to find the first batch that DALI cannot decode, and what it cannot decode in it.
+    def _leave_out_undecodable(self, groups: Iterable[_Group], error: RuntimeError) -> None:
+        """Finds the first batch that DALI cannot decode, and leaves out what it cannot decode in it.
 
         Raises:
             DataError: see `_leave_out`.
             RuntimeError: it is no image's fault.
         """
         for group in groups:
-            found = False
-            for index, file in zip(group.indices, group.files, strict=True):
-                decoder = _decoder(lambda file=file: [file], 1, self._channels, 1, 1, self._device_id())
-                try:
-                    decoder.run()
-                except RuntimeError as reason:
-                    found = True
-                    message = f"{self._images.image_name(index)}: cannot be decoded: {_last_line(reason)}"
-                    self._leave_out(index, DataError(message))
-            if found:
+            undecodable = [i for i, file in enumerate(group.files) if not self._is_decodable(file)]
+            for i in undecodable:
+                name = self._images.image_name(group.indices[i])
+                try:  # Pillow says more about what is wrong
+                    decode(group.files[i][0], name, self._channels)
+                    problem = DataError(f"{name}: cannot be decoded by DALI")
+                except DataError as reason:
+                    problem = reason
+                self._leave_out(group.indices[i], problem)
+            if undecodable:
                 return
         raise error
+
+    def _is_decodable(self, file: _File) -> bool:
+        decoder = _decoder(lambda: [file], 1, self._channels, 1, 1, self._device_id())
+        try:
+            decoder.run()
+        except RuntimeError:
+            return False
+        return True
 
     def _device_id(self) -> int | None:
         if self._device.type != "cuda":
@@ -311,12 +306,14 @@ def _decoder(
 ) -> Any:
     """A DALI pipeline, built: what `feed` returns, batch by batch → images uint8 [H, W, C]."""
     import numpy as np
-    from nvidia.dali import fn, pipeline_def, types
+
+    dali: Any = import_optional("nvidia.dali", "nvidia-dali-cuda130")
+    fn, types = dali.fn, dali.types
 
     def arrays() -> list[np.ndarray]:
         return [np.frombuffer(encoded, np.uint8) for encoded, _ in feed()]
 
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
+    @dali.pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
     def decoder() -> Any:
         return fn.decoders.image(
             fn.external_source(source=arrays, dtype=types.UINT8, ndim=1),
@@ -334,7 +331,3 @@ def _as_pnm(image: Any) -> bytes:
     """A PIL.Image.Image of mode L or RGB, uncompressed."""
     kind = "P5" if image.mode == "L" else "P6"
     return f"{kind} {image.width} {image.height} 255\n".encode() + image.tobytes()
-
-
-def _last_line(error: RuntimeError) -> str:
-    return str(error).strip()[:2000]

@@ -4,6 +4,7 @@ import hashlib
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +22,24 @@ NAMES = ("digits", "mnist", "cifar10", "stl10", "celeba", "celebahq", "lsun_bedr
 _CELEBAHQ_SHA256 = "e89202423ee678fad8fbdc4ff1884ad26aa5f1338c1cac3ae965dbe738d36f94"
 
 
+@overload
+def load_dataset(
+    name: Literal["digits", "mnist", "cifar10", "stl10"],
+    root: str | Path | None = None,
+    split: str = "train",
+    download: bool = False,
+) -> ImageSet: ...
+@overload
+def load_dataset(
+    name: Literal["celeba", "celebahq", "lsun_bedroom", "folder", "shards"],
+    root: str | Path | None = None,
+    split: str = "train",
+    download: bool = False,
+) -> EncodedSet: ...
+@overload
+def load_dataset(
+    name: str, root: str | Path | None = None, split: str = "train", download: bool = False
+) -> ImageSet | EncodedSet: ...
 def load_dataset(
     name: str, root: str | Path | None = None, split: str = "train", download: bool = False
 ) -> ImageSet | EncodedSet:
@@ -37,16 +56,15 @@ def load_dataset(
 
     Decoded while they are shown, at any resolution:
 
-    | name           | images                                                | split                                        |
-    |----------------|-------------------------------------------------------|----------------------------------------------|
-    | `celeba`       | celeba/img_align_celeba, the 128×128 around the face  | celeba/list_eval_partition.txt, "valid" too  |
-    | `celebahq`     | anywhere in ROOT, or some of them, named by number    | 29,000 and 1,000 by a list of ours           |
-    | `lsun_bedroom` | bedroom_train_lmdb and bedroom_val_lmdb, or folders   | as published; a single folder like `folder`  |
-    |                | bedroom_train and bedroom_val, or images in ROOT      |                                              |
-    | `folder`       | anywhere in ROOT                                      | ROOT/train and ROOT/test if there, else 1 in |
-    |                |                                                       | 20, 1,000 at most, by a hash of the names    |
-    | `shards`       | ROOT/*.tar, WebDataset; `dcvae prepare` makes them    | train*.tar and test*.tar if there, else as   |
-    |                |                                                       | above                                        |
+    | name           | images below ROOT                                   | split                                     |
+    |----------------|-----------------------------------------------------|-------------------------------------------|
+    | `celeba`       | celeba/img_align_celeba: the 128×128 round the face | celeba/list_eval_partition.txt            |
+    | `celebahq`     | anywhere, named by number; any subset               | 29,000 and 1,000, by a list of ours       |
+    | `lsun_bedroom` | bedroom_{train,val}_lmdb, or folders                | as published; a single folder as `folder` |
+    |                | bedroom_{train,val}, or anywhere                    |                                           |
+    | `folder`       | in folders train and test, or anywhere              | if anywhere: 1 in 20, at most 1,000, are  |
+    |                |                                                     | held out by a hash of their names         |
+    | `shards`       | *.tar of WebDataset, as `dcvae prepare` makes them  | train*.tar and test*.tar, or as `folder`  |
 
     Args:
         name: one of the tables.

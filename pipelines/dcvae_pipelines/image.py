@@ -47,9 +47,7 @@ def read_header(encoded: bytes, name: str) -> Header:
     with _opened(encoded, name) as image:
         orientation = image.getexif().get(_ORIENTATION, 1)
         width, height = image.size if orientation < 5 else image.size[::-1]
-        header = Header(
-            image.format, image.mode, width, height, orientation != 1, getattr(image, "is_animated", False)
-        )
+        header = Header(image.format, image.mode, width, height, orientation != 1, getattr(image, "is_animated", False))
         # GPU decoders fill up what is missing with grey and say nothing. Coded pixels never contain a marker.
         if header.format == "JPEG" and encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
             raise ValueError("it is truncated")
@@ -68,8 +66,7 @@ def decode(encoded: bytes, name: str, channels: int) -> Any:
     Raises:
         DataError: it is no image, is damaged, holds floats or too many pixels; the message begins with `name`.
     """
-    if channels not in (1, 3):
-        raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+    check_channels(channels)
     pil_ops = import_optional("PIL.ImageOps", "Pillow")
     with _opened(encoded, name) as opened:
         image = pil_ops.exif_transpose(opened)
@@ -79,6 +76,15 @@ def decode(encoded: bytes, name: str, channels: int) -> Any:
         if image.mode.startswith("I"):  # "I;16" and its kin, and the "I" that Pillow makes of a 16-bit PGM
             image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
         return image.convert("L" if channels == 1 else "RGB")
+
+
+def check_channels(channels: int) -> None:
+    """
+    Raises:
+        DataError: neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
 
 
 def to_tensor(image: Any) -> Tensor:
@@ -110,6 +116,7 @@ def load_image(path: str | Path, channels: int, resolution: int) -> Tensor:
     Raises:
         DataError: the file is missing, is no image, is damaged, holds floats or far too many pixels.
     """
+    check_channels(channels)
     try:
         encoded = Path(path).read_bytes()
     except FileNotFoundError as error:

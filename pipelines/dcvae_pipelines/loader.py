@@ -1,9 +1,11 @@
 """From a data set to what training and evaluation take, whichever kind of data set it is."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dcvae_pipelines.dali import DaliSource, OnCorrupt
 from dcvae_pipelines.decoded import ImageSet
@@ -12,6 +14,8 @@ from dcvae_pipelines.image import decode, to_tensor
 from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.resident import ResidentSource
 from dcvae_pipelines.source import DataError, Source
+
+_log = logging.getLogger(__name__)
 
 
 def make_source(
@@ -51,11 +55,14 @@ def make_source(
     return source
 
 
-def decode_images(images: ImageSet | EncodedSet, count: int, *, resolution: int, channels: int = 3) -> ImageSet:
+def decode_images(
+    images: ImageSet | EncodedSet, count: int, *, resolution: int, channels: int = 3, on_corrupt: OnCorrupt = "stop"
+) -> ImageSet:
     """The first `count` images of a data set, or all if there are fewer, decoded by Pillow into host memory.
 
     Raises:
-        DataError: one of them cannot be read or decoded, or the data set has another resolution or other channels.
+        DataError: one of them cannot be read or decoded and is not to be skipped, or the data set has another
+            resolution or other channels.
     """
     if isinstance(images, ImageSet):
         shape = (channels, resolution, resolution)
@@ -64,13 +71,22 @@ def decode_images(images: ImageSet | EncodedSet, count: int, *, resolution: int,
         labels = None if images.labels is None else images.labels[:count]
         return ImageSet(images.name, images.images[:count], labels)
 
-    def read(index: int) -> torch.Tensor:
-        image = decode(images.read(index), images.image_name(index), channels)
-        top, left, side = images.square(index, image.width, image.height)
-        return resize(to_tensor(image.crop((left, top, left + side, top + side)))[None], resolution)
+    def read(index: int) -> tuple[Tensor, int | None] | None:
+        try:
+            image = decode(images.read(index), images.image_name(index), channels)
+            top, left, side = images.square(index, image.width, image.height)
+        except DataError as problem:
+            if on_corrupt == "stop":
+                raise
+            _log.warning("left out: %s", problem)
+            return None
+        square = to_tensor(image.crop((left, top, left + side, top + side)))
+        return resize(square[None], resolution), images.label(index)
 
-    chosen = range(min(count, len(images)))
     with ThreadPoolExecutor() as pool:
-        pixels = torch.cat(list(pool.map(read, chosen)))
-    labels = [images.label(index) for index in chosen]
-    return ImageSet(images.name, pixels.contiguous(), None if None in labels else torch.tensor(labels))
+        read_ones = [one for one in pool.map(read, range(min(count, len(images)))) if one is not None]
+    if not read_ones:
+        raise DataError(f"{images.name}: none of the first {count:,} images can be decoded")
+    labels = [label for _, label in read_ones]
+    known = None if None in labels else torch.tensor(labels)
+    return ImageSet(images.name, torch.cat([pixels for pixels, _ in read_ones]).contiguous(), known)

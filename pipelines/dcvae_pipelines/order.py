@@ -1,6 +1,7 @@
 """Which image is shown when, on which rank, and whether it is mirrored."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -68,6 +69,20 @@ class Order:
             parts.append(self._plan(epoch)[:, position : min(self._per_epoch, position + end - number)])
             number += parts[-1].shape[1]
         return torch.cat(parts, dim=1)
+
+    def share(self, shown: int, skipped: int = 0) -> Iterator[tuple[int, int]]:
+        """This rank's images one after the other, from where it is: index and coin of each.
+
+        Args:
+            shown: images shown, by all ranks together.
+            skipped: images that this rank left out, so that it is further on in its share than what it has shown.
+        """
+        steps, first = divmod(skipped, self.batch)
+        shown += steps * self.step
+        while True:
+            ids, coins = self.take(shown)[:, first:].tolist()
+            yield from zip(ids, coins, strict=True)
+            shown, first = shown + self.step, 0
 
     def _plan(self, epoch: int) -> Tensor:
         """The epoch's permutation and coins, [2, count]: drawn on the CPU, so that they are the same on every device,

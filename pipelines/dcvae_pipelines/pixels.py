@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def resize(images: Tensor, resolution: int) -> Tensor:
-    """Square images uint8 [B, C, H, H] → uint8 [B, C, R, R], antialiased bicubic as Pillow's; the memory format stays."""
+    """Square images uint8 [B, C, H, H] → uint8 [B, C, R, R], antialiased bicubic as Pillow's; the layout stays."""
     if images.shape[2:] == (resolution, resolution):
         return images
     if images.device.type == "cpu":  # torch's kernel for bytes, Pillow's fixed-point arithmetic

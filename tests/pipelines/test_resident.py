@@ -67,7 +67,7 @@ def test_the_order_does_not_depend_on_how_many_ranks_share_it():
 def test_drop_last_shows_whole_batches_of_each_permutation():
     kept, whole = (ResidentSource(numbered(100), batch=15, seed=0, ranks=2, drop_last=drop) for drop in (True, False))
     first = ids(kept, batches=3)
-    assert kept.state_dict() == {"images": 90}
+    assert kept.state_dict() == {"images": 90, "of": 100}
     assert first == ids(whole, batches=3)
     assert len(set(first)) == 45
 
@@ -187,3 +187,17 @@ def test_on_the_gpu_batches_are_the_same_and_nothing_waits():
     for expected, batch in zip(on_cpu, on_gpu, strict=True):
         assert batch.images.is_cuda and batch.ids.is_cuda
         assert same(expected, Batch(batch.images.cpu(), batch.ids.cpu()))
+
+
+def test_a_position_in_other_images_is_refused():
+    source = ResidentSource(numbered(20), batch=4, seed=0)
+    with pytest.raises(DataError, match="has 20 images now and had 19 when this position was saved"):
+        source.load_state_dict({"images": 8, "of": 19})
+
+
+def test_batches_in_bfloat16_and_channels_last():
+    images = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = next(iter(ResidentSource(images, batch=8, seed=0, mirror=True)))
+    other = next(iter(ResidentSource(images, batch=8, seed=0, mirror=True, dtype=torch.bfloat16, channels_last=True)))
+    assert torch.equal(other.images, plain.images.bfloat16()) and other.images.dtype == torch.bfloat16
+    assert other.images.is_contiguous(memory_format=torch.channels_last) and plain.images.is_contiguous()
