@@ -1,4 +1,4 @@
-"""For all tests: Triton's interpreter where there is no GPU, the real images beside the checkout where they are."""
+"""For all tests: what a GPU is needed for skips itself without one, and Triton interprets; the real images, if any."""
 
 import os
 import shutil
@@ -12,6 +12,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are first imported
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

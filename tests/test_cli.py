@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main
 from dcvae_fast.config import ModelConfig
+from dcvae_pipelines import load_dataset, make_source
 
 TINY = ["--recipe", str(Path(__file__).parent / "tiny.yaml")]
 
@@ -182,3 +184,31 @@ def test_every_way_in(tmp_path):
         assert "latent_dim: 16" in result.stdout
     result = subprocess.run([sys.executable, "-m", "dcvae_fast.cli"], capture_output=True, text=True)
     assert result.returncode == 2 and "usage: dcvae" in result.stderr
+
+
+def test_data_shows_what_the_networks_would_see(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i:02d}.png")
+    out = tmp_path / "seen" / "data.png"
+    settings = ["--data.name", "folder", "--data.root", str(tmp_path / "images"), "--data.mirror", "true"]
+    assert main(["data", "cifar10", "--n", "10", "--out", str(out), *settings]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    with Image.open(out) as sheet:
+        assert sheet.size == tiles(8, 2)
+        seen = np.array(sheet)
+    source = load_dataset("folder", tmp_path / "images")
+    batch = next(iter(make_source(source, resolution=32, batch=64, seed=0, mirror=True)))
+    for i in range(10):
+        top, left = 2 + 66 * (i // 8), 2 + 66 * (i % 8)
+        tile = torch.from_numpy(seen[top : top + 64 : 2, left : left + 64 : 2]).permute(2, 0, 1)
+        assert torch.equal(tile.float(), ((batch.images[i] + 1) * 127.5).round())
+
+    assert main(["data", "cifar10", "--n", "0"]) == 1
+    assert "--n is 0; it must be at least 1" in capsys.readouterr().err
+    assert main(["data", "cifar10", "--data.rot", "x"]) == 1
+    assert "data.rot" in capsys.readouterr().err
+    assert main(["data", "nothing"]) == 1
+    assert "--recipe nothing: no such recipe" in capsys.readouterr().err

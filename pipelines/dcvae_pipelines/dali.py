@@ -15,7 +15,7 @@ from dcvae_pipelines.encoded import Box, EncodedSet
 from dcvae_pipelines.image import check_channels, decode, read_header
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.order import Order, to_device
-from dcvae_pipelines.pixels import normalize, resize
+from dcvae_pipelines.pixels import normalize, resize, to_grey
 from dcvae_pipelines.source import Batch, DataError, check_size
 
 OnCorrupt = Literal["stop", "skip"]
@@ -119,7 +119,7 @@ class DaliSource:
         self._dtype, self._channels_last = dtype, channels_last
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         self._prefetch = prefetch
-        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
+        self._readers: ThreadPoolExecutor | None = None
         self._shown = self._skipped = 0
         self._left_out: set[int] = set()
         self._stop()
@@ -131,8 +131,11 @@ class DaliSource:
         Raises:
             DataError: an image cannot be read or decoded; the message names it. Or none of them can.
         """
-        while True:
-            yield self._next()
+        try:
+            while True:
+                yield self._next()
+        finally:  # nobody listens any more
+            self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """{"images": number of images shown, by all ranks together, "of": images in the data set, "skipped": images
@@ -188,6 +191,8 @@ class DaliSource:
         for side in {len(square) for square in squares}:
             chosen = [i for i, square in enumerate(squares) if len(square) == side]
             same_size = torch.stack([squares[i] for i in chosen]).permute(0, 3, 1, 2)
+            if self._channels == 1:
+                same_size = to_grey(same_size)
             if len(chosen) == len(squares):
                 return resize(same_size, self._resolution)
             resized.update(zip(chosen, resize(same_size, self._resolution), strict=True))
@@ -197,17 +202,18 @@ class DaliSource:
 
     def _start(self) -> Any:
         """The pipeline; begins to read and to decode after the images that were shown."""
+        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._share = self._order.share(self._shown, self._skipped)
         for _ in range(2 * self._order.batch):
             self._read_one_more()
-        self._pipeline = _decoder(
-            self._feed, self._order.batch, self._channels, self._threads, self._prefetch, self._device_id()
-        )
+        self._pipeline = _decoder(self._feed, self._order.batch, self._threads, self._prefetch, self._device_id())
         return self._pipeline
 
     def _stop(self) -> None:
-        """Drops all that was read and decoded ahead."""
-        self._pipeline: Any = None
+        """Drops all that was read and decoded ahead, and ends the threads."""
+        if self._readers is not None:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers = self._pipeline = None
         self._reading: deque[_Reading] = deque()
         self._decoding: deque[_Group] = deque()
 
@@ -222,7 +228,7 @@ class DaliSource:
         header = read_header(encoded, name)
         square = self._images.square(index, header.width, header.height)
         if header.animated or header.mode not in _DALI_DECODES.get(header.format, ()):
-            encoded = _as_pnm(decode(encoded, name, self._channels))
+            encoded = _as_ppm(decode(encoded, name, channels=3))
         return encoded, square
 
     def _feed(self) -> list[_File]:
@@ -275,7 +281,7 @@ class DaliSource:
             for i in undecodable:
                 name = self._images.image_name(group.indices[i])
                 try:  # Pillow says more about what is wrong
-                    decode(group.files[i][0], name, self._channels)
+                    decode(group.files[i][0], name, channels=3)
                     problem = DataError(f"{name}: cannot be decoded by DALI")
                 except DataError as reason:
                     problem = reason
@@ -285,7 +291,7 @@ class DaliSource:
         raise error
 
     def _is_decodable(self, file: _File) -> bool:
-        decoder = _decoder(lambda: [file], 1, self._channels, 1, 1, self._device_id())
+        decoder = _decoder(lambda: [file], 1, 1, 1, self._device_id())
         try:
             decoder.run()
         except RuntimeError:
@@ -301,9 +307,7 @@ class DaliSource:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
 
-def _decoder(
-    feed: Callable[[], list[_File]], batch: int, channels: int, threads: int, prefetch: int, device_id: int | None
-) -> Any:
+def _decoder(feed: Callable[[], list[_File]], batch: int, threads: int, prefetch: int, device_id: int | None) -> Any:
     """A DALI pipeline, built: what `feed` returns, batch by batch → images uint8 [H, W, C]."""
     import numpy as np
 
@@ -318,7 +322,7 @@ def _decoder(
         return fn.decoders.image(
             fn.external_source(source=arrays, dtype=types.UINT8, ndim=1),
             device="cpu" if device_id is None else "mixed",
-            output_type=types.GRAY if channels == 1 else types.RGB,
+            output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # chroma on the GPU as on the CPU
         )
 
@@ -327,7 +331,6 @@ def _decoder(
     return pipeline
 
 
-def _as_pnm(image: Any) -> bytes:
-    """A PIL.Image.Image of mode L or RGB, uncompressed."""
-    kind = "P5" if image.mode == "L" else "P6"
-    return f"{kind} {image.width} {image.height} 255\n".encode() + image.tobytes()
+def _as_ppm(image: Any) -> bytes:
+    """A PIL.Image.Image of mode RGB, uncompressed."""
+    return f"P6 {image.width} {image.height} 255\n".encode() + image.tobytes()

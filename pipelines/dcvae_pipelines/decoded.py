@@ -19,6 +19,8 @@ from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.source import DataError
 
+STL10_COUNTS = {"train": 5000, "unlabeled": 100_000, "test": 8000}
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -113,9 +115,10 @@ def stl10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, 
     if download:
         published = import_optional("torchvision.datasets", "torchvision").STL10
         download_with("stl10", published, root, split="test" if split == "test" else "train+unlabeled")
-    folder, parts = root / "stl10_binary", {"train": 5000, "unlabeled": 100_000} if split == "train" else {"test": 8000}
+    folder, parts = root / "stl10_binary", ("train", "unlabeled") if split == "train" else ("test",)
     images, labels = [], []
-    for part, count in parts.items():
+    for part in parts:
+        count = STL10_COUNTS[part]
         images.append(_read_stl10(folder / f"{part}_X.bin", (count, 3, 96, 96), remedy))
         if part == "unlabeled":
             labels.append(torch.full((count,), -1))

@@ -218,9 +218,9 @@ def _scanned(path: Path) -> list[Member]:
 
 def _indexed(index: Path, archive_size: int) -> list[Member]:
     """An index has a line "v1.2 N", then one for each sample: extension, offset, size and name of each file."""
-    head, *lines = index.read_text(encoding="utf-8").splitlines()
     members = []
     try:
+        head, *lines = index.read_text(encoding="utf-8").splitlines() or [""]
         if head != f"v1.2 {len(lines)}":
             raise ValueError("its first line does not fit")
         for line in lines:

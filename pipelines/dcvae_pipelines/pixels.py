@@ -15,6 +15,12 @@ def resize(images: Tensor, resolution: int) -> Tensor:
     return resized.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots at edges
 
 
+def to_grey(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] → uint8 [B, 1, H, W]: luma of ITU-R 601, to the last bit as Pillow has it."""
+    red, green, blue = images.to(torch.int32).unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[:, None]
+
+
 def normalize(
     images: Tensor, mirrored: Tensor | None = None, dtype: torch.dtype = torch.float32, channels_last: bool = False
 ) -> Tensor:

@@ -175,7 +175,6 @@ def test_errors_name_the_argument_and_what_came(build: Callable[[], ResidentSour
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu_batches_are_the_same_and_nothing_waits():
     on_cpu = islice(ResidentSource(numbered(23), batch=5, seed=0, mirror=True), 12)
     source = ResidentSource(numbered(23), batch=5, seed=0, mirror=True, device="cuda")

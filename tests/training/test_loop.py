@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dcvae_fast.training.loop import make_source, train
-from dcvae_pipelines import Batch, ImageSet
+from dcvae_fast.training.loop import open_data, open_source, train
+from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet
 
+CPU = torch.device("cpu")
 TINY = ["--recipe", str(Path(__file__).parent.parent / "tiny.yaml")]
 
 
@@ -76,8 +78,6 @@ def test_a_run_folder_holds_what_was_learned(uninterrupted):
         "000000000160.pt",
     ]
     assert any((uninterrupted / "tensorboard").iterdir())
-    from PIL import Image
-
     for name, size in (("reconstructions", (8, 8)), ("samples", (8, 8)), ("interpolations", (10, 8))):
         with Image.open(uninterrupted / "grids" / f"{name}-000000000160.png") as image:
             assert image.size == tuple(2 + 66 * n for n in size)
@@ -112,7 +112,7 @@ def test_the_source_is_what_the_configuration_says():
 
     def batches(data: ImageSet, *more: str) -> list[Batch]:
         config = parse_config([*TINY, "--train.batch", "4", *more])[0]
-        return list(islice(make_source(config, data, torch.device("cpu")), 5))
+        return list(islice(open_source(config, data, torch.device("cpu")), 5))
 
     whole = torch.cat([batch.ids for batch in batches(images)]).tolist()
     assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
@@ -191,3 +191,53 @@ def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys)
     assert error.startswith(f"dcvae: error: {folder}: ") and error.count("\n") == 1
     assert "became nan" in error or "became inf" in error or "no longer a finite number" in error
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000000000016.pt", "000000000024.pt"]
+
+
+# --- images that are decoded while they are shown ---
+
+
+@pytest.fixture
+def folder_of_images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        pixels = torch.randint(256, (36, 40), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path):
+    data = ["--data.name", "folder", "--data.root", str(folder_of_images)]
+    run(tmp_path / "whole", 48, *data)
+    for images in (16, 24, 48):
+        run(tmp_path / "parts", images, *data, "--data.prefetch", "1")
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    state = load_checkpoint(tmp_path / "whole")
+    assert state is not None and state["source"] == {"images": 48, "of": 38, "skipped": 0}
+    assert len(list((tmp_path / "whole" / "grids").iterdir())) == 3  # of the two images held out, again and again
+
+    (folder_of_images / "40.png").write_bytes((folder_of_images / "00.png").read_bytes())
+    with pytest.raises(DataError, match="has 39 images now and had 38"):
+        run(tmp_path / "whole", 56, *data)
+
+
+def test_a_damaged_image_stops_a_run_without_loss_or_is_skipped(folder_of_images, tmp_path, capsys):
+    data = ["--data.name", "folder", "--data.root", str(folder_of_images), "--log.checkpoint_every", "1000"]
+    config = parse_config([*TINY, *data])[0]
+    order = torch.cat([batch.ids for batch in islice(open_source(config, open_data(config, "train"), CPU), 3)])
+    images = open_data(config, "train")
+    assert isinstance(images, EncodedSet)
+    damaged = Path(images.image_name(int(order[-1])))
+    damaged.write_bytes(b"")
+    command = ["train", *settings(tmp_path / "run", 32, *data)]
+    assert main(command) == 1
+    assert f"{damaged}: cannot be read as an image" in capsys.readouterr().err
+    state = load_checkpoint(tmp_path / "run")
+    assert state is not None and state["step"]["images"] == len(order) - 8
+
+    assert main([*command, "--data.on_corrupt", "skip"]) == 0
+    state = load_checkpoint(tmp_path / "run")
+    assert state is not None and state["source"] == {"images": 32, "of": 38, "skipped": 1}
+    out = capsys.readouterr().out
+    assert "On 2 held-out images: reconstruction error" in out and "probe" not in out  # there are no labels

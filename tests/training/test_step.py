@@ -370,8 +370,6 @@ def test_an_iteration_does_no_arithmetic_twice():
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", ["vae", "vae_gan", "vae_contrastive", "dc_vae"])
 def test_nothing_waits_for_the_device(objective):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     contrast = replace(CONFIG.contrast, local_start_images=0)
     step = TrainStep(with_loss(replace(CONFIG, contrast=contrast), objective=objective), "cuda")
     moved = [Batch(batch.images.cuda(), batch.ids.cuda()) for batch in batches(4)]

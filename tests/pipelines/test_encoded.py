@@ -1,0 +1,347 @@
+"""Where data sets lie and how they are split: folders, shards, LMDBs."""
+
+import hashlib
+import io
+import os
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcvae_pipelines import DataError, EncodedSet, datasets, decode_images, decoded, load_dataset
+from dcvae_pipelines.encoded import Lmdb, Shards, find_images
+
+
+def jpeg(value: int, width: int = 8, height: int = 8) -> bytes:
+    """A grey image of one value, which JPEG keeps."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (value, value, value)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_folder(folder: Path, names: list[str]) -> Path:
+    """Image i has the value i."""
+    for value, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(value))
+    return folder
+
+
+def values(images: EncodedSet) -> list[int]:
+    return decode_images(images, len(images), resolution=8).images[:, 0, 0, 0].tolist()
+
+
+def names(images: EncodedSet) -> list[str]:
+    return [images.image_name(i) for i in range(len(images))]
+
+
+# --- folders ---
+
+
+def test_images_are_found_by_their_endings_in_order(tmp_path: Path):
+    wanted = ["B.JPG", "a/z.png", "a/b/c.webp", "a.jpeg", "d.tiff", "Z.GIF"]
+    make_folder(tmp_path, [*wanted, ".hidden.jpg", ".cache/e.jpg", "notes.txt", "jpg", "a/Thumbs.db"])
+    assert find_images(tmp_path) == sorted(wanted)
+
+
+def test_one_in_twenty_images_is_held_out_by_its_name(tmp_path: Path):
+    files = [f"{i:03d}.jpg" for i in range(60)]
+    make_folder(tmp_path, files)
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    held_out = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())[:3]
+    assert [int(Path(name).stem) for name in names(test)] == values(test) == sorted(int(name[:3]) for name in held_out)
+    assert sorted(values(train) + values(test)) == list(range(60))
+
+    make_folder(tmp_path, [*files, "later.jpg"])  # the others stay where they were
+    assert set(names(train)) < set(names(load_dataset("folder", tmp_path)))
+
+
+def test_no_more_than_a_thousand_are_held_out():
+    held_out = datasets._hold_out("x", [str(i) for i in range(30_000)])
+    assert held_out.sum() == 1000 and datasets._hold_out("x", ["a", "b"]).sum() == 1
+
+
+def test_folders_named_train_and_test_are_the_split(tmp_path: Path):
+    make_folder(tmp_path, ["train/a.jpg", "train/b.jpg", "test/c.jpg"])
+    assert values(load_dataset("folder", tmp_path)) == [0, 1]
+    assert values(load_dataset("folder", tmp_path, "test")) == [2]
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(tmp_path: Path):
+    inside, outside = make_folder(tmp_path / "in", ["a.jpg", "b.jpg"]), make_folder(tmp_path / "out", ["c.jpg"])
+    (inside / "same.jpg").symlink_to("a.jpg")
+    assert find_images(inside) == ["a.jpg", "b.jpg", "same.jpg"]
+    (tmp_path / "link").symlink_to(inside)  # the folder itself may be one
+    assert find_images(tmp_path / "link") == ["a.jpg", "b.jpg", "same.jpg"]
+    (inside / "d.jpg").symlink_to(outside / "c.jpg")
+    with pytest.raises(DataError, match=rf"{inside / 'd.jpg'}: is a link out of {inside}"):
+        load_dataset("folder", inside)
+
+
+@pytest.mark.parametrize("name", ["folder", "celebahq", "lsun_bedroom"])
+def test_a_missing_or_empty_folder_is_named(name: str, tmp_path: Path):
+    with pytest.raises(DataError, match=f"{name}: data.root is not set; set --data.root"):
+        load_dataset(name)
+    with pytest.raises(DataError, match=f"{name}: looked for images in {tmp_path / 'absent'}, which is no folder"):
+        load_dataset(name, tmp_path / "absent")
+    with pytest.raises(DataError, match=f"{name}: looked for images .* in {tmp_path} and below, and found none"):
+        load_dataset(name, tmp_path)
+    with pytest.raises(DataError, match=f"{name}: there is one image only"):
+        load_dataset(name, make_folder(tmp_path, ["a.jpg"]))
+
+
+def test_a_file_that_vanishes_or_is_locked_is_named(tmp_path: Path):
+    images = load_dataset("folder", make_folder(tmp_path, ["a.jpg", "b.jpg", "c.jpg"]))
+    name = images.image_name(0)
+    os.remove(name)
+    with pytest.raises(DataError, match=f"{name}: cannot be read: No such file"):
+        images.read(0)
+
+
+# --- CelebA, CelebA-HQ, LSUN ---
+
+
+def celeba(root: Path) -> Path:
+    """Six images of 178×218, two of each part: grey, but white in the 128×128 around the face."""
+    array = np.full((218, 178, 3), 128, np.uint8)
+    array[57:185, 25:153] = 255
+    folder = root / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    for number in range(1, 7):
+        Image.fromarray(array).save(folder / f"{number:06d}.jpg", quality=100)
+    rows = [f"{number:06d}.jpg {(number - 1) // 2}\n" for number in range(1, 7)]
+    (root / "celeba" / "list_eval_partition.txt").write_text("".join(rows))
+    return root
+
+
+def test_celeba_is_split_as_published_and_cropped_to_the_face(tmp_path: Path):
+    celeba(tmp_path)
+    for split, numbers in (("train", [1, 2]), ("valid", [3, 4]), ("test", [5, 6])):
+        images = load_dataset("celeba", tmp_path, split)
+        assert [int(Path(name).stem) for name in names(images)] == numbers
+    faces = decode_images(load_dataset("celeba", tmp_path), 2, resolution=128).images
+    assert faces.shape == (2, 3, 128, 128) and faces.min() > 245
+
+
+def test_what_celeba_lacks_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"looked for .*/celeba/img_align_celeba and did not find it; set --data.root"):
+        load_dataset("celeba", tmp_path)
+    folder = celeba(tmp_path) / "celeba"
+    (folder / "img_align_celeba" / "000002.jpg").unlink()
+    with pytest.raises(DataError, match=r"celeba: 1 of the 2 train images .* are missing in .*, 000002.jpg for one"):
+        load_dataset("celeba", tmp_path)
+    (folder / "list_eval_partition.txt").write_text("000001.jpg 7\n")
+    with pytest.raises(DataError, match=r"list_eval_partition\.txt is not the published list"):
+        load_dataset("celeba", tmp_path)
+    (folder / "list_eval_partition.txt").unlink()
+    with pytest.raises(DataError, match=r"looked for .*list_eval_partition\.txt and did not find it"):
+        load_dataset("celeba", tmp_path)
+
+
+def test_an_image_too_small_for_the_face_is_named(tmp_path: Path):
+    celeba(tmp_path)
+    path = tmp_path / "celeba" / "img_align_celeba" / "000001.jpg"
+    path.write_bytes(jpeg(0, 178, 184))
+    with pytest.raises(DataError, match=rf"{path}: celeba shows the 128 × 128 pixels from row 57 and column 25 on"):
+        decode_images(load_dataset("celeba", tmp_path), 1, resolution=128)
+
+
+def test_celebahq_holds_out_a_thousand_by_a_fixed_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    held_out = datasets._celebahq_held_out()
+    assert len(held_out) == 1000 and held_out <= set(range(30_000))
+    smallest = sorted(range(30_000), key=lambda number: hashlib.sha256(f"celebahq {number}".encode()).digest())
+    assert held_out == set(smallest[:1000])
+
+    some = sorted(held_out)[:2] + sorted(set(range(200)) - held_out)[:5]
+    make_folder(tmp_path, [f"{number:05d}.jpg" for number in some[:4]] + [f"face_{number}.png" for number in some[4:]])
+    assert values(load_dataset("celebahq", tmp_path, "test")) == [0, 1]
+    assert sorted(values(load_dataset("celebahq", tmp_path, "train"))) == [2, 3, 4, 5, 6]
+
+    monkeypatch.setattr(datasets, "_CELEBAHQ_SHA256", "0")
+    with pytest.raises(DataError, match=r"celebahq: .* is not the list that this version was made with"):
+        load_dataset("celebahq", tmp_path)
+
+
+def test_a_subset_of_celebahq_without_held_out_images_is_split_like_a_folder(tmp_path: Path):
+    wanted = sorted(set(range(200)) - datasets._celebahq_held_out())[:21]
+    make_folder(tmp_path, [f"{number:05d}.jpg" for number in wanted])
+    train, test = (load_dataset("celebahq", tmp_path, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (20, 1)
+
+
+def make_lmdb(path: Path, contents: dict[bytes, bytes]) -> None:
+    with lmdb.open(str(path), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for key, value in contents.items():
+            transaction.put(key, value)
+
+
+def test_lsun_is_read_from_its_lmdbs(tmp_path: Path):
+    webp = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 200, 200)).save(webp, "WEBP", lossless=True)
+    make_lmdb(tmp_path / "bedroom_train_lmdb", {b"b": jpeg(2), b"a": jpeg(1), b"c": webp.getvalue()})
+    make_lmdb(tmp_path / "bedroom_val_lmdb", {b"d": jpeg(4)})
+    train = load_dataset("lsun_bedroom", tmp_path)
+    assert values(train) == [1, 2, 200] and values(load_dataset("lsun_bedroom", tmp_path, "test")) == [4]
+    assert train.image_name(1) == f"{tmp_path / 'bedroom_train_lmdb'}: b"
+
+
+def test_lsun_is_read_from_folders(tmp_path: Path):
+    make_folder(tmp_path, ["bedroom_train/a.jpg", "bedroom_val/b.jpg"])
+    assert values(load_dataset("lsun_bedroom", tmp_path)) == [0]
+    assert values(load_dataset("lsun_bedroom", tmp_path, "test")) == [1]
+    one = make_folder(tmp_path / "one", [f"{i}.jpg" for i in range(20)])
+    assert len(load_dataset("lsun_bedroom", one, "test")) == 1
+
+
+def test_a_missing_or_broken_lmdb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_lmdb(tmp_path / "bedroom_train_lmdb", {b"a": jpeg(1)})
+    with pytest.raises(DataError, match=r"looked for .*bedroom_val_lmdb/data.mdb .*; unpack bedroom_val_lmdb\.zip"):
+        load_dataset("lsun_bedroom", tmp_path, "test")
+    (tmp_path / "bedroom_val_lmdb").mkdir()
+    (tmp_path / "bedroom_val_lmdb" / "data.mdb").write_bytes(b"no database" * 1000)
+    with pytest.raises(DataError, match="bedroom_val_lmdb: cannot be read as an LMDB"):
+        load_dataset("lsun_bedroom", tmp_path, "test")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(DataError, match=r"lmdb is needed here .*: pip install lmdb"):
+        Lmdb(tmp_path / "bedroom_train_lmdb")
+
+
+# --- shards ---
+
+
+def make_shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return path
+
+
+def test_shards_are_read_with_their_labels(tmp_path: Path):
+    members = {"a.jpg": jpeg(1), "a.cls": b"7", "a.json": b"{}", "b.cls": b"3\n", "b.jpg": jpeg(2), "c.txt": b"none"}
+    make_shard(tmp_path / "train-0.tar", members)
+    make_shard(tmp_path / "train-1.tar", {"dir/d.seg.png": b"", "dir/d.jpg": jpeg(4)} | {"e.jpg": jpeg(5)})
+    make_shard(tmp_path / "test-0.tar", {"f.jpg": jpeg(6), "f.cls": b"0"})
+    store = Shards([tmp_path / "train-0.tar"])
+    assert [store.read(i) for i in range(2)] == [jpeg(1), jpeg(2)]
+    assert [store.label(i) for i in range(2)] == [7, 3]
+    test = decode_images(load_dataset("shards", tmp_path, "test"), 9, resolution=8)
+    assert test.images[:, 0, 0, 0].tolist() == [6] and test.labels is not None and test.labels.tolist() == [0]
+    train = load_dataset("shards", tmp_path)
+    assert names(train)[-1] == f"{tmp_path / 'train-1.tar'}: e.jpg" and train.label(len(train) - 1) is None
+
+
+def test_without_test_shards_images_are_held_out(tmp_path: Path):
+    make_shard(tmp_path / "a.tar", {f"{i:02d}.jpg": jpeg(i) for i in range(20)})
+    make_shard(tmp_path / "b.tar", {f"{i:02d}.jpg": jpeg(i) for i in range(20, 40)})
+    train, test = (values(load_dataset("shards", tmp_path, split)) for split in ("train", "test"))
+    assert len(test) == 2 and sorted(train + test) == list(range(40))
+
+
+def test_an_index_is_used_only_while_it_is_newer(tmp_path: Path):
+    shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
+    index = tmp_path / "a.idx"
+    with tarfile.open(shard) as archive:
+        offset = archive.getmembers()[1].offset_data
+    index.write_text(f"v1.2 1\njpg {offset} {len(jpeg(2))} b.jpg\n")  # of the second only
+    assert [Shards([shard]).key(i) for i in range(len(Shards([shard])))] == ["b.jpg"]
+    assert Shards([shard]).read(0) == jpeg(2)
+    os.utime(index, (0, 0))
+    assert len(Shards([shard])) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "v1.1 1\njpg 512 9 a.jpg\n",
+        "v1.2 2\njpg 512 9 a.jpg\n",
+        "v1.2 1\njpg 512 a.jpg\n",
+        "v1.2 1\njpg x 9 a.jpg\n",
+        "v1.2 1\njpg 512 99999999 a.jpg\n",
+        "v1.2 1\njpg -1 9 a.jpg\n",
+        "v1.2 1\njpg 512 9 ../a.jpg\n",
+        "\0\0",
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(content: str, tmp_path: Path):
+    shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1)})
+    (tmp_path / "a.idx").write_text(content)
+    with pytest.raises(DataError, match=r"a\.idx: is no index of the archive beside it \(.*\); delete it"):
+        Shards([shard])
+
+
+@pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "b/../../a.jpg"])
+def test_members_outside_the_archive_are_refused(name: str, tmp_path: Path):
+    make_shard(tmp_path / "a.tar", {"fine.jpg": jpeg(1), name: jpeg(2)})
+    with pytest.raises(DataError, match=rf"a\.tar: its member {re.escape(name)} lies outside the archive"):
+        load_dataset("shards", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_an_archive_are_refused(kind: bytes, tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        header = tarfile.TarInfo("a.jpg")
+        header.type, header.linkname = kind, "/etc/passwd"
+        archive.addfile(header)
+    with pytest.raises(DataError, match=r"its member a.jpg is a link or a device, which is refused"):
+        load_dataset("shards", tmp_path)
+
+
+def test_archives_that_are_none_are_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"looked for .*/\*\.tar and found none; `dcvae prepare`"):
+        load_dataset("shards", tmp_path)
+    whole = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1) + bytes(3000), "b.jpg": jpeg(2)}).read_bytes()
+    for content in (b"no archive" * 100, whole[:1000]):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.tar: "):
+            load_dataset("shards", tmp_path)
+    make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "a.cls": b"seven"})
+    make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "a.cls": b"seven", "b.jpg": jpeg(2)})
+    with pytest.raises(DataError, match=r"a\.tar: its member a\.cls holds b'seven', not the number of a class"):
+        Shards([tmp_path / "a.tar"]).label(0)
+    make_shard(tmp_path / "a.tar", {"a.txt": b"no image"})
+    with pytest.raises(DataError, match="shards: "):
+        load_dataset("shards", tmp_path)
+
+
+def test_an_archive_cut_short_while_it_is_read_is_named(tmp_path: Path):
+    shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
+    store = Shards([shard])
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"a\.tar: b\.jpg: cannot be read: the archive was cut short"):
+        store.read(1)
+
+
+# --- STL-10 ---
+
+
+def test_stl10_is_read_shrunk_and_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoded, "STL10_COUNTS", {"train": 3, "unlabeled": 4, "test": 2})
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    images = torch.randint(256, (9, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for part, chosen, labels in (("train", images[:3], [1, 10, 5]), ("unlabeled", images[3:7], None)):
+        (folder / f"{part}_X.bin").write_bytes(chosen.transpose(2, 3).contiguous().numpy().tobytes())  # columns first
+        if labels:
+            (folder / f"{part}_y.bin").write_bytes(bytes(labels))
+    stl10 = load_dataset("stl10", tmp_path)
+    assert stl10.labels is not None and stl10.labels.tolist() == [0, 9, 4, -1, -1, -1, -1]
+    for image, small in zip(images, stl10.images, strict=False):
+        pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+        assert (torch.from_numpy(np.array(pil)).permute(2, 0, 1).int() - small.int()).abs().max() <= 1
+
+    with pytest.raises(DataError, match=r"stl10: .*test_X\.bin is missing; set --data.root"):
+        load_dataset("stl10", tmp_path, "test")
+    (folder / "train_X.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"train_X\.bin has 5 bytes instead of 82,944"):
+        load_dataset("stl10", tmp_path)
