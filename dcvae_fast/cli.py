@@ -68,6 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     text = "Write a grid of what a recipe's networks would see: dcvae data RECIPE [-n 64] [--data.root DIR …]."
     command("data", lambda _: _data(["--help"]), text)
 
+    sub = command("prepare", _prepare, "Check all images of a data set, convert what needs it, pack them into shards.")
+    sub.add_argument("source", metavar="SRC", type=Path, help="folder of the data set; nothing is ever written there")
+    sub.add_argument(
+        "target", metavar="DST", type=Path, help="folder for the shards: --data.name shards --data.root DST"
+    )
+    sub.add_argument("--name", default="folder", help="of the data set, as data.name in a recipe (default: folder)")
+    sub.add_argument("--resolution", type=int, help="crop to squares and resize to this many pixels; default: leave it")
+    sub.add_argument("--format", default="jpeg", help="of what is resized: jpeg (default), png or webp, both lossless")
+    kinds = "corrupt, tiny, greyscale, cmyk, rotated, 16-bit"
+    sub.add_argument("--skip", default="corrupt,tiny", help=f"of {kinds}: what to leave out (default: corrupt,tiny)")
+    sub.add_argument("--per-shard", type=int, default=1000, help="source images a shard (default: 1000)")
+    sub.add_argument("--workers", type=int, help="images worked on at once (default: one a core)")
+
     sub = model_command("sample", _sample, "Draw images from the prior.", "samples.png")
     sub.add_argument("-n", type=int, default=64, help="how many (default: 64)")
     sub.add_argument("--seed", type=int, default=0, help="of the latents (default: 0)")
@@ -168,6 +181,55 @@ def _data(argv: Sequence[str]) -> int:
     source = open_source(config, open_data(config, "train"), pick_device(config.train.device))
     batches = islice(source, -(-arguments.n // config.train.batch))
     return _write_sheet(arguments.out, torch.cat([batch.images.cpu() for batch in batches])[: arguments.n], columns=8)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from dcvae_pipelines.prepare import prepare
+
+    summary = prepare(
+        arguments.source,
+        arguments.target,
+        name=arguments.name,
+        resolution=arguments.resolution,
+        format=arguments.format,
+        skip=[kind for kind in arguments.skip.split(",") if kind],
+        per_shard=arguments.per_shard,
+        workers=arguments.workers,
+        progress=_counter("images"),
+    )
+    for kind, found in summary.kinds.items():
+        if found.names:
+            print(f"{kind}: {len(found.names):,} ({found.converted:,} converted, {found.skipped:,} left out)")
+            for name in found.names[:20]:
+                print(f"    {name}")
+            if len(found.names) > 20:
+                print(f"    and {len(found.names) - 20:,} more, in {arguments.target / 'manifest.json'}")
+    packed = " and ".join(f"{count:,} for {split}" for split, count in summary.packed.items())
+    size = sum(shard["bytes"] for shard in summary.shards) / 2**20
+    print(
+        f"Packed {packed}, {size:,.1f} MiB in {len(summary.shards):,} shards; {summary.kept:,} as they were,"
+        f" {summary.converted:,} converted, {summary.skipped:,} left out."
+    )
+    print(f"Train on them with --data.name shards --data.root {arguments.target}")
+    return 0
+
+
+def _counter(what: str) -> Callable[[int, int], None]:
+    """Progress on the terminal, ten times a second, or in a log every tenth of the way."""
+    shown, began = -1.0, time.perf_counter()
+
+    def count(done: int, total: int) -> None:
+        nonlocal shown
+        seconds = time.perf_counter() - began
+        now, step = (seconds, 0.1) if sys.stderr.isatty() else (done / total, 0.1)
+        if done < total and now < shown + step:
+            return
+        shown = now
+        ending = "\n" if done == total or not sys.stderr.isatty() else ""
+        start = "\r" if sys.stderr.isatty() else ""
+        print(f"{start}{done:,} / {total:,} {what}, {seconds:.0f} s", end=ending, file=sys.stderr, flush=True)
+
+    return count
 
 
 def _summary(config: Config, folder: Path, images: int) -> str:

@@ -36,6 +36,8 @@ class DataConfig:
         mirror: flip each image left to right with probability 1/2
         drop_last: leave out the end of each epoch that does not fill a batch (official), else let batches run on
         on_corrupt: stop at an image that cannot be decoded, or skip it with a warning
+        resident: decode everything once, at the start, and keep it on the device: fast, where it fits there. What is
+            only ever shown at 32×32 always is
         threads: CPU threads that read and decode; null for as many as there are cores
         prefetch: batches decoded ahead
     """
@@ -48,6 +50,7 @@ class DataConfig:
     mirror: bool = False
     drop_last: bool = False
     on_corrupt: Literal["stop", "skip"] = field(default="stop", metadata=_MAY_CHANGE)
+    resident: bool = field(default=False, metadata=_MAY_CHANGE)
     threads: int | None = field(default=None, metadata=_MAY_CHANGE)
     prefetch: int = field(default=2, metadata=_MAY_CHANGE)
 

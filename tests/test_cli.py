@@ -212,3 +212,36 @@ def test_data_shows_what_the_networks_would_see(tmp_path, capsys):
     assert "data.rot" in capsys.readouterr().err
     assert main(["data", "nothing"]) == 1
     assert "--recipe nothing: no such recipe" in capsys.readouterr().err
+
+
+def test_prepare_reports_by_name_and_what_it_made_can_be_trained_on(tmp_path, capsys):
+    source, target = tmp_path / "images", tmp_path / "shards"
+    source.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(6):
+        pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(source / f"{i}.png")
+    Image.new("L", (64, 64)).save(source / "grey.png")
+    (source / "broken.jpg").write_bytes(b"not an image")
+    assert main(["prepare", str(source), str(target)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[:4] == [
+        "corrupt: 1 (0 converted, 1 left out)",
+        "    broken.jpg",
+        "greyscale: 1 (1 converted, 0 left out)",
+        "    grey.png",
+    ]
+    assert "6 as they were, 1 converted, 1 left out." in lines[4]
+    assert lines[5] == f"Train on them with --data.name shards --data.root {target}"
+    assert printed.err.splitlines()[-1].startswith("8 / 8 images, ")
+
+    sheet = tmp_path / "data.png"
+    settings = ["--data.name", "shards", "--data.root", str(target)]
+    assert main(["data", "cifar10", "-n", "4", "--out", str(sheet), *settings]) == 0
+    assert size(sheet) == tiles(4, 1)
+
+    assert main(["prepare", str(source), str(target), "--resolution", "32"]) == 1
+    assert "holds shards made with resolution null, not 32; choose another folder" in capsys.readouterr().err
+    assert main(["prepare", str(source), str(target), "--skip", "ugly"]) == 1
+    assert "there is no kind 'ugly'; the kinds are corrupt, tiny" in capsys.readouterr().err

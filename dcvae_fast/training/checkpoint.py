@@ -69,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another one does.
     """
-    with open(folder / CONFIG_FILE) as file:
+    with open(folder / CONFIG_FILE, "r+") as file:  # on NFS only what is open for writing can be locked
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

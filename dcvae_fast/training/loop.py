@@ -146,6 +146,8 @@ def first_images(config: Config, split: str, count: int) -> ImageSet:
 def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.device) -> Source:
     """Batches for training, at the networks' resolution."""
     data, model, train = config.data, config.model, config.train
+    if data.resident and isinstance(images, EncodedSet):
+        say(f"Decoding {len(images):,} images once")
     return make_source(
         images,
         resolution=model.resolution,
@@ -158,6 +160,7 @@ def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.dev
         threads=data.threads,
         prefetch=data.prefetch,
         on_corrupt=data.on_corrupt,
+        resident=data.resident,
     )
 
 

@@ -43,7 +43,8 @@ def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device)
         flops = (flops + (every - 1) * counter.get_total_flops()) / every
     iterations = -(-train.images // n)
     epoch = len(train_set) // n * n if config.data.drop_last else len(train_set)
-    data = train_set.images.nbytes if isinstance(train_set, ImageSet) else 0  # decoded, all of it is on the device
+    is_resident = config.data.resident or isinstance(train_set, ImageSet)
+    data = len(train_set) * model.image_channels * model.resolution**2 if is_resident else 0
     resident = sum(tensor.nbytes for tensor in [*networks.parameters(), *networks.buffers()])
     trained = sum(p.nbytes for group in step.engine.groups.values() for p in group)
     lines += [

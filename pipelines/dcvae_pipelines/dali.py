@@ -20,7 +20,8 @@ from dcvae_pipelines.source import Batch, DataError, check_size
 
 OnCorrupt = Literal["stop", "skip"]
 
-# What DALI decodes as Pillow does, on the CPU to the last bit. Everything else is decoded by Pillow first.
+# What DALI decodes as Pillow does, on the CPU to the last bit, if it is upright, has 8 bits and one frame. Everything
+# else is decoded by Pillow first.
 _DALI_DECODES = {
     "JPEG": ("L", "RGB"),
     "MPO": ("L", "RGB"),  # JPEG, with further pictures behind the first
@@ -119,7 +120,7 @@ class DaliSource:
         self._dtype, self._channels_last = dtype, channels_last
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         self._prefetch = prefetch
-        self._readers: ThreadPoolExecutor | None = None
+        self._readers: Any = None
         self._shown = self._skipped = 0
         self._left_out: set[int] = set()
         self._stop()
@@ -204,7 +205,7 @@ class DaliSource:
         """The pipeline; begins to read and to decode after the images that were shown."""
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._share = self._order.share(self._shown, self._skipped)
-        for _ in range(2 * self._order.batch):
+        for _ in range(2 * self._order.batch):  # one batch is fed while the next is read
             self._read_one_more()
         self._pipeline = _decoder(self._feed, self._order.batch, self._threads, self._prefetch, self._device_id())
         return self._pipeline
@@ -227,7 +228,8 @@ class DaliSource:
         name, encoded = self._images.image_name(index), self._images.read(index)
         header = read_header(encoded, name)
         square = self._images.square(index, header.width, header.height)
-        if header.animated or header.mode not in _DALI_DECODES.get(header.format, ()):
+        is_plain = not (header.rotated or header.animated or header.deep)
+        if not is_plain or header.mode not in _DALI_DECODES.get(header.format, ()):
             encoded = _as_ppm(decode(encoded, name, channels=3))
         return encoded, square
 

@@ -62,7 +62,7 @@ def load_dataset(
     | `celebahq`     | anywhere, named by number; any subset               | 29,000 and 1,000, by a list of ours       |
     | `lsun_bedroom` | bedroom_{train,val}_lmdb, or folders                | as published; a single folder as `folder` |
     |                | bedroom_{train,val}, or anywhere                    |                                           |
-    | `folder`       | in folders train and test, or anywhere              | if anywhere: 1 in 20, at most 1,000, are  |
+    | `folder`       | in folders train and test, or anywhere, or an LMDB  | if anywhere: 1 in 20, at most 1,000, are  |
     |                |                                                     | held out by a hash of their names         |
     | `shards`       | *.tar of WebDataset, as `dcvae prepare` makes them  | train*.tar and test*.tar, or as `folder`  |
 
@@ -97,6 +97,10 @@ def load_dataset(
             return _celebahq(folder, split)
         case "lsun_bedroom":
             return _lsun_bedroom(folder, split)
+        case "folder" if (folder / "data.mdb").is_file():
+            store = Lmdb(folder)
+            is_held_out = _hold_out(name, [store.key(i) for i in range(len(store))])
+            return EncodedSet(name, store, _indices(is_held_out, split))
         case "folder":
             return _images(name, folder, split, {"train": "train", "test": "test"})
         case _:
@@ -193,6 +197,8 @@ def _shards(root: Path, split: str) -> EncodedSet:
     paths = sorted(root.glob("*.tar"))
     if not paths:
         raise DataError(f"shards: looked for {root}/*.tar and found none; `dcvae prepare` packs images into such")
+    if b'"complete": false' in _manifest(root):
+        raise DataError(f"shards: {root} is not complete; run the same `dcvae prepare` again, and it goes on")
     of_split = {each: [path for path in paths if path.name.startswith(each)] for each in ("train", "test")}
     if all(of_split.values()):
         store = Shards(of_split[split])
@@ -205,11 +211,18 @@ def _shards(root: Path, split: str) -> EncodedSet:
     return EncodedSet("shards", store, indices)
 
 
+def _manifest(root: Path) -> bytes:
+    try:
+        return (root / "manifest.json").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def _hold_out(name: str, names: list[str]) -> Tensor:
     """bool [N]: 1 in 20 of the images, 1,000 at most, one at least: those whose names have the smallest hashes."""
     if len(names) < 2:
         raise DataError(f"{name}: there is one image only; training needs two, for one is held out")
-    hashes = [hashlib.sha256(each.encode()).digest() for each in names]
+    hashes = [hashlib.sha256(each.encode(errors="surrogateescape")).digest() for each in names]
     last = sorted(hashes)[min(1000, max(1, len(names) // 20)) - 1]
     return torch.tensor([each <= last for each in hashes])
 

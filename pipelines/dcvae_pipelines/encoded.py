@@ -1,12 +1,13 @@
 """Images as they lie on disk, still encoded: in folders, in tar shards (WebDataset), in an LMDB (LSUN)."""
 
+import functools
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -266,7 +267,7 @@ class Lmdb:
         lmdb = import_optional("lmdb", "lmdb")
         self.path, self._error = path, lmdb.Error
         try:
-            self._environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
+            self._environment = _open_lmdb(path.resolve())
             with self._environment.begin() as transaction, transaction.cursor() as cursor:
                 self._keys = list(cursor.iternext(keys=True, values=False))
         except lmdb.Error as error:
@@ -293,3 +294,9 @@ class Lmdb:
 
     def label(self, index: int) -> int | None:
         return None
+
+
+@functools.cache  # a process may open each only once
+def _open_lmdb(path: Path) -> Any:
+    lmdb = import_optional("lmdb", "lmdb")
+    return lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)

@@ -33,9 +33,11 @@ class Header:
     width: int
     """in pixels, once upright"""
     height: int
-    rotated: bool
+    rotated: bool = False
     """EXIF says that it must be turned or mirrored to stand upright."""
-    animated: bool
+    animated: bool = False
+    deep: bool = False
+    """more than 8 bits a channel"""
 
 
 def read_header(encoded: bytes, name: str) -> Header:
@@ -45,9 +47,21 @@ def read_header(encoded: bytes, name: str) -> Header:
         DataError: it is no image, has too many pixels, or is a JPEG without its end; the message begins with `name`.
     """
     with _opened(encoded, name) as image:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        # 16-bit colours have no mode of their own in Pillow, but their raw form tells them.
+        deep = image.mode.startswith("I") or ";16" in str(image.tile)
+        # Pillow looks for a PNG's orientation behind its pixels, and decodes them to get there.
+        may_be_rotated = image.format != "PNG" or any(word in encoded for word in (b"eXIf", b"exif", b"Orientation"))
+        orientation = image.getexif().get(_ORIENTATION, 1) if may_be_rotated else 1
         width, height = image.size if orientation < 5 else image.size[::-1]
-        header = Header(image.format, image.mode, width, height, orientation != 1, getattr(image, "is_animated", False))
+        header = Header(
+            image.format,
+            image.mode,
+            width,
+            height,
+            rotated=orientation != 1,
+            animated=getattr(image, "is_animated", False),
+            deep=deep,
+        )
         # GPU decoders fill up what is missing with grey and say nothing. Coded pixels never contain a marker.
         if header.format == "JPEG" and encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
             raise ValueError("it is truncated")
@@ -68,8 +82,8 @@ def decode(encoded: bytes, name: str, channels: int) -> Any:
     """
     check_channels(channels)
     pil_ops = import_optional("PIL.ImageOps", "Pillow")
-    with _opened(encoded, name) as opened:
-        image = pil_ops.exif_transpose(opened)
+    with _opened(encoded, name) as image:
+        pil_ops.exif_transpose(image, in_place=True)
         image.info.pop("transparency", None)  # or Pillow warns that converting drops it
         if image.mode == "F":
             raise ValueError("its pixels are floats, which have no agreed range")
@@ -138,6 +152,8 @@ def _opened(encoded: bytes, name: str) -> Iterator[Any]:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"its {image.width} × {image.height} pixels could be a decompression bomb")
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # on damaged files Pillow's decoders raise anything, SyntaxError and struct.error too
         reason = "no known format" if isinstance(error, pil.UnidentifiedImageError) else error
         raise DataError(f"{name}: cannot be read as an image: {reason}") from error

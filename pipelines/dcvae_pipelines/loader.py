@@ -26,6 +26,7 @@ def make_source(
     threads: int | None = None,
     prefetch: int = 2,
     on_corrupt: OnCorrupt = "stop",
+    resident: bool = False,
     **common: Any,
 ) -> Source:
     """A source of batches for training: `ResidentSource` for what is decoded, else `DaliSource`.
@@ -33,11 +34,14 @@ def make_source(
     Args:
         images: the data set.
         resolution, channels, threads, prefetch, on_corrupt: of `DaliSource`; what is decoded has to fit the first two.
+        resident: decode an encoded data set too, now and once; it then stays at this resolution.
         common: batch, seed, device, rank, ranks, mirror, drop_last, dtype and channels_last, of both.
 
     Raises:
         DataError: the data set cannot be shown so.
     """
+    if resident:
+        images = decode_images(images, len(images), resolution=resolution, channels=channels, on_corrupt=on_corrupt)
     if isinstance(images, EncodedSet):
         return DaliSource(
             images,

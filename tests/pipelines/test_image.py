@@ -1,5 +1,7 @@
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -174,17 +176,33 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+# One pixel of 16 bits a channel, which Pillow reads but does not write.
+DEEP_COLOURS = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">3H", 0x01FF, 0x8000, 0xFFFF)))
+    + chunk(b"IEND", b"")
+)
+
+
 def test_a_header_says_what_an_image_is():
     def header(*args, **options) -> Header:
         return read_header(encoded(*args, **options), "x")
 
     colour = pixels(0, 10, 30, 3)
-    assert header(colour, "JPEG") == Header("JPEG", "RGB", 30, 10, rotated=False, animated=False)
-    assert header(colour, "JPEG", exif=turned(3)) == Header("JPEG", "RGB", 30, 10, rotated=True, animated=False)
-    assert header(colour, "PNG", exif=turned(6)) == Header("PNG", "RGB", 10, 30, rotated=True, animated=False)
-    assert header(colour, "JPEG", exif=turned(1)) == Header("JPEG", "RGB", 30, 10, rotated=False, animated=False)
+    assert header(colour, "JPEG") == Header("JPEG", "RGB", 30, 10)
+    assert header(colour, "PNG") == Header("PNG", "RGB", 30, 10)
+    assert header(colour, "JPEG", exif=turned(1)) == Header("JPEG", "RGB", 30, 10)
+    assert header(colour, "JPEG", exif=turned(3)) == Header("JPEG", "RGB", 30, 10, rotated=True)
+    assert header(colour, "PNG", exif=turned(6)) == Header("PNG", "RGB", 10, 30, rotated=True)
     assert header(pixels(0, 4, 5), "PNG").mode == "L"
-    assert header(pixels(0, 4, 5).astype(np.uint16), "PNG").mode == "I;16"
+    deep = header(pixels(0, 4, 5).astype(np.uint16), "PNG")
+    assert deep.mode == "I;16" and deep.deep
+    assert read_header(DEEP_COLOURS, "x") == Header("PNG", "RGB", 1, 1, deep=True)
     assert header(pixels(0, 4, 5, 4), "JPEG", "CMYK").mode == "CMYK"
     frames = [Image.fromarray(pixels(i, 4, 5)) for i in range(2)]
     assert header(pixels(2, 4, 5), "GIF", save_all=True, append_images=frames).animated

@@ -210,8 +210,9 @@ def folder_of_images(tmp_path) -> Path:
 def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path):
     data = ["--data.name", "folder", "--data.root", str(folder_of_images)]
     run(tmp_path / "whole", 48, *data)
-    for images in (16, 24, 48):
-        run(tmp_path / "parts", images, *data, "--data.prefetch", "1")
+    for images, setting in ((16, "--data.prefetch=1"), (24, "--data.threads=1"), (40, "--data.resident=true")):
+        run(tmp_path / "parts", images, *data, setting)
+    run(tmp_path / "parts", 48, *data)
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
     state = load_checkpoint(tmp_path / "whole")
     assert state is not None and state["source"] == {"images": 48, "of": 38, "skipped": 0}
