@@ -27,6 +27,10 @@ class Unavailable(Exception):
     """Why something is not measured, in one short sentence."""
 
 
+class Absent(Unavailable):
+    """It needs what this machine does not have: no mistake, not even of ours."""
+
+
 def one_sentence(error: BaseException) -> str:
     """What went wrong, short enough for a table."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -88,15 +92,22 @@ def seconds_per_call(call: Callable[[], Any]) -> float:
     return seconds / calls
 
 
-def measure(benchmark: Any, call: Callable[[], Any], calls: int = 1) -> dict[str, float]:
+def measure(
+    benchmark: Any,
+    call: Callable[[], Any],
+    calls: int = 1,
+    measure_seconds: float = MEASURE_SECONDS,
+    min_batches: int = MIN_BATCHES,
+) -> dict[str, float]:
     """The time of one operation in µs, when `call` does `calls` of them: median and quartiles over batches.
 
     Args:
         benchmark: pytest-benchmark's fixture, made with `timer`.
+        measure_seconds: how long it measures, warm-up apart; longer if that is less than `min_batches`.
     """
     seconds = seconds_per_call(call)
     iterations = max(1, min(1000, math.ceil(BATCH_SECONDS / seconds)))
-    rounds = max(MIN_BATCHES, min(MAX_BATCHES, int(MEASURE_SECONDS / (iterations * seconds))))
+    rounds = max(min_batches, min(MAX_BATCHES, int(measure_seconds / (iterations * seconds))))
     benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
     stats = benchmark.stats.stats
     median, q1, q3 = (round(x * 1e6 / calls, 3) for x in (stats.median, stats.q1, stats.q3))

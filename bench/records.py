@@ -16,6 +16,8 @@ COMMITTED = ROOT / "bench" / "results"
 # The commit, with "-dirty" if tracked files differ from it; and what names it on a machine without the repository.
 DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 COMMIT_VARIABLE = "DCVAE_COMMIT"
+# Set for a run that only shows that everything works: on a CPU, small, and its times count for nothing.
+REHEARSAL_VARIABLE = "DCVAE_REHEARSAL"
 
 
 def slug(device: str) -> str:
@@ -35,6 +37,7 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     commit = os.environ.get(COMMIT_VARIABLE) or _output(*DESCRIBE)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "cpu": cpu_model(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "torch": torch.__version__,
@@ -45,6 +48,15 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
         "commit": commit and commit.removesuffix("-dirty"),
         "dirty": commit and commit.endswith("-dirty"),
     }
+
+
+def cpu_model() -> str:
+    """As /proc/cpuinfo has it; elsewhere what Python knows."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

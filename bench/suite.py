@@ -4,6 +4,7 @@ A benchmark is a file test_NAME.py that says as `BENCHMARK` what is compared, an
 `fill` for a case: a row, an implementation, a mode and a timing.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness import MODES, Unavailable
 
 TIMINGS = ("wall", "graph") if harness.ON_GPU else ("wall",)
 NOT_RUN = "not run"
+REHEARSING = records.REHEARSAL_VARIABLE in os.environ
 
 
 class Row(Protocol):
@@ -26,11 +28,11 @@ class Row(Protocol):
     def name(self) -> str: ...
 
     def shrunk(self) -> "Row":
-        """For a CPU, which only rehearses."""
+        """For a rehearsal."""
         ...
 
     def description(self) -> dict[str, Any]:
-        """What tells it from other problems, its name and its floors: by mode, what cannot be avoided."""
+        """What tells it from other problems, its name and, of an op, its floors: by mode, what cannot be avoided."""
         ...
 
 
@@ -39,6 +41,7 @@ class Benchmark:
     """What a result file compares.
 
     targets: given the file's contents, one entry for each target.
+    on_cpu: whether times on a CPU count for something; else there is only a rehearsal.
     """
 
     name: str
@@ -46,16 +49,19 @@ class Benchmark:
     peers: Iterable[str]
     packages: Iterable[str]
     targets: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    modes: Sequence[str] = MODES
+    on_cpu: bool = False
 
     def document(self) -> dict[str, Any]:
         """The result file's contents. At first no cell has been run."""
-        rows = [row if harness.ON_GPU else row.shrunk() for row in self.rows]
+        rehearsal = not harness.ON_GPU and (REHEARSING or not self.on_cpu)
+        rows = [row.shrunk() if rehearsal else row for row in self.rows]
         empty = dict.fromkeys(("wall", "graph", "graph_reason", "peak_bytes", "launches", "errors"))
-        cells = [{"peer": p, "mode": m, "reason": NOT_RUN, **empty} for p in self.peers for m in MODES]
+        cells = [{"peer": p, "mode": m, "reason": NOT_RUN, **empty} for p in self.peers for m in self.modes]
         return {
             **records.environment(self.packages),
             "benchmark": self.name,
-            "rehearsal": not harness.ON_GPU,
+            "rehearsal": rehearsal,
             "device_rates": harness.device_rates(),
             "rows": [{**row.description(), "cells": [dict(cell) for cell in cells]} for row in rows],
         }
@@ -86,7 +92,8 @@ def fill(
 
     Args:
         measure: given row, implementation, mode, timing and pytest-benchmark's fixture, what belongs into the cell.
-            It raises Unavailable for what cannot compute this row or computes it wrongly, or anything else.
+            It raises Unavailable for what cannot compute this row or computes it wrongly, or anything else. All but
+            Absent is a failure if it is ours.
     """
     (cells,) = (r["cells"] for r in document["rows"] if r["name"] == row.name)
     (cell,) = (c for c in cells if c["peer"] == peer and c["mode"] == mode)
@@ -97,7 +104,7 @@ def fill(
             raise Unavailable("no time left")
         if timing == "graph" and cell["reason"]:
             raise Unavailable(cell["reason"])
-        measured = measure(row if harness.ON_GPU else row.shrunk(), peer, mode, timing, benchmark)
+        measured = measure(row.shrunk() if document["rehearsal"] else row, peer, mode, timing, benchmark)
         cell.update(measured, **{reason_key: None})
         print(f"{case} {measured[timing]['median_us']:>12,.1f} µs", flush=True)
     except Exception as error:
@@ -106,7 +113,7 @@ def fill(
         print(f"{case} {'–':>12}    {reason}", flush=True)
         if not harness.device_works():
             pytest.exit(f"{peer} in row {row.name} left the device unusable: {reason}", returncode=1)
-        if peer == "ours" and not out_of_time:
+        if peer == "ours" and not out_of_time and not isinstance(error, harness.Absent):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pipelines_targets
 import records
 from targets import MODE, fastest_us, floor_us, median, ratio
 
@@ -49,41 +50,42 @@ def contents(name: str, folder: Path) -> str:
     return "\n".join(table(document) for document in measured) or NOTHING
 
 
+# From a document, its row and that row's cells by implementation.
+Column = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], str]
+
+
 class Kind(NamedTuple):
     """What one benchmark's tables have that others' do not.
 
-    explanation: what follows "Memory is what one call".
+    unit: of the speeds.
+    explanation: of the table.
     shape: of a row, after its name.
-    columns: the last ones by heading, each from a document, its row and that row's cells by implementation.
+    mode: of the cells that are shown.
+    speeds: the first columns by heading, which say how fast everybody is.
+    columns: the last ones.
     """
 
+    unit: str
     explanation: str
     shape: Callable[[dict[str, Any]], str]
-    columns: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], str]]
+    mode: str
+    speeds: dict[str, Column]
+    columns: dict[str, Column]
 
 
 def table(document: dict[str, Any]) -> str:
     kind = KINDS[document["benchmark"]]
-    headings = ["", "ours", "eager", "`torch.compile`", "fastest other", "memory, ours / eager", *kind.columns]
+    headings = ["", *kind.speeds, *kind.columns]
     lines = [
         head(document),
         "",
-        "Forward and backward in µs, median: called from Python / replayed from a CUDA graph. Memory is what one call",
-        kind.explanation,
+        f"{kind.unit} {kind.explanation}",
         "",
         f"|{' |'.join(f' {heading}' if heading else '' for heading in headings)} |",
         "|" + "---|" * len(headings),
     ]
     for row in document["rows"]:
-        cells = {cell["peer"]: cell for cell in row["cells"] if cell["mode"] == MODE}
-        other = fastest_other(cells)
-        columns = [
-            f"{row['name']}: {kind.shape(row)}",
-            *(times(cells[peer]) for peer in ("ours", "eager", "torch.compile")),
-            f"{times(cells[other])} ({other})" if other else "–",
-            f"{memory(cells['ours'])} / {memory(cells['eager'])}",
-            *(column(document, row, cells) for column in kind.columns.values()),
-        ]
+        columns = [f"{row['name']}: {kind.shape(row)}", *filled(document, row, kind.speeds | kind.columns)]
         lines.append(f"| {' | '.join(columns)} |")
     lines += ["", "| target | required | measured | |", "|---|---|---|---|"]
     for target in document["targets"]:
@@ -91,12 +93,19 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def filled(document: dict[str, Any], row: dict[str, Any], columns: dict[str, Column]) -> list[str]:
+    mode = KINDS[document["benchmark"]].mode
+    cells = {cell["peer"]: cell for cell in row["cells"] if cell["mode"] == mode}
+    return [column(document, row, cells) for column in columns.values()]
+
+
 def head(document: dict[str, Any]) -> str:
     """What measured, with what, when."""
     versions = {"driver": "driver", "CUDA": "cuda", "torch": "torch", "Triton": "triton", "Python": "python"}
     commit = (document["commit"] or "unknown")[:12] + (" with uncommitted changes" if document["dirty"] else "")
     known = ", ".join(f"{name} {document[key]}" for name, key in versions.items() if document[key])
-    return f"**{document['device']}**: {known}; {document['date'][:10]}, commit {commit}."
+    device = document["cpu"] if document["device"] == "cpu" else document["device"]
+    return f"**{device}**: {known}; {document['date'][:10]}, commit {commit}."
 
 
 def info_nce_shape(row: dict[str, Any]) -> str:
@@ -110,10 +119,16 @@ def spectral_norm_shape(row: dict[str, Any]) -> str:
     return f"{row['layers']} layers, {number(row['elements'] / 1e6)} M weights, the largest {largest}, {row['dtype']}"
 
 
-def fastest_other(cells: dict[str, dict[str, Any]]) -> str | None:
-    """Of a row's cells by implementation, the fastest besides ours, eager and compiled PyTorch."""
+def pipelines_shape(row: dict[str, Any]) -> str:
+    size = row["resolution"]
+    return f"{row['images']} at {size}×{size}, batch {row['batch']}, {row['cores']} cores"
+
+
+def fastest_other(document: dict[str, Any], row: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
+    """The fastest implementation besides ours, eager and compiled PyTorch."""
     others = [peer for peer in cells if peer not in ("ours", "eager", "torch.compile")]
-    return min(((time, peer) for peer in others if (time := fastest_us(cells[peer]))), default=(0, None))[1]
+    _, other = min(((time, peer) for peer in others if (time := fastest_us(cells[peer]))), default=(0, None))
+    return f"{times(cells[other])} ({other})" if other else "–"
 
 
 def times(cell: dict[str, Any]) -> str:
@@ -121,8 +136,19 @@ def times(cell: dict[str, Any]) -> str:
     return "–" if wall == graph == "–" else f"{wall} / {graph}"
 
 
-def memory(cell: dict[str, Any]) -> str:
-    return "–" if cell["peak_bytes"] is None else f"{number(cell['peak_bytes'] / 1e6)} MB"
+def images_per_second(row: dict[str, Any], cell: dict[str, Any]) -> str:
+    time = median(cell, "wall")
+    return number(row["batch"] / time * 1e6) if time else "–"
+
+
+def waiting(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    shares = [cells[peer].get("waiting_share") for peer in ("ours", "dataloader")]
+    return " / ".join("–" if share is None else f"{share:.1%}" for share in shares)
+
+
+def memory(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    peaks = [cells[peer]["peak_bytes"] for peer in ("ours", "eager")]
+    return " / ".join("–" if peak is None else f"{number(peak / 1e6)} MB" for peak in peaks)
 
 
 def launches(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
@@ -140,28 +166,67 @@ def share(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any], 
     return f"{found:.0%}" if found else "–"
 
 
+OP_UNIT = "Forward and backward in µs, median: called from Python / replayed from a CUDA graph."
+
 ABOUT_INFO_NCE = """\
+Memory is what one call
 needs beyond its inputs. The last column is the share of the matrix rate that this device reaches with torch."""
 
 ABOUT_SPECTRAL_NORM = """\
+Memory is what one call
 needs beyond its inputs. Eager is torch's parametrization, the others are its older hook. The floor is what moving the
 weights takes at the rate at which this device copies; the last column is the share of that rate that ours reaches, and
 what stays in the cache may exceed it."""
 
+ABOUT_PIPELINES = """\
+All use the same cores, and
+files come from the page cache. Waiting is the share of a training iteration on the GPU that goes into getting its
+images; at 128×128 and above, the iteration is a stand-in, matrix products of as many FLOPs."""
+
+OP_SPEEDS: dict[str, Column] = {
+    "ours": lambda document, row, cells: times(cells["ours"]),
+    "eager": lambda document, row, cells: times(cells["eager"]),
+    "`torch.compile`": lambda document, row, cells: times(cells["torch.compile"]),
+    "fastest other": fastest_other,
+}
+
 KINDS = {
     "info_nce": Kind(
+        OP_UNIT,
         ABOUT_INFO_NCE,
         info_nce_shape,
-        {"matrix rate": lambda document, row, cells: share(document, row, cells, row["dtype"])},
+        MODE,
+        OP_SPEEDS,
+        {
+            "memory, ours / eager": memory,
+            "matrix rate": lambda document, row, cells: share(document, row, cells, row["dtype"]),
+        },
     ),
     "spectral_norm": Kind(
+        OP_UNIT,
         ABOUT_SPECTRAL_NORM,
         spectral_norm_shape,
+        MODE,
+        OP_SPEEDS,
         {
+            "memory, ours / eager": memory,
             "launches, ours / eager": launches,
             "floor": byte_floor,
             "copy rate": lambda document, row, cells: share(document, row, cells, "copy"),
         },
+    ),
+    "pipelines": Kind(
+        "Images per second that arrive on the device as training batches, median.",
+        ABOUT_PIPELINES,
+        pipelines_shape,
+        pipelines_targets.MODE,
+        {
+            "ours": lambda document, row, cells: images_per_second(row, cells["ours"]),
+            "`DataLoader`, Pillow": lambda document, row, cells: images_per_second(row, cells["dataloader"]),
+            "`torchvision.io`": lambda document, row, cells: images_per_second(row, cells["torchvision.io"]),
+            "`torchvision.io`, GPU": lambda document, row, cells: images_per_second(row, cells["torchvision gpu"]),
+        },
+        {"waiting, ours / `DataLoader`": waiting},
     ),
 }
 

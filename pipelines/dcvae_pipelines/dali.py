@@ -180,24 +180,42 @@ class DaliSource:
             torch.from_dlpack(image)[top : top + side, left : left + side]
             for image, (_, (top, left, side)) in zip(decoded, group.files, strict=True)
         ]
+        ids, coins = to_device(torch.tensor([group.indices, group.coins]), self._device)
+        images = (self._finish_on_gpu if self._device.type == "cuda" else self._finish_on_cpu)(squares, coins)
         self._shown += self._order.step
         self._skipped += group.skipped
-        ids, coins = to_device(torch.tensor([group.indices, group.coins]), self._device)
-        mirrored = coins if self._mirror else None
-        return Batch(normalize(self._resized(squares), mirrored, self._dtype, self._channels_last), ids)
+        return Batch(images, ids)
 
-    def _resized(self, squares: list[Tensor]) -> Tensor:
-        """uint8 [H, H, C] of different sizes → uint8 [B, C, R, R], all those of a size at once."""
-        resized: dict[int, Tensor] = {}
+    def _finish(self, squares_BHHC: Tensor, coins: Tensor) -> Tensor:
+        images = squares_BHHC.permute(0, 3, 1, 2)
+        if self._channels == 1:
+            images = to_grey(images)
+        mirrored = coins if self._mirror else None
+        return normalize(resize(images, self._resolution), mirrored, self._dtype, self._channels_last)
+
+    def _finish_on_cpu(self, squares: list[Tensor], coins: Tensor) -> Tensor:
+        """One by one, each by one thread: batches would be copied more often, and by fewer cores."""
+        shape = (len(squares), self._channels, self._resolution, self._resolution)
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        images = torch.empty(shape, dtype=self._dtype, memory_format=layout)
+
+        def finish(i: int) -> None:
+            images[i] = self._finish(squares[i][None], coins[i : i + 1])[0]
+
+        list(self._readers.map(finish, range(len(squares))))
+        return images
+
+    def _finish_on_gpu(self, squares: list[Tensor], coins: Tensor) -> Tensor:
+        """All of a size at once."""
+        finished: dict[int, Tensor] = {}
         for side in {len(square) for square in squares}:
             chosen = [i for i, square in enumerate(squares) if len(square) == side]
-            same_size = torch.stack([squares[i] for i in chosen]).permute(0, 3, 1, 2)
-            if self._channels == 1:
-                same_size = to_grey(same_size)
+            same_size = torch.stack([squares[i] for i in chosen])
             if len(chosen) == len(squares):
-                return resize(same_size, self._resolution)
-            resized.update(zip(chosen, resize(same_size, self._resolution), strict=True))
-        return torch.stack([resized[i] for i in range(len(squares))])
+                return self._finish(same_size, coins)
+            finished.update(zip(chosen, self._finish(same_size, torch.stack([coins[i] for i in chosen])), strict=True))
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=layout)
 
     # --- what goes into DALI ---
 

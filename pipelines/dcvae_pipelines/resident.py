@@ -59,8 +59,11 @@ class ResidentSource:
         while True:
             ids, coins = self._order.take(self._shown)
             self._shown += self._order.step
-            mirrored = coins if self._mirror else None
-            yield Batch(normalize(self._images[ids], mirrored, self._dtype, self._channels_last), ids)
+            images = self._images.index_select(0, ids)
+            if self._mirror:  # of each image and its mirror image one, by its coin
+                both = torch.stack([images, images.flip(3)], dim=1).flatten(0, 1)
+                images = both.index_select(0, torch.arange(0, len(both), 2, device=ids.device) + coins)
+            yield Batch(normalize(images, dtype=self._dtype, channels_last=self._channels_last), ids)
 
     def state_dict(self) -> dict[str, Any]:
         """{"images": number of images shown, by all ranks together, "of": images in the data set}; the same on all

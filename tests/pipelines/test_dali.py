@@ -59,7 +59,9 @@ def test_the_batches_are_a_resident_sources(images: EncodedSet, channels: int):
     assert all(same(a, b) for a, b in islice(zip(resident, dali, strict=True), 12))
 
 
-def test_batches_in_bfloat16_and_channels_last(images: EncodedSet):
+@pytest.mark.parametrize("finish", ["_finish_on_cpu", "_finish_on_gpu"])
+def test_batches_in_bfloat16_and_channels_last(images: EncodedSet, finish: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DaliSource, "_finish_on_cpu", getattr(DaliSource, finish))
     plain, other = source(images), source(images, dtype=torch.bfloat16, channels_last=True)
     a, b = next(iter(plain)).images, next(iter(other)).images
     assert a.dtype == torch.float32 and a.is_contiguous() and a.shape == (4, 3, 8, 8)
@@ -73,7 +75,9 @@ def test_ranks_share_an_epoch_without_overlap(images: EncodedSet):
         assert sorted(index for rank in ranks for index in ids(rank, 2)) == list(range(COUNT))
 
 
-def test_images_of_many_sizes_share_a_batch(tmp_path: Path):
+@pytest.mark.parametrize("finish", ["_finish_on_cpu", "_finish_on_gpu"])
+def test_images_of_many_sizes_share_a_batch(finish: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DaliSource, "_finish_on_cpu", getattr(DaliSource, finish))
     shapes = [(8, 8), (16, 8), (9, 31), (16, 16), (8, 8), (40, 40)]
     for i, shape in enumerate(shapes):
         Image.fromarray(np.full((*shape, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")

@@ -1,0 +1,230 @@
+"""The data benchmark judges right: its rehearsal, wrong batches, the time spent waiting, the targets, the table."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import gpu
+import harness
+import pipelines_cases
+import pipelines_peers
+import records
+import tables
+from dcvae_pipelines import Batch, ImageSet, load_dataset
+from harness import Absent, Unavailable
+from pipelines_cases import FOLDER_VARIABLE, ROWS, Row, errors, expected, imported, iteration, waiting_share
+from pipelines_targets import targets
+
+SMALL = Row("small", "faces1024", 24, 4, None, batches=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six JPEGs as faces1024, and none of the other images."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("images")
+    (root / "faces1024").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(6):
+        coarse = torch.randint(256, (6, 6, 3), generator=generator, dtype=torch.uint8)
+        smooth = image.frombytes("RGB", (6, 6), bytes(coarse.flatten().tolist())).resize((64, 64), image.BICUBIC)
+        smooth.save(root / "faces1024" / f"{i}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture
+def images(folder):
+    return load_dataset("folder", folder / "faces1024")
+
+
+@pytest.fixture(scope="module")
+def rehearsal(folder, tmp_path_factory):
+    """The result of bench/test_pipelines.py, run small, and pytest's status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(folder))
+        path, status = gpu.run_benchmark("pipelines", tmp_path_factory.mktemp("results"), rehearsal=True)
+    assert path is not None
+    return records.read(path), status
+
+
+@pytest.mark.multiprocess
+def test_rehearsal_times_everybody_who_can(rehearsal):
+    document, status = rehearsal
+    assert status == 0  # absent images are no failure
+    assert document["rehearsal"] is True
+    assert document["cpu"]
+    rows = {row["name"]: {cell["peer"]: cell for cell in row["cells"]} for row in document["rows"]}
+    assert list(rows) == ["faces512", "faces256", "bedroom128", "cifar10"]
+    for name in ("bedroom128", "cifar10"):
+        assert {cell["reason"] for cell in rows[name].values()} == {"real images absent"}
+    for name in ("faces512", "faces256"):
+        for peer in pipelines_peers.PEERS:
+            package = "nvidia-dali" if peer == "ours" else "torchvision"
+            cell = rows[name][peer]
+            if cell["reason"] == f"{package} is not installed":
+                continue
+            assert cell["reason"] is None
+            assert cell["wall"]["median_us"] > 0
+            assert cell["wall"]["calls_per_batch"] % 2 == 0  # two batches a round
+            assert cell["errors"]["image_error"] < 1
+            assert cell["waiting_share"] is None  # there is no GPU to wait
+    assert all(row["cores"] == len(os.sched_getaffinity(0)) for row in document["rows"])
+
+
+@pytest.mark.multiprocess
+def test_rehearsal_meets_no_target(rehearsal):
+    document, _ = rehearsal
+    assert len(document["targets"]) == len(ROWS)
+    assert all(target["met"] is target["measured"] is None for target in document["targets"])
+
+
+@pytest.mark.multiprocess
+def test_cifar10_is_the_same_for_everybody(monkeypatch):
+    """Images of its size stand in for it."""
+    image, datasets = pytest.importorskip("PIL.Image"), pytest.importorskip("torchvision.datasets")
+    images = ImageSet("cifar10", torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), None)
+
+    class Cifar10:
+        def __init__(self, root, transform):
+            self.transform = transform
+
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            array = images.images[index].permute(1, 2, 0).contiguous()
+            return self.transform(image.frombytes("RGB", (32, 32), bytes(array.flatten().tolist()))), 0
+
+    monkeypatch.setattr(pipelines_peers, "torchvision_root", lambda: None)
+    monkeypatch.setattr(datasets, "CIFAR10", Cifar10)
+    row = replace(ROWS[3], batch=8)
+    for peer in ("ours", "dataloader"):
+        batches = pipelines_peers.PEERS[peer](row, images)
+        assert errors(row, images, next(batches))["image_error"] < 0.001  # nothing is decoded or resized
+        batches.close()  # type: ignore[attr-defined]
+    with pytest.raises(Unavailable, match="these images are no files to decode"):
+        pipelines_peers.torchvision_io(row, images)
+
+
+def batch_of(images, ids):
+    ids = torch.tensor(ids)
+    return Batch(expected(images, ids, SMALL.resolution), ids)
+
+
+def test_mirrored_images_are_right(images):
+    batch = batch_of(images, [3, 0, 0, 4])
+    assert errors(SMALL, images, batch) == {"image_error": 0.0}
+    some = batch.images.clone()
+    some[1:3] = some[1:3].flip(3)
+    assert errors(SMALL, images, Batch(some, batch.ids)) == {"image_error": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x.roll(1, 0), "an image is wrong by"),
+        (lambda x: x.flip(2), "an image is wrong by"),
+        (lambda x: x.flip(1), "an image is wrong by"),
+        (lambda x: (x + 1) / 2, "an image is wrong by"),
+        (lambda x: torch.full_like(x, torch.nan), "an image is wrong by nan"),
+        (lambda x: x.bfloat16(), r"its batches are torch.bfloat16 \[4, 3, 24, 24\]"),
+        (lambda x: x[..., 1:], r"its batches are torch.float32 \[4, 3, 24, 23\]"),
+    ],
+)
+def test_wrong_batches_are_told_from_right(images, wrong, message):
+    batch = batch_of(images, [1, 2, 3, 4])
+    with pytest.raises(Unavailable, match=message):
+        errors(SMALL, images, Batch(wrong(batch.images), batch.ids))
+
+
+def test_waiting_is_what_iterations_take_longer_with_data(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(harness, "timer", lambda: now)
+
+    def step(batch):
+        nonlocal now
+        now += 3
+
+    def batches(ready) -> Iterator[Any]:
+        nonlocal now
+        for i in itertools.count():
+            now += 0 if i < ready else 1
+            yield i
+
+    assert waiting_share(step, batches(ready=0), ahead=0) == 0.25
+    assert waiting_share(step, batches(ready=11), ahead=10) == 0.25  # what lay ready has been taken away
+    assert waiting_share(step, batches(ready=1000), ahead=10) == 0
+
+
+def test_simulated_iterations_do_their_arithmetic(monkeypatch):
+    assert [flops and round(flops / 1e12, 2) for flops in (row.flops() for row in ROWS)] == [11.27, 21.07, 18.04, None]
+    products = []
+    monkeypatch.setattr(pipelines_cases, "SIZE", 10)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append(a.shape))
+    iteration(replace(SMALL, forward_gflop=1e-6))(batch=None)  # type: ignore[arg-type]
+    assert products == [(10, 10)] * 82  # 41 · 4 · 1000 FLOP, 2000 a product
+
+
+def test_what_is_not_installed_is_absent():
+    with pytest.raises(Absent, match="some-package is not installed"):
+        imported("no_such_module.inside", "some-package")
+
+
+def test_images_that_are_absent(monkeypatch, tmp_path):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(Absent, match="real images absent"):
+        pipelines_cases.folder_of("faces1024")
+
+
+def measured(device, cores, times, waiting=None):
+    """A document in which ours and the DataLoader take these µs in every row."""
+    cells = [
+        {"peer": peer, "mode": "batches", "wall": {"median_us": time}, "waiting_share": waiting}
+        for peer, time in times.items()
+    ]
+    cells += [{"peer": peer, "mode": "batches", "wall": None} for peer in pipelines_peers.PEERS if peer not in times]
+    rows = [{**row.description(), "cores": cores, "cells": cells} for row in ROWS]
+    return {"benchmark": "pipelines", "device": device, "rehearsal": False, "rows": rows}
+
+
+def test_targets_of_a_cpu():
+    found = targets(measured("cpu", 2, {"ours": 100.0, "dataloader": 200.0}))
+    assert [(x["row"], x["required"], x["measured"], x["met"]) for x in found] == [
+        ("faces512", 1.5, 2.0, True),
+        ("faces256", 1.5, 2.0, True),
+        ("bedroom128", 1.5, 2.0, True),
+        ("cifar10", 20, 2.0, False),
+    ]
+    assert found[0]["what"] == "times faster than the DataLoader, on 2 cores"
+    assert [x["met"] for x in targets(measured("cpu", 4, {"ours": 1.0, "dataloader": 100.0}))] == [None] * 3 + [True]
+
+
+def test_targets_of_a_gpu():
+    found = targets(measured("Some GPU", 16, {"ours": 100.0, "dataloader": 499.0}, waiting=0.013))
+    waiting = "share of an iteration that is not waiting for data"
+    assert [(x["row"], x["required"], x["measured"], x["met"]) for x in found if x["what"].startswith("times")] == [
+        ("faces512", 5, 4.99, False),
+        ("faces256", 5, 4.99, False),
+        ("bedroom128", 5, 4.99, False),
+        ("cifar10", 20, 4.99, False),
+    ]
+    shares = [(x["row"], x["what"], x["required"], x["measured"], x["met"]) for x in found if x["against"] is None]
+    assert shares[0] == ("faces512", f"{waiting}, simulated", 0.98, 0.987, True)
+    assert shares[3] == ("cifar10", waiting, 0.98, 0.987, True)
+    none = targets(measured("Some GPU", 16, {"ours": None, "dataloader": 499.0}))
+    assert all(x["measured"] is x["met"] is None for x in none)
+
+
+def test_table():
+    document = measured("Some GPU", 16, {"ours": 1000.0, "dataloader": 6000.0}, waiting=0.013)
+    head = {"driver": None, "cuda": None, "torch": "2.11.0", "triton": "3.6.0", "python": "3.11.7"}
+    head |= {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": False, "packages": {}}
+    text = tables.table({**head, **document, "targets": []})
+    assert "| faces512: faces1024 at 512×512, batch 6, 16 cores | 6,000 | 1,000 | – | – | 1.3% / 1.3% |" in text
+    on_cpu = {**head, **document, "device": "cpu", "cpu": "Some CPU", "targets": []}
+    assert tables.table(on_cpu).startswith("**Some CPU**: torch 2.11.0")
