@@ -5,13 +5,12 @@ Images are [B, C, 32, 32] in [-1, 1].
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcvae_fast.models.layers import init_weights, upsample
+from dcvae_fast.models.layers import ContrastHead, Critique, init_weights, upsample
 from dcvae_kernels import spectral_norm
 
 BOTTOM = 4  # height and width of the decoder's first feature map
@@ -128,13 +127,6 @@ class Encoder(nn.Module):
         return mean, logvar
 
 
-class Critique(NamedTuple):
-    """What the discriminator makes of a batch."""
-
-    score: Tensor  # [B]: high for real
-    features: dict[str, Tensor]  # as Trunk returns them
-
-
 class Critic(nn.Module):
     """The spectrally normalised part of the discriminator: trunk and score head, one group."""
 
@@ -146,19 +138,6 @@ class Critic(nn.Module):
     def forward(self, images: Tensor) -> Critique:
         features = self.trunk(images)
         return Critique(self.score(features["final"]).squeeze(1), features)
-
-
-class ContrastHead(nn.Module):
-    """A feature map [B, W, H, H] → queries or keys [B, D]: 1×1 convolution to one channel, linear layer (§4.2)."""
-
-    def __init__(self, width: int, positions: int, contrast_dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, 1, 1)
-        self.linear = nn.Linear(positions, contrast_dim, bias=False)
-        init_weights(self)
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        return self.linear(self.conv(feature_map).flatten(1))
 
 
 class Discriminator(nn.Module):

@@ -1,10 +1,18 @@
 """What the networks are built from."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Critique(NamedTuple):
+    """What the discriminator makes of a batch."""
+
+    score: Tensor  # [B]: high for real
+    features: dict[str, Tensor]  # by layer: feature maps [B, W, H, H], and `final` [B, …]
 
 
 def init_weights(network: nn.Module) -> None:
@@ -15,6 +23,24 @@ def init_weights(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
+
+
+class ContrastHead(nn.Module):
+    """A feature map [B, W, H, H] → queries or keys [B, D]: 1×1 convolution to one channel, linear layer (§4.2)."""
+
+    def __init__(self, width: int, positions: int, contrast_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, 1, 1)
+        self.linear = nn.Linear(positions, contrast_dim, bias=False)
+        init_weights(self)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return self.linear(self.conv(feature_map).flatten(1))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Inside, autocast is off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -1,0 +1,277 @@
+"""The networks that grow from 4×4 to 1024×1024 pixels (after Progressive GAN; the paper has them from 64×64 on).
+
+All layers up to the final resolution are there from the start. `Phase` says at which resolution the networks work, and
+how far its layers are faded in; layers of later resolutions are not used and stay as they were initialised.
+
+Shapes: B batch, C image channels, Z latent size, D contrastive dimension, R a resolution.
+Images are [B, C, R, R], real ones in [-1, 1].
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcvae_fast.models.layers import ContrastHead, Critique, full_precision
+
+BOTTOM = 4  # the lowest resolution
+LOW = 16  # of the feature map that the contrastive head `low` sees: fixed, so that it survives growth
+SLOPE = 0.2  # of the leaky ReLUs
+
+
+class Phase(NamedTuple):
+    """What the networks compute at a point of their growth."""
+
+    resolution: int
+    alpha: float = 1.0
+    """share of this resolution's layers in the blend with those of half of it"""
+
+
+class Widths(NamedTuple):
+    """Channels at each resolution: min(base / R, most)."""
+
+    base: int = 16384
+    most: int = 512
+
+    def at(self, resolution: int) -> int:
+        return max(1, min(self.base // resolution, self.most))
+
+
+PAPER_WIDTHS = Widths()
+
+
+def resolutions(last: int, first: int = BOTTOM) -> list[int]:
+    """first, 2·first, … last."""
+    return [2**i for i in range(first.bit_length() - 1, last.bit_length())]
+
+
+class EqualizedConv2d(nn.Conv2d):
+    """A convolution with equalised learning rate, folded into its weight and Adam.
+
+    Progressive GAN keeps a weight of N(0, 1) and multiplies it by c = gain / √fan-in each time. Here the product is the
+    weight. Its steps are the same if Adam takes lr · c and adds ε / c to the root of the second moment: see `scale`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float = math.sqrt(2)):
+        self.scale = gain / math.sqrt(in_channels * kernel_size**2)
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class EqualizedLinear(nn.Linear):
+    """The same of a linear layer; with `wide`, in float32 under autocast too."""
+
+    def __init__(
+        self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, wide: bool = False
+    ):
+        self.scale, self.wide = gain / math.sqrt(in_features), wide
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with full_precision(input.device) if self.wide else nullcontext():
+            return super().forward(widened(input) if self.wide else input)
+
+
+class UpConv2d(EqualizedConv2d):
+    """Nearest upsampling by 2, then the convolution, in one: [B, C, R, R] → [B, C', 2R, 2R].
+
+    Four of the nine products fall on one input pixel each; their weights are summed first.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        w = F.pad(self.weight, (1, 1, 1, 1))
+        w = w[..., 1:, 1:] + w[..., :-1, 1:] + w[..., 1:, :-1] + w[..., :-1, :-1]
+        return F.conv_transpose2d(input, w.transpose(0, 1).flip(2, 3), self.bias, stride=2, padding=1)
+
+
+class DownConv2d(EqualizedConv2d):
+    """The convolution, then the mean of each 2×2 pixels, in one: [B, C, 2R, 2R] → [B, C', R, R]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        w = F.pad(self.weight, (1, 1, 1, 1)) / 4
+        w = w[..., 1:, 1:] + w[..., :-1, 1:] + w[..., 1:, :-1] + w[..., :-1, :-1]
+        return F.conv2d(input, w, self.bias, stride=2, padding=1)
+
+
+def act(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, SLOPE)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def pixel_norm(x: Tensor) -> Tensor:
+    """Each position's vector of channels (dim 1) divided by its root mean square; computed in float32 at least."""
+    wide = widened(x)
+    return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
+
+
+def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
+    """[B, C, H, W] → [B, 1, H, W]: how much the images of a group differ, one number a group, from float32 on.
+
+    Groups are of 4 images, or the largest smaller number that divides the part; the batch's parts do not mix.
+    """
+    per_part = len(x) // parts
+    size = next(n for n in (4, 3, 2, 1) if per_part % n == 0)
+    groups = widened(x).unflatten(0, (parts, size, per_part // size))  # as the reference: image i of each `size`-th
+    deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((2, 3, 4))  # [parts, groups]
+    per_image = deviation[:, None].expand(-1, size, -1).reshape(-1)
+    return per_image[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)
+
+
+class Generator(nn.Module):
+    """G: latents [B, Z] → images [B, C, R, R]."""
+
+    def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
+        super().__init__()
+        self.phase = Phase(resolution)
+        self.bottom_width = widths.at(BOTTOM)
+        # The bias is one a channel, as after a convolution.
+        self.linear = EqualizedLinear(latent_dim, self.bottom_width * BOTTOM**2, gain=math.sqrt(2) / 4, bias=False)
+        self.linear_bias = nn.Parameter(torch.zeros(self.bottom_width))
+        self.conv = EqualizedConv2d(self.bottom_width, self.bottom_width, 3)
+        self.ups, self.convs, self.to_images = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for r in resolutions(resolution):
+            width = widths.at(r)
+            if r > BOTTOM:
+                self.ups[str(r)] = UpConv2d(widths.at(r // 2), width, 3)
+                self.convs[str(r)] = EqualizedConv2d(width, width, 3)
+            self.to_images[str(r)] = EqualizedConv2d(width, image_channels, 1, gain=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        resolution, alpha = self.phase
+        x = self.linear(pixel_norm(latents)).unflatten(1, (self.bottom_width, BOTTOM, BOTTOM))
+        x = pixel_norm(act(x + self.linear_bias[:, None, None]))
+        x = previous = pixel_norm(act(self.conv(x)))
+        for r in resolutions(resolution, first=2 * BOTTOM):
+            previous = x
+            x = pixel_norm(act(self.ups[str(r)](x)))
+            x = pixel_norm(act(self.convs[str(r)](x)))
+        images = self.to_images[str(resolution)](x)
+        if alpha < 1 and resolution > BOTTOM:
+            coarse = self.to_images[str(resolution // 2)](previous)
+            images = torch.lerp(F.interpolate(coarse, scale_factor=2.0), images, alpha)
+        return images
+
+
+class Trunk(nn.Module):
+    """What discriminator and encoder share in kind: images [B, C, R, R] → features of 16×16 and of the last layer."""
+
+    def __init__(self, resolution: int, widths: Widths, image_channels: int, stddev: bool):
+        super().__init__()
+        self.phase = Phase(resolution)
+        self.stddev = stddev
+        self.from_images, self.convs, self.downs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for r in resolutions(resolution):
+            width = widths.at(r)
+            self.from_images[str(r)] = EqualizedConv2d(image_channels, width, 1)
+            if r > BOTTOM:
+                self.convs[str(r)] = EqualizedConv2d(width, width, 3)
+                self.downs[str(r)] = DownConv2d(width, widths.at(r // 2), 3)
+        width = widths.at(BOTTOM)
+        self.conv = EqualizedConv2d(width + stddev, width, 3)
+        self.linear = EqualizedLinear(width * BOTTOM**2, width)
+
+    def forward(self, images: Tensor, stddev_parts: int = 1) -> dict[str, Tensor]:
+        """
+        Args:
+            images: [B, C, R, R].
+            stddev_parts: into how many the batch is cut for the minibatch standard deviation; 0 puts zeros there.
+
+        Returns:
+            `low` [B, W, 16, 16] from 16×16 on, `final` [B, W].
+        """
+        resolution, alpha = self.phase
+        x = act(self.from_images[str(resolution)](images))
+        features = {}
+        for r in reversed(resolutions(resolution)):
+            if r == LOW:
+                features["low"] = x
+            if r == BOTTOM:
+                break
+            x = act(self.downs[str(r)](act(self.convs[str(r)](x))))
+            if r == resolution and alpha < 1:
+                coarse = act(self.from_images[str(r // 2)](F.avg_pool2d(images, 2)))
+                x = torch.lerp(coarse, x, alpha)
+        if self.stddev:
+            extra = minibatch_stddev(x, stddev_parts) if stddev_parts else torch.zeros_like(x[:, :1])
+            x = torch.cat([x, extra], dim=1)
+        features["final"] = act(self.linear(act(self.conv(x)).flatten(1)))
+        return features
+
+
+class Encoder(nn.Module):
+    """E: images [B, C, R, R] → mean and log-variance of the posterior q(z|x), each [B, Z]."""
+
+    def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
+        super().__init__()
+        self.trunk = Trunk(resolution, widths, image_channels, stddev=False)
+        self.linear = EqualizedLinear(widths.at(BOTTOM), 2 * latent_dim, gain=1, wide=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.linear(self.trunk(images)["final"]).chunk(2, dim=1)
+        return mean, logvar
+
+
+class Critic(nn.Module):
+    """The part of the discriminator that the adversarial loss trains: trunk and score head."""
+
+    def __init__(self, resolution: int, widths: Widths, image_channels: int):
+        super().__init__()
+        self.trunk = Trunk(resolution, widths, image_channels, stddev=True)
+        self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, wide=True)
+
+    def forward(self, images: Tensor, stddev_parts: int) -> Critique:
+        features = self.trunk(images, stddev_parts)
+        return Critique(self.score(features["final"]).squeeze(1), features)
+
+
+class Discriminator(nn.Module):
+    """C, the "dual encoder": a real/fake score, and embeddings for contrast at two depths.
+
+    `critic.trunk`, `critic.score` and `heads` are trained in different steps.
+    """
+
+    def __init__(
+        self, resolution: int, widths: Widths = PAPER_WIDTHS, image_channels: int = 3, contrast_dim: int = 16
+    ) -> None:
+        super().__init__()
+        self.critic = Critic(resolution, widths, image_channels)
+        self.heads = nn.ModuleDict({"final": nn.Linear(widths.at(BOTTOM), contrast_dim, bias=False)})
+        if resolution >= LOW:
+            self.heads["low"] = ContrastHead(widths.at(LOW), LOW**2, contrast_dim)
+
+    def forward(self, images: Tensor, stddev_parts: int = 1) -> Critique:
+        """
+        Args:
+            images: [B, C, R, R].
+            stddev_parts: into how many the batch is cut for the minibatch standard deviation. 0 puts zeros there: for
+                contrast, since statistics of the batch tell which reconstruction belongs to which image.
+        """
+        return self.critic(images, stddev_parts)
+
+    def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
+        """Queries or keys [S, B, D] of S layers through their heads."""
+        return torch.stack([self.heads[name](critique.features[name]) for name in layers])
+
+
+def set_phase(network: nn.Module, phase: Phase) -> None:
+    """Lets all parts of a network work at a point of its growth."""
+    for module in network.modules():
+        if isinstance(module, Generator | Trunk):
+            module.phase = phase

@@ -1,0 +1,295 @@
+"""The networks that grow, against Progressive GAN written out plainly."""
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcvae_fast.models.progressive import (
+    Discriminator,
+    DownConv2d,
+    Encoder,
+    EqualizedConv2d,
+    EqualizedLinear,
+    Generator,
+    Phase,
+    UpConv2d,
+    Widths,
+    minibatch_stddev,
+    pixel_norm,
+    resolutions,
+    set_phase,
+)
+
+NARROW = Widths(64, 8)  # 8 channels up to 8×8, then 4, 2
+Z, D = 6, 5
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("resolution", "generator", "critic"),
+    [(128, 22_933_394, 22_941_313), (256, 23_044_309, 23_052_353), (512, 23_072_120, 23_080_225)],
+)
+def test_parameters_are_progressive_gans(resolution: int, generator: int, critic: int):
+    with torch.device("meta"):
+        assert parameters(Generator(resolution)) == generator
+        assert parameters(Discriminator(resolution).critic) == critic
+        if resolution == 512:
+            assert parameters(Encoder(512)) == 23_600_416
+
+
+@pytest.mark.parametrize(("resolution", "gflop"), [(64, 18.4), (128, 27.5), (256, 36.7), (512, 45.8)])
+def test_flops_of_a_forward_pass(resolution: int, gflop: float):
+    with torch.device("meta"):
+        networks = {
+            Generator(resolution): torch.empty(2, 512),
+            Discriminator(resolution): torch.empty(2, 3, resolution, resolution),
+            Encoder(resolution): torch.empty(2, 3, resolution, resolution),
+        }
+    for network, given in networks.items():
+        with FlopCounterMode(display=False) as counter:
+            network(given)
+        assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(gflop, abs=0.06)
+
+
+# --- layers ---
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_up_and_downsampling_in_the_convolutions_are_exact(size: int):
+    x = noise(2, 3, size, size, dtype=torch.float64)
+    up: Any = UpConv2d(3, 5, 3).double()
+    nn.init.normal_(up.bias)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
+    torch.testing.assert_close(up(x), plain, rtol=1e-12, atol=1e-12)
+    down: Any = DownConv2d(3, 5, 3).double()
+    nn.init.normal_(down.bias)
+    x = noise(2, 3, 2 * size, 2 * size, dtype=torch.float64)
+    plain = F.avg_pool2d(F.conv2d(x, down.weight, padding=1), 2) + down.bias[:, None, None]
+    torch.testing.assert_close(down(x), plain, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_are_standard_normal_times_their_scale():
+    for layer, fan_in, gain in (
+        (EqualizedConv2d(50, 60, 3), 450, math.sqrt(2)),
+        (EqualizedConv2d(60, 50, 1, gain=1), 60, 1),
+        (EqualizedLinear(100, 90, gain=0.5), 100, 0.5),
+    ):
+        assert layer.scale == pytest.approx(gain / math.sqrt(fan_in))
+        assert layer.weight.std().item() == pytest.approx(layer.scale, rel=0.05)
+        assert layer.bias is not None and not layer.bias.any()
+    assert Generator(4, Z, NARROW).linear.scale == pytest.approx(math.sqrt(2) / 4 / math.sqrt(Z))
+
+
+def test_pixel_norm_leaves_unit_mean_square():
+    x = noise(2, 6, 3, 3) * 5
+    torch.testing.assert_close(pixel_norm(x).square().mean(1), torch.ones(2, 3, 3))
+    assert pixel_norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def plain_stddev(x: Tensor, group: int) -> Tensor:
+    """Progressive GAN's, operation by operation."""
+    n, c, h, w = x.shape
+    y = x.reshape(group, n // group, c, h, w)
+    y = y - y.mean(0, keepdim=True)
+    y = (y.square().mean(0) + 1e-8).sqrt().mean((1, 2, 3), keepdim=True)
+    return y.repeat(group, 1, h, w)
+
+
+@pytest.mark.parametrize(("n", "group"), [(16, 4), (4, 4), (14, 2), (6, 3), (3, 3), (1, 1), (5, 1)])
+def test_minibatch_stddev_is_progressive_gans(n: int, group: int):
+    x = noise(n, 3, 4, 4)
+    torch.testing.assert_close(minibatch_stddev(x, 1), plain_stddev(x, group))
+    parts = [x, 3 * x + 1, x.flip(0)]
+    together = minibatch_stddev(torch.cat(parts), 3)
+    torch.testing.assert_close(together, torch.cat([plain_stddev(part, group) for part in parts]))
+
+
+# --- networks ---
+
+
+def equalized(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A layer as Progressive GAN computes it: a weight of N(0, 1) times the scale, each time."""
+    runtime = layer.weight / layer.scale
+    bias = layer.bias if bias is None else bias
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, runtime * layer.scale, bias)
+    return F.conv2d(x, runtime * layer.scale, bias, padding=layer.padding)
+
+
+def act(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()
+
+
+def plain_generator(g: Any, z: Tensor, resolution: int, alpha: float) -> Tensor:
+    x = F.linear(norm(z), g.linear.weight).reshape(len(z), -1, 4, 4)
+    x = norm(act(x + g.linear_bias[None, :, None, None]))
+    x = norm(act(equalized(g.conv, x)))
+    if resolution == 4:
+        return equalized(g.to_images["4"], x)
+    r = 8
+    while True:
+        before = x
+        x = norm(act(equalized(g.ups[str(r)], F.interpolate(x, scale_factor=2))))
+        x = norm(act(equalized(g.convs[str(r)], x)))
+        if r == resolution:
+            break
+        r *= 2
+    new = equalized(g.to_images[str(r)], x)
+    old = F.interpolate(equalized(g.to_images[str(r // 2)], before), scale_factor=2)
+    return alpha * new + (1 - alpha) * old
+
+
+def plain_trunk(
+    t: Any, images: Tensor, resolution: int, alpha: float, stddev: Tensor | None
+) -> dict[str, Tensor]:
+    features, r = {}, resolution
+    x = act(equalized(t.from_images[str(r)], images))
+    while r > 4:
+        if r == 16:
+            features["low"] = x
+        x = act(equalized(t.convs[str(r)], x))
+        down = F.avg_pool2d(equalized(t.downs[str(r)], x, torch.zeros_like(t.downs[str(r)].bias)), 2)
+        x = act(down + t.downs[str(r)].bias[:, None, None])
+        if r == resolution:
+            old = act(equalized(t.from_images[str(r // 2)], F.avg_pool2d(images, 2)))
+            x = alpha * x + (1 - alpha) * old
+        r //= 2
+    if stddev is not None:
+        x = torch.cat([x, stddev if stddev.numel() else plain_stddev(x, 4)], dim=1)
+    x = act(equalized(t.conv, x))
+    features["final"] = act(equalized(t.linear, x.flatten(1)))
+    return features
+
+
+def assert_equal(ours: Any, expected: Any) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+PHASES = [Phase(4), Phase(8), Phase(8, 0.3), Phase(16, 0.0), Phase(32, 0.75), Phase(32)]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_networks_are_progressive_gans_at_every_phase(phase: Phase):
+    g, c, e = Generator(32, Z, NARROW), Discriminator(32, NARROW, 3, D), Encoder(32, Z, NARROW)
+    for network in (g, c, e):
+        network.double()
+        for name, parameter in network.named_parameters():
+            if "bias" in name:
+                nn.init.normal_(parameter, std=0.1)
+        set_phase(network, phase)
+    r, alpha = phase
+    z, images = noise(4, Z, dtype=torch.float64), noise(4, 3, r, r, dtype=torch.float64)
+    assert_equal(g(z), plain_generator(g, z, r, alpha))
+
+    trunk = c.critic.trunk
+    for parts, stddev in ((1, torch.empty(0)), (0, torch.zeros(4, 1, 4, 4, dtype=torch.float64))):
+        critique, expected = c(images, parts), plain_trunk(trunk, images, r, alpha, stddev)
+        assert critique.features.keys() == expected.keys() == ({"low", "final"} if r >= 16 else {"final"})
+        for name, value in expected.items():
+            assert_equal(critique.features[name], value)
+    critique = c(images)
+    score = equalized(c.critic.score, plain_trunk(trunk, images, r, alpha, torch.empty(0))["final"]).squeeze(1)
+    assert_equal(critique.score, score)
+    mean, logvar = e(images)
+    both = equalized(e.linear, plain_trunk(e.trunk, images, r, alpha, None)["final"])
+    assert_equal(torch.cat([mean, logvar], 1), both)
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 32])
+def test_a_network_that_has_just_grown_computes_what_it_did_before(resolution: int):
+    g, c, e = Generator(32, Z, NARROW), Discriminator(32, NARROW, 3, D), Encoder(32, Z, NARROW)
+    before, after = Phase(resolution // 2), Phase(resolution, 0.0)
+    z, images = noise(4, Z), noise(4, 3, resolution, resolution)
+    coarse = F.avg_pool2d(images, 2)
+    for network in (g, c, e):
+        set_phase(network, before)
+    made, score, posterior = g(z), c(coarse).score, e(coarse)
+    for network in (g, c, e):
+        set_phase(network, after)
+    torch.testing.assert_close(g(z), F.interpolate(made, scale_factor=2))
+    torch.testing.assert_close(c(images).score, score)
+    torch.testing.assert_close(e(images), posterior)
+
+
+def test_contrast_sees_neither_the_batch_nor_the_adversarial_parts_each_other():
+    c = Discriminator(16, NARROW, 3, D)
+    images = noise(12, 3, 16, 16)
+    alone, together = c.embed(c(images[:4], 0), ("low", "final")), c.embed(c(images, 0), ("low", "final"))
+    torch.testing.assert_close(together[:, :4], alone)
+    assert alone.shape == (2, 4, D)
+    parts = torch.cat([c(part).score for part in images.split(4)])
+    torch.testing.assert_close(c(images, 3).score, parts)
+    changed = torch.cat([images[:4], images[4:] * 2])
+    assert torch.equal(c(changed, 3).score[:4], c(images, 3).score[:4])
+    assert not torch.allclose(c(changed, 1).score[:4], c(images, 1).score[:4])
+
+
+def test_layers_of_later_resolutions_get_no_gradient():
+    g = Generator(32, Z, NARROW)
+    set_phase(g, Phase(8, 0.5))
+    g(noise(2, Z)).sum().backward()
+    untouched = {name for name, p in g.named_parameters() if p.grad is None}
+    assert untouched == {n for n, _ in g.named_parameters() if any(f".{r}." in n for r in ("16", "32"))}
+
+
+def test_low_is_where_there_is_a_map_of_16():
+    assert set(Discriminator(8, NARROW, 3, D).heads) == {"final"}
+    assert set(Discriminator(16, NARROW, 3, D).heads) == {"final", "low"}
+    assert resolutions(64) == [4, 8, 16, 32, 64] and resolutions(4) == [4] and resolutions(32, first=8) == [8, 16, 32]
+
+
+def test_float32_stays_where_it_has_to_under_autocast():
+    g, c, e = Generator(16, Z, NARROW), Discriminator(16, NARROW, 3, D), Encoder(16, Z, NARROW)
+    z, images = noise(8, Z), noise(8, 3, 16, 16)
+    seen: dict[str, torch.dtype] = {}
+
+    def record(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            seen[name] = out.dtype
+
+        return hook
+
+    c.critic.trunk.conv.register_forward_hook(record("conv"))
+    c.critic.score.register_forward_hook(record("score"))
+    e.linear.register_forward_hook(record("posterior"))
+    exact = deepcopy((g, c, e))
+    with torch.autocast("cpu", torch.bfloat16):
+        made, critique, posterior = g(z), c(images), e(images)
+    assert seen == {"conv": torch.bfloat16, "score": torch.float32, "posterior": torch.float32}
+    assert made.dtype == torch.bfloat16 and critique.features["final"].dtype == torch.bfloat16
+    assert posterior[0].dtype == posterior[1].dtype == torch.float32
+    for ours, wide in (
+        (made, exact[0](z)),
+        (critique.score, exact[1](images).score),
+        (posterior[0], exact[2](images)[0]),
+    ):
+        assert (ours - wide).abs().mean() < 0.02 * wide.abs().mean() + 0.01
+    # Sums of squares overflow nothing and lose nothing that float32 does not.
+    large = torch.full((4, 8, 4, 4), 300.0, dtype=torch.bfloat16) + noise(4, 8, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert minibatch_stddev(large, 1).float()[0, 0, 0, 0].item() == pytest.approx(
+            plain_stddev(large.float(), 4)[0, 0, 0, 0].item(), rel=0.01
+        )
+        torch.testing.assert_close(pixel_norm(large).float(), norm(large.float()), rtol=1e-2, atol=1e-2)
