@@ -14,7 +14,7 @@ from dcvae_fast.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Layer = Literal["b1", "b2", "b3", "b4", "final"]
+Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 
 # Settings that a run may change when it is resumed: they do not alter what is computed.
 _MAY_CHANGE = {"may_change": True}
@@ -36,8 +36,8 @@ class DataConfig:
         mirror: flip each image left to right with probability 1/2
         drop_last: leave out the end of each epoch that does not fill a batch (official), else let batches run on
         on_corrupt: stop at an image that cannot be decoded, or skip it with a warning
-        resident: decode everything once, at the start, and keep it on the device: fast, where it fits there. What is
-            only ever shown at 32×32 always is
+        resident: decode everything once, at the start, and keep it on the device: fast, where it fits there and every
+            image can be decoded. What is only ever shown at 32×32 always is
         threads: CPU threads that read and decode; null for as many as there are cores
         prefetch: batches decoded ahead
     """
@@ -61,27 +61,37 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks at 32×32 (after AutoGAN; Figure 15).
+    """The networks.
 
     Attributes:
+        architecture: autogan (Figure 15; 32×32), or progressive (grows from 4×4 to `resolution`)
+        resolution: height and width of the images, in the end, in pixels
         image_channels: 3 for colour, 1 for greyscale
         latent_dim: size Z of the latent
-        decoder_width: channels of the decoder's feature maps
-        encoder_width: channels of the encoder's feature maps
-        discriminator_width: channels of the discriminator's feature maps
+        decoder_width: autogan: channels of the decoder's feature maps
+        encoder_width: autogan: channels of the encoder's feature maps
+        discriminator_width: autogan: channels of the discriminator's feature maps
+        base_channels: progressive: a feature map of R×R has min(base_channels / R, max_channels) channels
+        max_channels: see there
         contrast_dim: size D of a query or key (paper: 16)
         sample_clamp: clamp prior samples to [-clamp, clamp] (official for FID: 1); null leaves them alone
         reconstruct_from: the posterior's mean, or a draw from it (official for FID)
+        alpha: progressive: share of the last resolution's layers; below 1 in a model that was saved while they faded in
     """
 
+    architecture: Literal["autogan", "progressive"] = "autogan"
+    resolution: int = 32
     image_channels: int = 3
     latent_dim: int = 128
     decoder_width: int = 256
     encoder_width: int = 128
     discriminator_width: int = 128
+    base_channels: int = 16384
+    max_channels: int = 512
     contrast_dim: int = 16
     sample_clamp: float | None = None
     reconstruct_from: Literal["mean", "sample"] = "mean"
+    alpha: float = 1.0
 
     def __post_init__(self):
         sizes = (
@@ -90,17 +100,53 @@ class ModelConfig:
             "decoder_width",
             "encoder_width",
             "discriminator_width",
+            "base_channels",
+            "max_channels",
             "contrast_dim",
         )
         for name in sizes:
             _check(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
         clamp = self.sample_clamp
         _check("model.sample_clamp", clamp, clamp is None or clamp > 0, "null or above 0")
+        _check("model.alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
+        if self.grows:
+            known = [4 * 2**i for i in range(9)]
+            _check("model.resolution", self.resolution, self.resolution in known, f"one of {known} for progressive")
+        else:
+            _check("model.resolution", self.resolution, self.resolution == 32, "32 for autogan")
 
     @property
-    def resolution(self) -> int:
-        """Height and width of the images, in pixels."""
-        return 32
+    def grows(self) -> bool:
+        return self.architecture == "progressive"
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """How progressive networks grow: stabilise, then for each doubled resolution fade in and stabilise.
+
+    Attributes:
+        start: the first resolution
+        fade_images: images shown while a resolution's layers are faded in (Progressive GAN: 600,000, or 800,000)
+        stable_images: images shown at a resolution afterwards
+        batch: real images an iteration on each process, by resolution
+        lr: learning rate by resolution, where it is not optim.lr
+    """
+
+    start: int = 4
+    fade_images: int = 600_000
+    stable_images: int = 600_000
+    batch: dict[int, int] = field(
+        default_factory=lambda: {4: 16, 8: 16, 16: 16, 32: 16, 64: 16, 128: 16, 256: 14, 512: 6, 1024: 3}
+    )
+    lr: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check("growth.fade_images", self.fade_images, self.fade_images >= 0, "0 or more")
+        _check("growth.stable_images", self.stable_images, self.stable_images >= 1, "at least 1")
+        for resolution, batch in self.batch.items():
+            _check(f"growth.batch[{resolution}]", batch, batch >= 1, "at least 1")
+        for resolution, lr in self.lr.items():
+            _check(f"growth.lr[{resolution}]", lr, lr > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -110,7 +156,11 @@ class LossConfig:
     Attributes:
         objective: dc_vae (InfoNCE + GAN + KL), or an ablation: vae (pixel L2 + KL), vae_gan (L2 in the discriminator's
             features + KL + GAN), vae_contrastive (InfoNCE + KL)
-        adversarial: hinge (official), or log (Eq. 4; the generator's side in its non-saturating form)
+        adversarial: hinge (official), log (Eq. 4; the generator's side in its non-saturating form), wgan_gp (with its
+            penalty and drift, as Progressive GAN), or logistic_r1 (log with fakes at half weight each and a penalty)
+        penalty: weight of the gradient penalty of wgan_gp and logistic_r1 (10 for both)
+        penalty_every: iterations from one R1 penalty to the next, which then counts as many times
+        drift: weight of the squared score of real images in wgan_gp
         kl_weight: weight of the KL divergence, a sum over the latent and a mean over the batch (official: 1e-6 on
             the sum over 64 images)
         order: sequential (official) steps the autoencoder for the adversarial loss, then for the instance loss; joint
@@ -118,12 +168,17 @@ class LossConfig:
     """
 
     objective: Literal["dc_vae", "vae", "vae_gan", "vae_contrastive"] = "dc_vae"
-    adversarial: Literal["hinge", "log"] = "hinge"
+    adversarial: Literal["hinge", "log", "wgan_gp", "logistic_r1"] = "hinge"
+    penalty: float = 10.0
+    penalty_every: int = 16
+    drift: float = 1e-3
     kl_weight: float = 6.4e-5
     order: Literal["sequential", "joint"] = "sequential"
 
     def __post_init__(self):
-        _check("loss.kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
+        for name in ("kl_weight", "penalty", "drift"):
+            _check(f"loss.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _check("loss.penalty_every", self.penalty_every, self.penalty_every >= 1, "at least 1")
 
     @property
     def has_gan(self) -> bool:
@@ -144,8 +199,9 @@ class ContrastConfig:
     Attributes:
         negatives: keys K in the queue (paper: 8096)
         temperature: divides the cosine similarities
-        layers: where features are contrasted: after residual block 1 to 4, and the first linear layer. The paper takes
-            b2 and final, official b1 and final. vae_gan compares its features here too
+        layers: where features are contrasted: after residual block 1 to 4 (autogan) or at 16×16 (progressive: low), and
+            at the last linear layer (final). The paper takes b2 and final, official b1 and final. vae_gan compares its
+            features here too
         momentum: decay of the moving average of the discriminator that makes the keys
         queue_start: empty (only filled slots count), or noise (official: normalised Gaussian keys)
         exclude_same_image: an image's own older keys in the queue are no negatives (Eq. 6); official counts them
@@ -199,26 +255,29 @@ class TrainConfig:
 
     Attributes:
         images: stop after this many images shown
-        batch: real images (and reconstructions) an iteration
-        sampled_batch: prior samples in an autoencoder step
+        batch: real images (and reconstructions) an iteration; of progressive networks, see growth.batch
+        sampled_batch: prior samples in an autoencoder step; null for as many as real images
         n_critic: discriminator steps for each autoencoder and contrastive step
         average: decay of the decoder's moving average, which makes samples and reconstructions
         seed: of everything random
         device: cpu, cuda, or auto (cuda where there is one)
+        precision: float32, or bfloat16 for the networks' arithmetic where it does no harm (autocast)
     """
 
     images: int = field(default=40_000_000, metadata=_MAY_CHANGE)
     batch: int = 64
-    sampled_batch: int = 128
+    sampled_batch: int | None = 128
     n_critic: int = 5
     average: float = 0.999
     seed: int = 0
     device: str = field(default="auto", metadata=_MAY_CHANGE)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         _check("train.images", self.images, self.images >= 0, "0 or more")
-        for name in ("sampled_batch", "n_critic"):
-            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check("train.n_critic", self.n_critic, self.n_critic >= 1, "at least 1")
+        sampled = self.sampled_batch
+        _check("train.sampled_batch", sampled, sampled is None or sampled >= 1, "null or at least 1")
         _check("train.batch", self.batch, self.batch >= 2, "at least 2, for batch normalisation")
         _check("train.average", self.average, 0 <= self.average < 1, "in [0, 1)")
 
@@ -251,11 +310,32 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        model, growth, contrast = self.model, self.growth, self.contrast
+        layers = ("low", "final") if model.grows else ("b1", "b2", "b3", "b4", "final")
+        if model.resolution < 16:
+            layers = ("final",)
+        wrong = [layer for layer in contrast.layers if layer not in layers]
+        wanted = f"among {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
+        _check("contrast.layers", contrast.layers, not wrong, wanted)
+        if not model.grows:
+            return
+        _check("contrast.local_start_images", contrast.local_start_images, contrast.local_start_images is None, "null")
+        reached, resolution = [], growth.start
+        while resolution <= model.resolution:
+            reached.append(resolution)
+            resolution *= 2
+        starts = [4 * 2**i for i in range(9) if 4 * 2**i <= model.resolution]
+        _check("growth.start", growth.start, growth.start in starts, f"one of {starts}")
+        missing = [resolution for resolution in reached if resolution not in growth.batch]
+        _check("growth.batch", growth.batch, not missing, f"given for {', '.join(map(str, missing))} too")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

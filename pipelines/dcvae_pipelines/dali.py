@@ -21,14 +21,12 @@ from dcvae_pipelines.source import Batch, DataError, check_size
 OnCorrupt = Literal["stop", "skip"]
 
 # What DALI decodes as Pillow does, on the CPU to the last bit, if it is upright, has 8 bits and one frame. Everything
-# else is decoded by Pillow first.
+# else is decoded by Pillow, and so is what DALI turns out not to take.
 _DALI_DECODES = {
     "JPEG": ("L", "RGB"),
     "MPO": ("L", "RGB"),  # JPEG, with further pictures behind the first
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA"),
     "WEBP": ("RGB", "RGBA"),
-    "BMP": ("RGB",),
-    "PPM": ("L", "RGB"),
 }
 
 _File = tuple[bytes, Box]
@@ -63,7 +61,7 @@ class DaliSource:
 
     Files are read ahead by threads, decoded by DALI (JPEG on the GPU, by its hardware decoder where it has one), then
     resized, mirrored and normalised by torch on the device. The state is a number of images and no state of DALI's, so
-    that it is exact at any batch, and holds for another resolution and another number of ranks too.
+    that it holds at any batch, and for another resolution and another number of ranks too.
     """
 
     def __init__(
@@ -115,6 +113,8 @@ class DaliSource:
             raise DataError(f"prefetch and threads must be at least 1, not {prefetch} and {threads}")
         import_optional("nvidia.dali", "nvidia-dali-cuda130")
         self._images, self._device = images, torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._order = Order(len(images), batch=batch, seed=seed, rank=rank, ranks=ranks, drop_last=drop_last)
         self._channels, self._mirror, self._on_corrupt = channels, mirror, on_corrupt
         self._dtype, self._channels_last = dtype, channels_last
@@ -122,7 +122,9 @@ class DaliSource:
         self._prefetch = prefetch
         self._readers: Any = None
         self._shown = self._skipped = 0
+        self._ranks = ranks
         self._left_out: set[int] = set()
+        self._by_pillow: set[int] = set()
         self._stop()
         self.set_resolution(resolution)
 
@@ -140,17 +142,21 @@ class DaliSource:
 
     def state_dict(self) -> dict[str, Any]:
         """{"images": number of images shown, by all ranks together, "of": images in the data set, "skipped": images
-        left out by this rank}."""
-        return {"images": self._shown, "of": len(self._images), "skipped": self._skipped}
+        left out by this rank, "ranks": how many there are}."""
+        return {"images": self._shown, "of": len(self._images), "skipped": self._skipped, "ranks": self._ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after state["images"] images.
+
+        Where images were skipped, and there were another number of ranks, as many images of the epoch may be shown
+        twice or not at all.
 
         Raises:
             DataError: the data set has another number of images than when the state was saved.
         """
         check_size(state, len(self._images))
-        self._shown, self._skipped = state["images"], state.get("skipped", 0)
+        self._shown = state["images"]
+        self._skipped = state["skipped"] if state.get("ranks") == self._ranks else 0
         self._stop()
 
     def set_resolution(self, resolution: int) -> None:
@@ -170,15 +176,16 @@ class DaliSource:
                 (decoded,) = pipeline.run(self._stream())
                 break
             except StopIteration:  # `_feed` has nothing more, and all that it fed has been handed out
-                self._stop()
                 raise self._problem from None
             except RuntimeError as error:  # DALI's, about one of the images it holds; it does not say which
-                groups, _ = self._decoding, self._stop()
-                self._leave_out_undecodable(groups, error)
+                groups = self._decoding
+                self._stop()
+                self._find_undecodable(groups, error)
         group = self._decoding.popleft()
+        images = [decoded[i] for i in range(len(decoded))]
         squares = [
             torch.from_dlpack(image)[top : top + side, left : left + side]
-            for image, (_, (top, left, side)) in zip(decoded, group.files, strict=True)
+            for image, (_, (top, left, side)) in zip(images, group.files, strict=True)
         ]
         ids, coins = to_device(torch.tensor([group.indices, group.coins]), self._device)
         images = (self._finish_on_gpu if self._device.type == "cuda" else self._finish_on_cpu)(squares, coins)
@@ -235,6 +242,7 @@ class DaliSource:
         self._readers = self._pipeline = None
         self._reading: deque[_Reading] = deque()
         self._decoding: deque[_Group] = deque()
+        self._problem = DataError(f"{self._images.name}: nothing is being read")
 
     def _read_one_more(self) -> None:
         index, coin = next(self._share)
@@ -245,11 +253,11 @@ class DaliSource:
         """Run by the reading threads."""
         name, encoded = self._images.image_name(index), self._images.read(index)
         header = read_header(encoded, name)
-        square = self._images.square(index, header.width, header.height)
-        is_plain = not (header.rotated or header.animated or header.deep)
-        if not is_plain or header.mode not in _DALI_DECODES.get(header.format, ()):
-            encoded = _as_ppm(decode(encoded, name, channels=3))
-        return encoded, square
+        is_plain = not (header.rotated or header.animated or header.deep or index in self._by_pillow)
+        if is_plain and header.mode in _DALI_DECODES.get(header.format, ()):
+            return encoded, self._images.square(index, header.width, header.height)
+        image = decode(encoded, name, channels=3)
+        return _as_ppm(image), self._images.square(index, image.width, image.height)
 
     def _feed(self) -> list[_File]:
         """The next batch for DALI."""
@@ -258,21 +266,30 @@ class DaliSource:
             reading = self._reading.popleft()
             self._read_one_more()
             try:
-                if reading.file is not None:
-                    files.append(reading.file.result())
-                    indices.append(reading.index)
-                    coins.append(reading.coin)
-                else:
-                    skipped += 1
-            except DataError as error:
-                try:
-                    self._leave_out(reading.index, error)
-                except DataError as problem:
-                    self._problem = problem  # raised when the turn of this batch has come
-                    raise StopIteration from None
+                file = self._file(reading)
+            except DataError as problem:
+                self._problem = problem  # raised when the turn of this batch has come
+                raise StopIteration from None
+            if file is None:
                 skipped += 1
+            else:
+                indices.append(reading.index)
+                coins.append(reading.coin)
+                files.append(file)
         self._decoding.append(_Group(indices, coins, files, skipped))
         return files
+
+    def _file(self, reading: _Reading) -> _File | None:
+        """None where the image is left out.
+
+        Raises:
+            DataError: see `_leave_out`.
+        """
+        try:
+            return None if reading.file is None else reading.file.result()
+        except DataError as problem:
+            self._leave_out(reading.index, problem)
+            return None
 
     # --- what cannot be decoded ---
 
@@ -289,8 +306,8 @@ class DaliSource:
         if len(self._left_out) == len(self._images):
             raise DataError(f"{self._images.name}: none of the {len(self._images):,} images can be decoded")
 
-    def _leave_out_undecodable(self, groups: Iterable[_Group], error: RuntimeError) -> None:
-        """Finds the first batch that DALI cannot decode, and leaves out what it cannot decode in it.
+    def _find_undecodable(self, groups: Iterable[_Group], error: RuntimeError) -> None:
+        """Finds the first batch that DALI cannot decode. What it cannot decode of it, Pillow will, or it is left out.
 
         Raises:
             DataError: see `_leave_out`.
@@ -298,14 +315,14 @@ class DaliSource:
         """
         for group in groups:
             undecodable = [i for i, file in enumerate(group.files) if not self._is_decodable(file)]
-            for i in undecodable:
-                name = self._images.image_name(group.indices[i])
-                try:  # Pillow says more about what is wrong
-                    decode(group.files[i][0], name, channels=3)
-                    problem = DataError(f"{name}: cannot be decoded by DALI")
-                except DataError as reason:
-                    problem = reason
-                self._leave_out(group.indices[i], problem)
+            problems = [self._pillows_problem(group, i) for i in undecodable]
+            if len(undecodable) == len(group.files) > 1 and not any(problems):
+                break  # DALI decodes nothing, and not for the images: out of memory, say
+            for i, problem in zip(undecodable, problems, strict=True):
+                if problem is None:
+                    self._by_pillow.add(group.indices[i])
+                else:
+                    self._leave_out(group.indices[i], problem)
             if undecodable:
                 return
         raise error
@@ -318,10 +335,15 @@ class DaliSource:
             return False
         return True
 
+    def _pillows_problem(self, group: _Group, i: int) -> DataError | None:
+        try:
+            decode(group.files[i][0], self._images.image_name(group.indices[i]), channels=3)
+        except DataError as problem:
+            return problem
+        return None
+
     def _device_id(self) -> int | None:
-        if self._device.type != "cuda":
-            return None
-        return torch.cuda.current_device() if self._device.index is None else self._device.index
+        return self._device.index if self._device.type == "cuda" else None
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None

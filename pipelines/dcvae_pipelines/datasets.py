@@ -1,6 +1,7 @@
 """The data sets: where their files lie, how they are split."""
 
 import hashlib
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -142,8 +143,11 @@ def _celeba(root: str | Path | None, split: str, download: bool) -> EncodedSet:
 
 
 def _celeba_face(width: int, height: int) -> Box:
-    """128×128 around the face of an aligned image of 178×218: Progressive GAN's crop."""
-    return 121 - 64, 89 - 64, 128
+    """128×128 around the face of an aligned image: Progressive GAN's crop."""
+    if (width, height) != (178, 218):
+        raise DataError(f"celeba: aligned images have 178 × 218 pixels; this one has {width} × {height}")
+    row, column, side = 121, 89, 128  # of the centre
+    return row - side // 2, column - side // 2, side
 
 
 def _celebahq(folder: Path, split: str) -> EncodedSet:
@@ -197,8 +201,7 @@ def _shards(root: Path, split: str) -> EncodedSet:
     paths = sorted(root.glob("*.tar"))
     if not paths:
         raise DataError(f"shards: looked for {root}/*.tar and found none; `dcvae prepare` packs images into such")
-    if b'"complete": false' in _manifest(root):
-        raise DataError(f"shards: {root} is not complete; run the same `dcvae prepare` again, and it goes on")
+    _check_manifest(root)
     of_split = {each: [path for path in paths if path.name.startswith(each)] for each in ("train", "test")}
     if all(of_split.values()):
         store = Shards(of_split[split])
@@ -211,11 +214,23 @@ def _shards(root: Path, split: str) -> EncodedSet:
     return EncodedSet("shards", store, indices)
 
 
-def _manifest(root: Path) -> bytes:
+def _check_manifest(root: Path) -> None:
+    """
+    Raises:
+        DataError: `dcvae prepare` has not finished, or shards are missing that it made.
+    """
     try:
-        return (root / "manifest.json").read_bytes()
-    except FileNotFoundError:
-        return b""
+        manifest = json.loads((root / "manifest.json").read_bytes())
+        complete, shards = manifest["complete"], manifest.get("shards", [])
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # other people's shards
+    if not complete:
+        raise DataError(f"shards: {root} is not complete; run the same `dcvae prepare` again, and it goes on")
+    for shard in shards:
+        path = root / shard["name"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            state = "has another size" if path.is_file() else "is missing"
+            raise DataError(f"shards: {path} {state}; run the same `dcvae prepare` again, and it is made anew")
 
 
 def _hold_out(name: str, names: list[str]) -> Tensor:

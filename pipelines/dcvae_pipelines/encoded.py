@@ -28,6 +28,10 @@ class Store(Protocol):
         """What an error calls the image: a path, or a path and a key."""
         ...
 
+    def key(self, index: int) -> str:
+        """What tells it from the store's other images, wherever the store lies."""
+        ...
+
     def read(self, index: int) -> bytes:
         """
         Raises:
@@ -72,15 +76,12 @@ class EncodedSet:
         """The part of an image of this width and height, upright, that is shown.
 
         Raises:
-            DataError: the image does not hold it.
+            DataError: images of this data set have another size.
         """
-        top, left, side = self.box(width, height)
-        if top + side > height or left + side > width:
-            raise DataError(
-                f"{self.image_name(index)}: {self.name} shows the {side} × {side} pixels from row {top} and column"
-                f" {left} on, which an image of {width} × {height} does not hold"
-            )
-        return top, left, side
+        try:
+            return self.box(width, height)
+        except DataError as error:
+            raise DataError(f"{self.image_name(index)}: {error}") from error
 
 
 class Files:
@@ -94,6 +95,9 @@ class Files:
 
     def name(self, index: int) -> str:
         return str(self.folder / self.names[index])
+
+    def key(self, index: int) -> str:
+        return self.names[index]
 
     def read(self, index: int) -> bytes:
         try:
@@ -114,21 +118,36 @@ def find_images(folder: Path) -> list[str]:
     Raises:
         DataError: the folder cannot be read, or an image in it is a link to somewhere else.
     """
-    real_folder, found = folder.resolve(), []
-
-    def stop(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    for parent, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = (name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.startswith(".") or not name.lower().endswith(EXTENSIONS):
+    real_folder, found, pending = folder.resolve(), [], [str(folder)]
+    while pending:
+        try:
+            entries = list(os.scandir(pending.pop()))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
                 continue
-            path = Path(parent, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(real_folder):
-                raise DataError(f"{path}: is a link out of {folder}, which is not followed; copy the image instead")
-            found.append(path.relative_to(folder).as_posix())
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(entry.path)
+            elif entry.name.lower().endswith(EXTENSIONS) and _is_image_within(entry, real_folder):
+                found.append(os.path.relpath(entry.path, folder))
     return sorted(found)
+
+
+def _is_image_within(entry: os.DirEntry[str], folder: Path) -> bool:
+    """Whether it is a file, and no pipe or device, which would block who reads it.
+
+    Raises:
+        DataError: it is a link out of the folder, or to nothing.
+    """
+    if entry.is_symlink():
+        try:
+            target = Path(entry.path).resolve(strict=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop
+            raise DataError(f"{entry.path}: is a link to nothing; remove it") from error
+        if not target.is_relative_to(folder):
+            raise DataError(f"{entry.path}: is a link out of {folder}, which is not followed; copy the image instead")
+    return entry.is_file()
 
 
 class Shards:
@@ -172,12 +191,12 @@ class Shards:
         shard, _, label = self._samples[index]
         if label is None:
             return None
-        text = _read_at(self.paths[shard], label)
-        try:
-            return int(text)
-        except ValueError as error:
-            message = f"{self.paths[shard]}: its member {label[2]} holds {text[:20]!r}, not the number of a class"
-            raise DataError(message) from error
+        text = _read_at(self.paths[shard], label).strip()
+        if not text.isdigit():
+            raise DataError(
+                f"{self.paths[shard]}: its member {label[2]} holds {text[:20]!r}, not the number of a class"
+            )
+        return int(text)
 
 
 Member = tuple[int, int, str]
@@ -196,10 +215,10 @@ def _labelled_images(path: Path) -> Iterator[tuple[Member, Member | None]]:
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot be read as an uncompressed tar archive: {error}") from error
     for _, sample in groupby(members, key=lambda member: _split(member[2])[0]):
-        sample = list(sample)
-        image = next((member for member in sample if member[2].lower().endswith(EXTENSIONS)), None)
-        if image is not None:
-            yield image, next((member for member in sample if _split(member[2])[1] == "cls"), None)
+        by_extension = {_split(member[2])[1]: member for member in sample}
+        image = next((by_extension[ending[1:]] for ending in EXTENSIONS if ending[1:] in by_extension), None)
+        if image is not None and not PurePosixPath(image[2]).name.startswith("."):
+            yield image, by_extension.get("cls")
 
 
 def _scanned(path: Path) -> list[Member]:
@@ -212,8 +231,12 @@ def _scanned(path: Path) -> list[Member]:
                 raise DataError(f"{path}: its member {member.name} {kind}, which is refused")
             if member.isfile():
                 members.append((member.offset_data, member.size, member.name))
-    if members and members[-1][0] + members[-1][1] > path.stat().st_size:
-        raise DataError(f"{path}: is cut short in its member {members[-1][2]}")
+        # tarfile takes a damaged header for the end, which is a block of zeros, or none.
+        with open(path, "rb") as file:
+            file.seek(archive.offset)
+            is_damaged = any(file.read(tarfile.BLOCKSIZE))
+    if is_damaged or (members and members[-1][0] + members[-1][1] > path.stat().st_size):
+        raise DataError(f"{path}: is damaged or cut short after its member {members[-1][2]}")
     return members
 
 

@@ -16,6 +16,8 @@ from dcvae_pipelines.source import DataError
 
 # Endings of what counts as an image in a folder or a shard, in any case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".jp2")
+# Pillow's names of them. No others are tried: a file may call itself .jpg and be for some interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")
 # More is refused as a decompression bomb. Pillow warns from here on: 256 MiB once decoded.
 MAX_PIXELS = 89_478_485
 
@@ -50,15 +52,16 @@ def read_header(encoded: bytes, name: str) -> Header:
         # 16-bit colours have no mode of their own in Pillow, but their raw form tells them.
         deep = image.mode.startswith("I") or ";16" in str(image.tile)
         # Pillow looks for a PNG's orientation behind its pixels, and decodes them to get there.
-        may_be_rotated = image.format != "PNG" or any(word in encoded for word in (b"eXIf", b"exif", b"Orientation"))
+        may_be_rotated = image.format != "PNG" or any(word in encoded for word in (b"eXIf", b"exif", b"adobe.xmp"))
         orientation = image.getexif().get(_ORIENTATION, 1) if may_be_rotated else 1
-        width, height = image.size if orientation < 5 else image.size[::-1]
+        is_turned = orientation in range(5, 9) and image.format != "TIFF"  # of which Pillow says the upright size
+        width, height = image.size[::-1] if is_turned else image.size
         header = Header(
             image.format,
             image.mode,
             width,
             height,
-            rotated=orientation != 1,
+            rotated=orientation in range(2, 9),
             animated=getattr(image, "is_animated", False),
             deep=deep,
         )
@@ -114,7 +117,7 @@ def centre_square(width: int, height: int) -> tuple[int, int, int]:
 
 
 def load_image(path: str | Path, channels: int, resolution: int) -> Tensor:
-    """Reads an image file of any kind that Pillow knows, as a network sees it.
+    """Reads an image file (JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000), as a network sees it.
 
     Turned upright (EXIF), cropped to the square in its centre, transparency dropped, 16-bit greys scaled to 8 bits,
     resized with antialiasing.
@@ -148,7 +151,7 @@ def _opened(encoded: bytes, name: str) -> Iterator[Any]:
     """Opened by Pillow, which decodes nothing yet. Whatever goes wrong inside is said of the image `name`."""
     pil = import_optional("PIL.Image", "Pillow")
     try:
-        with pil.open(io.BytesIO(encoded)) as image:
+        with pil.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"its {image.width} × {image.height} pixels could be a decompression bomb")
             yield image

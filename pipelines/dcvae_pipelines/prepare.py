@@ -149,13 +149,17 @@ def prepare(
         try:
             _pack(job, target, shards, workers or len(os.sched_getaffinity(0)), progress)
             return _conclude(target, shards)
+        except DataError:
+            if not any(target.glob("*-*.json")):  # nothing is bound to these settings yet
+                (target / _MANIFEST).unlink()
+            raise
         finally:
             for unfinished in target.glob(".*.unfinished"):  # also those of an earlier call that was killed
                 unfinished.unlink()
 
 
 def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
-    """Tells images from others, reading no file: by their names, and their sizes where there is a file for each."""
+    """Tells images from others, reading no file: by their names, and sizes and times where each has a file."""
     digest = hashlib.sha256()
     if isinstance(images, ImageSet):
         for values in (images.images, images.labels):
@@ -163,8 +167,9 @@ def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
         return digest.hexdigest()
     for index in span:
         path = images.image_name(index)
-        size = os.path.getsize(path) if isinstance(images.store, Files) and os.path.exists(path) else None
-        digest.update(f"{short_name(job, images, index)}\0{size}\0".encode(errors="surrogateescape"))
+        there = isinstance(images.store, Files) and os.path.exists(path)
+        status = (os.stat(path).st_size, os.stat(path).st_mtime_ns) if there else None
+        digest.update(f"{short_name(job, images, index)}\0{status}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -177,7 +182,7 @@ def _claim(target: Path, settings: dict[str, Any]) -> None:
     if there is None:
         others = {path.name for path in target.iterdir() if not path.name.endswith(".unfinished")} - {_LOCK}
         if others:
-            raise DataError(f"{target}: holds {min(others)}, which is not from here; choose an empty folder")
+            raise DataError(f"{target}: holds {min(others)}, and no intact {_MANIFEST} of ours; choose an empty folder")
         _write_json(target / _MANIFEST, settings | {"complete": False})
     elif different := [key for key, value in settings.items() if there.get(key) != value]:
         came = f"{different[0]} {json.dumps(there.get(different[0]))}, not {json.dumps(settings[different[0]])}"
@@ -299,6 +304,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(f"{folder}: another process is writing shards there") from error
+        if not (folder / _LOCK).exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK)):
+            raise DataError(f"{folder}: another process has just finished there; run this again")
         try:
             yield
         finally:
@@ -336,6 +343,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """None where there is none, or a damaged one."""
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
+    return content if isinstance(content, dict) else None

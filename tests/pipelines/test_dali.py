@@ -100,6 +100,8 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     turned = Image.Exif()
     turned[0x0112] = 6
+    plain_exif = Image.Exif()
+    plain_exif[0x010F] = "a maker"
     kinds = [
         encode(colour, "JPEG"),
         encode(colour, "JPEG", progressive=True, subsampling=2),
@@ -115,7 +117,12 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
         encode(deep, "PNG"),
         encode(colour, "WEBP"),
         encode(transparent, "WEBP", lossless=True),
+        encode(colour, "WEBP", lossless=True, exif=plain_exif),  # which DALI does not take
         encode(colour.convert("P"), "GIF", save_all=True, append_images=[grey]),
+        encode(colour.convert("P"), "GIF"),
+        encode(colour.convert("CMYK"), "TIFF"),
+        encode(colour, "TIFF", exif=turned),
+        b"P6 2 16 100\n" + bytes(range(96)),
         encode(colour, "WEBP", save_all=True, append_images=[colour.rotate(180)]),
         encode(colour, "TIFF"),
         encode(deep, "TIFF"),
@@ -177,7 +184,7 @@ def test_any_position_is_resumed_exactly(images: EncodedSet):
     for shown in (0, 1, 4, 5, 9, 13):
         first = source(images, mirror=True, batch=5)
         list(islice(first, shown))
-        assert first.state_dict() == {"images": 5 * shown, "of": COUNT, "skipped": 0}
+        assert first.state_dict() == {"images": 5 * shown, "of": COUNT, "skipped": 0, "ranks": 1}
         resumed = source(images, mirror=True, batch=5, prefetch=1, threads=1)
         resumed.load_state_dict(first.state_dict())
         assert same(next(iter(resumed)), whole[shown])
@@ -260,7 +267,12 @@ def test_a_damaged_image_is_skipped_with_a_warning(damage: str, tmp_path: Path, 
         batches = list(islice(skipping, 16))
     shown = torch.cat([batch.ids for batch in batches]).tolist()
     assert shown == [index for index in order if index not in bad][: len(shown)]  # the others, once an epoch
-    assert skipping.state_dict() == {"images": 64, "of": COUNT, "skipped": sum(i in bad for i in order[:70])}
+    assert skipping.state_dict() == {
+        "images": 64,
+        "of": COUNT,
+        "skipped": sum(i in bad for i in order[:70]),
+        "ranks": 1,
+    }
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2 and all(message.startswith("left out: ") for message in messages)
     assert {Path(message.split(": ")[1]).stem for message in messages} == {f"{index:02d}" for index in bad}

@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import json
 import os
 import re
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -80,6 +82,13 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(tmp_path: Pat
     assert find_images(inside) == ["a.jpg", "b.jpg", "same.jpg"]
     (tmp_path / "link").symlink_to(inside)  # the folder itself may be one
     assert find_images(tmp_path / "link") == ["a.jpg", "b.jpg", "same.jpg"]
+    os.mkfifo(inside / "pipe.png")  # who opens it waits for ever
+    assert find_images(inside) == ["a.jpg", "b.jpg", "same.jpg"]
+    for target in ("gone.jpg", "e.jpg"):
+        (inside / "e.jpg").symlink_to(target)
+        with pytest.raises(DataError, match=rf"{inside / 'e.jpg'}: is a link to nothing"):
+            find_images(inside)
+        (inside / "e.jpg").unlink()
     (inside / "d.jpg").symlink_to(outside / "c.jpg")
     with pytest.raises(DataError, match=rf"{inside / 'd.jpg'}: is a link out of {inside}"):
         load_dataset("folder", inside)
@@ -145,11 +154,13 @@ def test_what_celeba_lacks_is_named(tmp_path: Path):
         load_dataset("celeba", tmp_path)
 
 
-def test_an_image_too_small_for_the_face_is_named(tmp_path: Path):
+def test_an_image_that_is_not_aligned_is_named(tmp_path: Path):
     celeba(tmp_path)
     path = tmp_path / "celeba" / "img_align_celeba" / "000001.jpg"
-    path.write_bytes(jpeg(0, 178, 184))
-    with pytest.raises(DataError, match=rf"{path}: celeba shows the 128 × 128 pixels from row 57 and column 25 on"):
+    path.write_bytes(jpeg(0, 178, 219))
+    with pytest.raises(
+        DataError, match=rf"{path}: celeba: aligned images have 178 × 218 pixels; this one has 178 × 219"
+    ):
         decode_images(load_dataset("celeba", tmp_path), 1, resolution=128)
 
 
@@ -312,6 +323,41 @@ def test_archives_that_are_none_are_named(tmp_path: Path):
     make_shard(tmp_path / "a.tar", {"a.txt": b"no image"})
     with pytest.raises(DataError, match="shards: "):
         load_dataset("shards", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda tar: tar.__setitem__(1024 + 10, tar[1024 + 10] ^ 1), lambda tar: tar.__delitem__(slice(1300, None))],
+)
+def test_a_damaged_header_is_not_taken_for_the_end(damage: Callable[[bytearray], None], tmp_path: Path):
+    shard = make_shard(tmp_path / "a.tar", {"a.jpg": b"x", "b.jpg": b"y", "c.jpg": b"z"})
+    content = bytearray(shard.read_bytes())
+    damage(content)
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.tar: is damaged or cut short after its member a\.jpg"):
+        Shards([shard])
+
+
+def test_shards_that_prepare_has_not_finished_or_that_are_gone_are_named(tmp_path: Path):
+    shard = make_shard(tmp_path / "train-000000.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
+    size = shard.stat().st_size
+    for manifest, message in (
+        ({"complete": False}, "is not complete; run the same `dcvae prepare` again"),
+        ({"complete": True, "shards": [{"name": shard.name, "bytes": size + 1}]}, "train-000000.tar has another size"),
+        ({"complete": True, "shards": [{"name": "train-000001.tar", "bytes": 1}]}, "train-000001.tar is missing"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=message):
+            load_dataset("shards", tmp_path)
+    for content in ("[]", "{}", "none of ours"):
+        (tmp_path / "manifest.json").write_text(content)
+        assert len(load_dataset("shards", tmp_path)) == 1
+
+
+def test_the_image_of_a_sample_is_what_is_nothing_else(tmp_path: Path):
+    members = {"._a.jpg": b"of a Mac", "a.seg.png": b"a mask", "a.jpg": jpeg(1), "b.JPG": jpeg(2)}
+    store = Shards([make_shard(tmp_path / "a.tar", members)])
+    assert [store.key(i) for i in range(len(store))] == ["a.jpg", "b.JPG"]
 
 
 def test_an_archive_cut_short_while_it_is_read_is_named(tmp_path: Path):

@@ -198,7 +198,7 @@ def test_any_kind_can_be_left_out(odd: Path, tmp_path: Path, kind: str):
 def test_a_corrupt_image_stops_where_it_is_not_left_out(odd: Path, tmp_path: Path):
     with pytest.raises(DataError, match=f"{odd}/train/broken.jpg: cannot be read as an image"):
         prepare(odd, tmp_path / "dst", skip=())
-    assert list(contents(tmp_path / "dst")) == ["manifest.json"]
+    assert list(contents(tmp_path / "dst")) == []
 
 
 def test_decompression_bombs_are_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -638,7 +638,7 @@ def test_nothing_is_written_into_the_source(source: Path, tmp_path: Path):
 def test_a_folder_that_holds_something_else_is_refused(source: Path, tmp_path: Path):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst/thesis.tex").write_text("")
-    with pytest.raises(DataError, match=r"holds thesis\.tex, which is not from here; choose an empty folder"):
+    with pytest.raises(DataError, match=r"holds thesis\.tex, and no intact manifest\.json of ours; choose an empty"):
         run(source, tmp_path / "dst")
     assert contents(tmp_path / "dst") == {"thesis.tex": b""}
     with pytest.raises(DataError, match=r"thesis\.tex: is no folder"):
