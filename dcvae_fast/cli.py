@@ -176,9 +176,10 @@ def _data(argv: Sequence[str]) -> int:
     config, _, _ = parse_config(["--recipe", arguments.recipe, *settings])
     import torch
 
-    from dcvae_fast.training.loop import open_data, open_source, pick_device
+    from dcvae_fast.training.loop import open_source, pick_device, training_images
 
-    source = open_source(config, open_data(config, "train"), pick_device(config.train.device))
+    source = open_source(config, training_images(config), pick_device(config.train.device))
+    source.set_resolution(config.model.resolution)  # to which it grows
     batches = islice(source, -(-arguments.n // config.train.batch))
     return _write_sheet(arguments.out, torch.cat([batch.images.cpu() for batch in batches])[: arguments.n], columns=8)
 
@@ -261,7 +262,9 @@ def _measure(config: Config, folder: Path) -> dict[str, float]:
 
     model = DCVAE.from_pretrained(folder, device=pick_device(config.train.device))
     # A few thousand tell enough at the end of a run; `evaluate` measures on all.
-    train_set, held_out = first_images(config, "train", 5000), first_images(config, "test", 2000)
+    resolution = model.config.resolution
+    train_set = first_images(config, "train", 5000, resolution)
+    held_out = first_images(config, "test", 2000, resolution)
     measured = {
         "held_out": len(held_out),
         "pixel_error": pixel_error(model, held_out.images),

@@ -1,14 +1,17 @@
 """Multi-scale instance contrast (Eq. 6, §4.2): each reconstruction must recognise its own image among K others."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from dcvae_fast.config import ContrastConfig
-from dcvae_fast.models.autogan import Critique, Discriminator
-from dcvae_fast.models.layers import update_average
+from dcvae_fast.models import autogan, progressive
+from dcvae_fast.models.layers import Critique, update_average, widened
 from dcvae_kernels import KeyQueue, info_nce
+
+Discriminator = autogan.Discriminator | progressive.Discriminator
 
 
 class InstanceContrast(nn.Module):
@@ -21,11 +24,17 @@ class InstanceContrast(nn.Module):
         super().__init__()
         self.config = config
         self.momentum = deepcopy(discriminator).requires_grad_(False)
-        noise_seed = seed if config.queue_start == "noise" else None
-        self.queue = KeyQueue(config.negatives, contrast_dim, scales=len(config.layers), seed=noise_seed)
+        self._dim, self._seed = contrast_dim, seed if config.queue_start == "noise" else None
+        self.restart(config.layers)
         self.local_queue = None
         if config.local_start_images is not None:
-            self.local_queue = KeyQueue(config.negatives, width, scales=len(config.local_layers), seed=noise_seed)
+            self.local_queue = KeyQueue(config.negatives, width, scales=len(config.local_layers), seed=self._seed)
+
+    def restart(self, layers: Sequence[str]) -> None:
+        """Contrasts these layers from now on, with a new queue: keys of another resolution do not compare."""
+        self.layers = tuple(layers)
+        queue = KeyQueue(self.config.negatives, self._dim, scales=len(layers), seed=self._seed)
+        self.queue = queue.to(next(self.momentum.parameters()).device)
 
     def update(self, discriminator: Discriminator) -> None:
         """Move C′ towards C."""
@@ -34,8 +43,12 @@ class InstanceContrast(nn.Module):
     @torch.no_grad()
     def keys(self, images: Tensor) -> tuple[Tensor, Critique]:
         """Keys of images [B, C, H, W]: embeddings [S, B, D] of the contrasted layers, and all of C′'s features."""
-        critique = self.momentum(images)
-        return self.momentum.embed(critique, self.config.layers), critique
+        critique = self.momentum(images, stddev_parts=0)
+        return self.embed(self.momentum, critique), critique
+
+    def embed(self, discriminator: Discriminator, critique: Critique) -> Tensor:
+        """Queries or keys [S, B, D] of the contrasted layers, in float32 at least."""
+        return widened(discriminator.embed(critique, self.layers))
 
     def loss(self, queries: Tensor, keys: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE averaged over layers and batch; queries and keys [S, B, D], ids [B] of the images.
@@ -44,7 +57,7 @@ class InstanceContrast(nn.Module):
         """
         loss, stats = self._info_nce(queries, keys, self.queue, ids)
         metrics = {}
-        for layer, rank in zip(self.config.layers, stats.rank, strict=True):
+        for layer, rank in zip(self.layers, stats.rank, strict=True):
             metrics[f"contrast/top1_{layer}"] = (rank < 1).float().mean()
             metrics[f"contrast/top5_{layer}"] = (rank < 5).float().mean()
         return loss, metrics

@@ -21,7 +21,9 @@ TINY = ["--recipe", str(Path(__file__).parent / "tiny.yaml")]
 @pytest.fixture
 def saved(tmp_path) -> Path:
     torch.manual_seed(0)
-    DCVAE(ModelConfig(1, 4, decoder_width=4, encoder_width=4)).save_pretrained(tmp_path / "model")
+    DCVAE(ModelConfig(image_channels=1, latent_dim=4, decoder_width=4, encoder_width=4)).save_pretrained(
+        tmp_path / "model"
+    )
     return tmp_path / "model"
 
 

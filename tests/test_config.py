@@ -52,7 +52,7 @@ def test_every_recipe_parses(recipe):
     config, folder, dry_run = parse_config(["--recipe", recipe])
     assert str(folder) == f"runs/{recipe}"
     assert not dry_run
-    assert config.model.image_channels == (3 if config.data.name == "cifar10" else 1)
+    assert config.model.image_channels == (1 if config.data.name in ("digits", "mnist") else 3)
 
 
 def test_overrides(tmp_path):
@@ -72,7 +72,7 @@ def test_overrides(tmp_path):
     [
         (
             ["--recipe", "cifar11"],
-            "--recipe cifar11: no such recipe; the recipes are cifar10, cifar10-official, digits, mnist",
+            "--recipe cifar11: no such recipe; the recipes are celeba128, ",
         ),
         ([], "--recipe is missing"),
         (["--recipe", "digits", "--optim.learning_rate", "1"], "--optim.learning_rate"),

@@ -151,7 +151,8 @@ class Discriminator(nn.Module):
         self.critic = spectral_norm(Critic(image_channels, width, contrast_dim))
         self.heads = nn.ModuleDict({b: ContrastHead(width, n, contrast_dim) for b, n in POSITIONS.items()})
 
-    def forward(self, images: Tensor) -> Critique:
+    def forward(self, images: Tensor, stddev_parts: int = 1) -> Critique:
+        """What `stddev_parts` is for the networks that grow: these have no statistics of the minibatch."""
         return self.critic(images)
 
     def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:

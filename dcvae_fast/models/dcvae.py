@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dcvae_fast.config import ModelConfig, to_dict
 from dcvae_fast.errors import ConfigError, RunError, reason
-from dcvae_fast.models.autogan import Decoder, Encoder
+from dcvae_fast.models.build import build_autoencoder
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 
@@ -32,21 +32,20 @@ class Posterior:
 class DCVAE(nn.Module):
     """Encoder and decoder of a DC-VAE; the decoder holds the moving average of the trained weights.
 
-    Images are [B, C, 32, 32] floating-point tensors in [-1, 1]; latents [B, Z].
+    Images are [B, C, R, R] floating-point tensors in [-1, 1], R being `config.resolution`; latents [B, Z].
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.latent_dim, config.encoder_width, config.image_channels)
-        self.decoder = Decoder(config.latent_dim, config.decoder_width, config.image_channels)
+        self.encoder, self.decoder = build_autoencoder(config)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def encode(self, images: Tensor) -> Posterior:
-        """The posterior of images [B, C, 32, 32] in [-1, 1].
+        """The posterior of images [B, C, R, R] in [-1, 1].
 
         Raises:
             ValueError: images have another shape, or are no floating-point numbers.
@@ -61,7 +60,7 @@ class DCVAE(nn.Module):
         return Posterior(*self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, C, 32, 32] in [-1, 1] of latents [B, Z].
+        """Images [B, C, R, R], about [-1, 1], of latents [B, Z].
 
         Raises:
             ValueError: latents have another shape.
@@ -91,7 +90,7 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """n images [n, C, 32, 32] decoded from the prior N(0, I), clamped where the configuration says so.
+        """n images [n, C, R, R] decoded from the prior N(0, I), clamped where the configuration says so.
 
         The noise is drawn on the generator's device, so one seed gives the same latents on every device.
         """
@@ -130,6 +129,8 @@ class DCVAE(nn.Module):
                 folder = _download(str(name_or_path))
             stored, weights = _read_pretrained(folder)
         model = cls(_model_config(stored, folder))
+        if model.config.grows:  # what it has not grown to is left out
+            weights = {name: weights[name] for name in model.state_dict() if name in weights}
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:

@@ -38,6 +38,11 @@ class ContrastHead(nn.Module):
         return self.linear(self.conv(feature_map).flatten(1))
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Inside, autocast is off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcvae_fast.models.layers import ContrastHead, Critique, full_precision
+from dcvae_fast.models.layers import ContrastHead, Critique, full_precision, widened
 
 BOTTOM = 4  # the lowest resolution
 LOW = 16  # of the feature map that the contrastive head `low` sees: fixed, so that it survives growth
@@ -110,11 +110,6 @@ def act(x: Tensor) -> Tensor:
     return F.leaky_relu(x, SLOPE)
 
 
-def widened(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def pixel_norm(x: Tensor) -> Tensor:
     """Each position's vector of channels (dim 1) divided by its root mean square; computed in float32 at least."""
     wide = widened(x)
@@ -124,13 +119,13 @@ def pixel_norm(x: Tensor) -> Tensor:
 def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
     """[B, C, H, W] → [B, 1, H, W]: how much the images of a group differ, one number a group, from float32 on.
 
-    Groups are of 4 images, or the largest smaller number that divides the part; the batch's parts do not mix.
+    Groups are of 4 neighbours, or of the largest smaller number that divides the part; the batch's parts do not mix.
     """
     per_part = len(x) // parts
     size = next(n for n in (4, 3, 2, 1) if per_part % n == 0)
-    groups = widened(x).unflatten(0, (parts, size, per_part // size))  # as the reference: image i of each `size`-th
-    deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((2, 3, 4))  # [parts, groups]
-    per_image = deviation[:, None].expand(-1, size, -1).reshape(-1)
+    groups = widened(x).unflatten(0, (-1, size))
+    deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
+    per_image = deviation.repeat_interleave(size)
     return per_image[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)
 
 

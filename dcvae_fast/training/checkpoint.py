@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-FORMAT = 1  # of a checkpoint's contents
+FORMAT = 2  # of a checkpoint's contents
 
 
 def prepare_run(folder: Path, config: Config) -> None:
@@ -148,7 +148,8 @@ def set_newer_aside(folder: Path, images: int) -> None:
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights for a `DCVAE` from a run's newest intact checkpoint: encoder and averaged decoder.
+    """Configuration and weights for a `DCVAE` from a run's newest intact checkpoint: encoder and averaged decoder. The
+    configuration is that of the point to which the networks have grown.
 
     Raises:
         RunError: the run has no checkpoint yet, or only damaged ones.
@@ -161,7 +162,8 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, value in state["step"]["networks"].items():
             if name.startswith(network):
                 weights[prefix + name.removeprefix(network)] = value
-    return state["config"], weights
+    model = {**state["config"]["model"], "resolution": state["step"]["resolution"], "alpha": state["step"]["alpha"]}
+    return {**state["config"], "model": model}, weights
 
 
 def write_aside(path: Path, content: bytes) -> None:

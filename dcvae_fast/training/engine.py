@@ -12,9 +12,21 @@ from dcvae_fast.training.optim import adam
 class Engine:
     """Groups of parameters that are stepped together, each with one Adam that it keeps through every kind of step."""
 
-    def __init__(self, groups: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig):
+    def __init__(
+        self,
+        groups: Mapping[str, Iterable[nn.Parameter]],
+        config: OptimConfig,
+        scales: Mapping[Tensor, float] | None = None,
+    ):
         self.groups = {name: list(parameters) for name, parameters in groups.items()}
-        self.optimizers = {name: adam(parameters, config) for name, parameters in self.groups.items()}
+        self._config, self._scales = config, scales
+        self.reset(config.lr)
+
+    def reset(self, lr: float) -> None:
+        """Forget all moments, and go on with this learning rate."""
+        self.optimizers = {
+            name: adam(parameters, self._config, lr, self._scales) for name, parameters in self.groups.items()
+        }
 
     def backward(self, loss: Tensor, groups: Iterable[str]) -> None:
         """Add the gradient of loss to the parameters of these groups, and to no others."""

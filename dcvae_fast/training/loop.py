@@ -5,22 +5,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dcvae_fast.config import Config, to_dict
+from dcvae_fast.config import Config, ModelConfig, to_dict
 from dcvae_fast.errors import ConfigError, DivergedError
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
 from dcvae_fast.training.log import Log, say
+from dcvae_fast.training.schedule import point
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
+from dcvae_pipelines.pixels import resize
 
 # Held-out images in the grids.
 GRID_IMAGES = 32
@@ -53,12 +55,14 @@ def train(config: Config, folder: Path) -> Outcome:
     """
     device = pick_device(config.train.device)
     held_out = first_images(config, "test", GRID_IMAGES).images
-    step, source = TrainStep(config, device), open_source(config, open_data(config, "train"), device)
+    images = training_images(config)
+    step, source = TrainStep(config, device), open_source(config, images, device)
     prepare_run(folder, config)  # only now: a folder is bound to settings that work
     with locked(folder), stop_signals() as received:
         if state := load_checkpoint(folder):
             step.load_state_dict(state["step"])
             source.load_state_dict(state["source"])
+            source.set_resolution(step.resolution, step.point.batch)
             set_newer_aside(folder, step.images)
         start, total, intervals = step.images, config.train.images, config.log
         if start >= total:
@@ -68,6 +72,8 @@ def train(config: Config, folder: Path) -> Outcome:
         batches, saved = iter(source), start
         with closing(Log(folder, start, total)) as log:
             while step.images < total and not received:
+                if step.point.resolution != step.resolution:
+                    grow(config, images, step, source)
                 before, asked = step.images, time.perf_counter()
                 try:
                     batch = next(batches)
@@ -88,6 +94,17 @@ def train(config: Config, folder: Path) -> Outcome:
         if step.images > saved:
             _save(config, folder, step, source)
     return Outcome(step.images, trained=True, signal=received[0] if received else None)
+
+
+def grow(config: Config, images: ImageSet | EncodedSet, step: TrainStep, source: Source) -> None:
+    """Go on at the next resolution: source, networks, and a queue of keys of images drawn in an order of their own."""
+    to = step.point
+    say(f"Growing to {to.resolution}×{to.resolution}, {to.batch} images an iteration")
+    step.grow(to)
+    source.set_resolution(to.resolution, to.batch)
+    fresh = open_source(config, images, step.device, seed=derive_seed(config.train.seed, "refill", to.resolution))
+    fresh.set_resolution(to.resolution, to.batch)
+    step.refill(iter(fresh))
 
 
 def pick_device(name: str) -> torch.device:
@@ -126,8 +143,9 @@ def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
     return images
 
 
-def first_images(config: Config, split: str, count: int) -> ImageSet:
-    """The first `count` images of a split, or fewer if there are fewer, decoded as the networks see them.
+def first_images(config: Config, split: str, count: int, resolution: int | None = None) -> ImageSet:
+    """The first `count` images of a split, or fewer if there are fewer, decoded as the networks see them, in the end if
+    no other resolution is given.
 
     Raises:
         DataError: the split is missing or damaged, or one of the images and `data.on_corrupt` is stop.
@@ -137,37 +155,57 @@ def first_images(config: Config, split: str, count: int) -> ImageSet:
     return decode_images(
         open_data(config, split),
         count,
-        resolution=model.resolution,
+        resolution=resolution or model.resolution,
         channels=model.image_channels,
         on_corrupt=data.on_corrupt,
     )
 
 
-def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.device) -> Source:
-    """Batches for training, at the networks' resolution."""
-    data, model, train = config.data, config.model, config.train
-    if data.resident and isinstance(images, EncodedSet):
-        say(f"Decoding {len(images):,} images once")
-    return make_source(
+def training_images(config: Config) -> ImageSet | EncodedSet:
+    """The training split; decoded, where `data.resident` says so.
+
+    Raises:
+        DataError: the split is missing or damaged, or is to be decoded, and one of its images cannot be.
+        ConfigError: its images do not fit the networks.
+    """
+    images, model = open_data(config, "train"), config.model
+    if not config.data.resident or isinstance(images, ImageSet):
+        return images
+    say(f"Decoding {len(images):,} images once")
+    return decode_images(images, len(images), resolution=model.resolution, channels=model.image_channels)
+
+
+def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.device, seed: int | None = None) -> Source:
+    """Batches for training, as they are at the beginning; `seed` is of their order, else the configuration's."""
+    data, model, train, start = config.data, config.model, config.train, point(config, 0)
+    source = make_source(
         images,
         resolution=model.resolution,
         channels=model.image_channels,
-        batch=train.batch,
-        seed=train.seed,
+        batch=start.batch,
+        seed=train.seed if seed is None else seed,
         device=device,
         mirror=data.mirror,
         drop_last=data.drop_last,
         threads=data.threads,
         prefetch=data.prefetch,
         on_corrupt=data.on_corrupt,
-        resident=data.resident,
     )
+    source.set_resolution(start.resolution)
+    return source
+
+
+def model_at(config: Config, step: TrainStep) -> ModelConfig:
+    """The networks' configuration at the point to which they have grown."""
+    if not config.model.grows:
+        return config.model
+    return replace(config.model, resolution=step.resolution, alpha=step.alpha)
 
 
 def current_model(config: Config, step: TrainStep) -> DCVAE:
     """What the run has learned so far, in evaluation mode: its encoder, and the average of its decoder."""
     with torch.device("meta"):  # its own networks are replaced, and need no memory
-        model = DCVAE(config.model)
+        model = DCVAE(model_at(config, step))
     model.encoder, model.decoder = step.networks.encoder, step.networks.decoder_average
     return model.eval()
 
@@ -189,7 +227,7 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
     config, device = step.config, step.device
     generator = torch.Generator().manual_seed(derive_seed(config.train.seed, "grids"))
     chosen = torch.arange(GRID_IMAGES) % len(held_out)  # over again where there are few
-    images = held_out[chosen].to(device).float() / 127.5 - 1
+    images = resize(held_out, step.resolution)[chosen].to(device).float() / 127.5 - 1
     with evaluating(step.networks):
         model = current_model(config, step)
         reconstructions = model.reconstruct(images, sample_posterior=False)

@@ -3,6 +3,8 @@
 Nothing here waits for the device: metrics are tensors on it, detached.
 """
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -11,13 +13,24 @@ from torch import Tensor, nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.contrast import InstanceContrast
-from dcvae_fast.losses import autoencoder_loss, discriminator_loss, feature_loss, kl_divergence, pixel_loss
-from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder
+from dcvae_fast.losses import (
+    autoencoder_loss,
+    discriminator_loss,
+    feature_loss,
+    gradient_norm,
+    kl_divergence,
+    lipschitz_penalty,
+    pixel_loss,
+    r1_penalty,
+)
+from dcvae_fast.models.build import build_autoencoder, build_discriminator, learning_rate_scales
 from dcvae_fast.models.dcvae import Posterior
-from dcvae_fast.models.layers import copy_buffers, frozen, update_average
+from dcvae_fast.models.layers import copy_buffers, frozen, update_average, widened
+from dcvae_fast.models.progressive import LOW, Phase, set_phase
 from dcvae_fast.training.engine import Engine
+from dcvae_fast.training.schedule import Point, point
 from dcvae_fast.training.seeding import derive_seed
-from dcvae_pipelines import Batch
+from dcvae_pipelines import Batch, cross_fade
 
 Metrics = dict[str, Tensor]
 
@@ -37,9 +50,8 @@ class Networks(nn.Module):
         m, seed = config.model, config.train.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "networks"))
-            self.encoder = Encoder(m.latent_dim, m.encoder_width, m.image_channels)
-            self.decoder = Decoder(m.latent_dim, m.decoder_width, m.image_channels)
-            self.discriminator = Discriminator(m.discriminator_width, m.image_channels, m.contrast_dim)
+            self.encoder, self.decoder = build_autoencoder(m)
+            self.discriminator = build_discriminator(m)
             self.contrast = None
             if config.loss.instance == "contrast":
                 self.contrast = InstanceContrast(
@@ -74,18 +86,70 @@ class TrainStep:
                 "heads": discriminator.heads.parameters(),
             },
             config.optim,
+            learning_rate_scales(self.networks),
         )
         # The meta device, on which a plan is made, has no generator of its own and draws nothing.
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
         self.images = 0  # shown so far, on all ranks together
+        self.iterations = 0
+        self.grow(point(config, 0))
+
+    @property
+    def point(self) -> Point:
+        """Resolution, fade, batch and learning rate of the next iteration. Where the resolution is not `resolution`,
+        `grow` and `refill` come first."""
+        return point(self.config, self.images)
+
+    def grow(self, to: Point) -> None:
+        """Go on at another resolution: with no moments in the optimizers, and an empty queue.
+
+        The new layers have been in all networks from the start, C′ and the averages included, and are the same there.
+        """
+        self._set_phase(to)
+        self.engine.reset(to.lr)
+        contrast = self.networks.contrast
+        if contrast is not None:
+            low = not self.config.model.grows or to.resolution >= LOW
+            contrast.restart([layer for layer in self.config.contrast.layers if low or layer != "low"])
+
+    @torch.no_grad()
+    def refill(self, batches: Iterable[Batch]) -> None:
+        """Fill the queue with keys of fresh images, at the present resolution."""
+        contrast = self.networks.contrast
+        if contrast is None:
+            return
+        missing = self.config.contrast.negatives
+        for batch in batches:
+            with self._autocast():
+                keys, _ = contrast.keys(self._shown(batch).images)
+            contrast.queue.enqueue(keys, batch.ids)
+            missing -= len(batch.ids)
+            if missing <= 0:
+                return
+
+    def _set_phase(self, to: Point) -> None:
+        self.resolution, self.alpha = to.resolution, to.alpha
+        if self.config.model.grows:
+            set_phase(self.networks, Phase(to.resolution, to.alpha))
+
+    def _shown(self, batch: Batch) -> Batch:
+        """The batch as networks that are fading in see it."""
+        images = cross_fade(batch.images, self.point.alpha).contiguous(memory_format=torch.channels_last)
+        return Batch(images, batch.ids)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.config.train.precision == "float32" or self.device.type == "meta":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def __call__(self, batch: Batch) -> Metrics:
-        """Train on images [B, C, H, W]; returns scalars, those of the autoencoder only where it was stepped."""
+        """Train on images [B, C, R, R] of the present resolution; returns scalars, those of the autoencoder only where
+        it was stepped."""
         train, loss = self.config.train, self.config.loss
-        batch = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.ids)
+        self._set_phase(self.point)
+        batch = self._shown(batch)
         self.generator.manual_seed(derive_seed(train.seed, self.rank, self.images))
-        iteration = self.images // (train.batch * self.ranks)
-        steps_autoencoder = not loss.has_gan or iteration % train.n_critic == 0
+        steps_autoencoder = not loss.has_gan or self.iterations % train.n_critic == 0
 
         metrics: Metrics = {}
         reconstruction = None
@@ -102,36 +166,66 @@ class TrainStep:
             update_average(self.networks.decoder_average, self.networks.decoder, train.average)
         copy_buffers(self.networks.decoder_average, self.networks.decoder)
         self.images += len(batch.images) * self.ranks
+        self.iterations += 1
         return metrics
 
     def _noise(self, n: int) -> Tensor:
         return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
 
     def _reconstruct(self, images: Tensor) -> Reconstruction:
-        posterior = Posterior(*self.networks.encoder(images))
-        return Reconstruction(self.networks.decoder(posterior.sample(self.generator)), posterior)
+        with self._autocast():
+            mean, logvar = self.networks.encoder(images)
+            posterior = Posterior(widened(mean), widened(logvar))
+            return Reconstruction(widened(self.networks.decoder(posterior.sample(self.generator))), posterior)
 
     def _discriminator_step(self, images: Tensor, rec: Tensor) -> Metrics:
         """Real images against as many prior samples and reconstructions; steps trunk and score head."""
-        with torch.no_grad():
-            fake = self.networks.decoder(self._noise(len(images)))
-        scores = self.networks.discriminator(torch.cat([images, fake, rec])).score
+        config = self.config.loss
+        with self._autocast():
+            with torch.no_grad():
+                fake = widened(self.networks.decoder(self._noise(len(images))))
+            scores = widened(self.networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3).score)
         real_score, fake_score, rec_score = scores.chunk(3)
-        loss = discriminator_loss(real_score, fake_score, rec_score, self.config.loss.adversarial)
-        self._update(loss, "trunk", "score")
-        return {
+        loss = discriminator_loss(real_score, fake_score, rec_score, config.adversarial, config.drift)
+        metrics = {
             "loss/discriminator": loss.detach(),
             "score/real": real_score.detach().mean(),
             "score/fake": fake_score.detach().mean(),
             "score/rec": rec_score.detach().mean(),
         }
+        if config.adversarial == "wgan_gp":
+            penalty = lipschitz_penalty(self._gradient_norms(self._between(images, fake, rec)))
+            metrics["loss/penalty"] = penalty.detach()
+            loss = loss + config.penalty * penalty
+        elif config.adversarial == "logistic_r1" and self.iterations % config.penalty_every == 0:
+            penalty = r1_penalty(self._gradient_norms(images))
+            metrics["loss/penalty"] = penalty.detach()
+            loss = loss + config.penalty_every * config.penalty * penalty
+        self._update(loss, "trunk", "score")
+        return metrics
+
+    def _between(self, images: Tensor, fake: Tensor, rec: Tensor) -> Tensor:
+        """A random point between each real image and its sample or its reconstruction, whichever a coin says."""
+        shape = (2, len(images), 1, 1, 1)
+        coin, place = torch.rand(shape, device=self.device, generator=self.generator)
+        return torch.lerp(images, torch.where(coin < 0.5, fake, rec), place)
+
+    def _gradient_norms(self, images: Tensor) -> Tensor:
+        """Of the score in each image, [B]."""
+        images = images.detach().requires_grad_()
+        with self._autocast():
+            scores = widened(self.networks.discriminator(images).score)
+        return gradient_norm(scores, images)
 
     def _adversarial_loss(self, rec: Tensor) -> Tensor:
         """How well fresh prior samples and the reconstructions pass for real; no gradient for the discriminator."""
-        fake = self.networks.decoder(self._noise(self.config.train.sampled_batch))
-        with frozen(self.networks.discriminator):
-            scores = self.networks.discriminator(torch.cat([fake, rec])).score
-        fake_score, rec_score = scores.split([len(fake), len(rec)])
+        sampled = self.config.train.sampled_batch or len(rec)
+        with self._autocast(), frozen(self.networks.discriminator):
+            fake = widened(self.networks.decoder(self._noise(sampled)))
+            # Statistics of the minibatch keep samples and reconstructions apart where there are as many of both.
+            parts = 2 if sampled == len(rec) else 1
+            scores = widened(self.networks.discriminator(torch.cat([fake, rec]), stddev_parts=parts).score)
+        fake_score, rec_score = scores.split([sampled, len(rec)])
         return autoencoder_loss(fake_score, rec_score, self.config.loss.adversarial)
 
     def _autoencoder_step(self, rec: Reconstruction) -> Metrics:
@@ -161,8 +255,8 @@ class TrainStep:
             instance, contrast_metrics = self._contrast(batch, rec.images)
             metrics |= contrast_metrics
         elif config.loss.instance == "feature":
-            with frozen(discriminator):
-                real, fake = discriminator(batch.images), discriminator(rec.images)
+            with self._autocast(), frozen(discriminator):
+                real, fake = discriminator(batch.images, stddev_parts=0), discriminator(rec.images, stddev_parts=0)
             instance = feature_loss(real.features, fake.features, config.contrast.layers)
         else:
             instance = pixel_loss(batch.images, rec.images)
@@ -175,9 +269,10 @@ class TrainStep:
         contrast, discriminator = self.networks.contrast, self.networks.discriminator
         assert contrast is not None
         contrast.update(discriminator)
-        keys, key_critique = contrast.keys(batch.images)
-        query_critique = discriminator(rec)
-        queries = discriminator.embed(query_critique, self.config.contrast.layers)
+        with self._autocast():
+            keys, key_critique = contrast.keys(batch.images)
+            query_critique = discriminator(rec, stddev_parts=0)
+            queries = contrast.embed(discriminator, query_critique)
         loss, metrics = contrast.loss(queries, keys, batch.ids)
         contrast.queue.enqueue(keys, batch.ids)
 
@@ -197,9 +292,18 @@ class TrainStep:
         self.engine.step(groups)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "networks": self.networks.state_dict(), "optimizers": self.engine.state_dict()}
+        return {
+            "images": self.images,
+            "iterations": self.iterations,
+            "resolution": self.resolution,
+            "alpha": self.alpha,
+            "networks": self.networks.state_dict(),
+            "optimizers": self.engine.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.images = state["images"]
+        there = point(self.config, state["images"])
+        self.grow(there._replace(resolution=state["resolution"], alpha=state["alpha"]))
+        self.images, self.iterations = state["images"], state["iterations"]
         self.networks.load_state_dict(state["networks"])
         self.engine.load_state_dict(state["optimizers"])

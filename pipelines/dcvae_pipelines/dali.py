@@ -159,15 +159,19 @@ class DaliSource:
         self._skipped = state["skipped"] if state.get("ranks") == self._ranks else 0
         self._stop()
 
-    def set_resolution(self, resolution: int) -> None:
-        """Shows images at resolution × resolution pixels from the next batch on; what is decoded already stays.
+    def set_resolution(self, resolution: int, batch: int | None = None) -> None:
+        """Shows images at resolution × resolution pixels from the next batch on, and so many in it. What is decoded
+        already stays, unless the batch is another.
 
         Raises:
-            DataError: it is below 1.
+            DataError: one is below 1.
         """
         if resolution < 1:
             raise DataError(f"resolution must be at least 1, not {resolution}")
         self._resolution = resolution
+        if batch is not None and batch != self._order.batch:
+            self._order.set_batch(batch)
+            self._stop()
 
     def _next(self) -> Batch:
         while True:

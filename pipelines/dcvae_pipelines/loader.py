@@ -26,7 +26,6 @@ def make_source(
     threads: int | None = None,
     prefetch: int = 2,
     on_corrupt: OnCorrupt = "stop",
-    resident: bool = False,
     **common: Any,
 ) -> Source:
     """A source of batches for training: `ResidentSource` for what is decoded, else `DaliSource`.
@@ -34,15 +33,11 @@ def make_source(
     Args:
         images: the data set.
         resolution, channels, threads, prefetch, on_corrupt: of `DaliSource`; what is decoded has to fit the first two.
-        resident: decode an encoded data set too, now and once; it then stays at this resolution. Every image has to be
-            decodable, whatever `on_corrupt` is.
         common: batch, seed, device, rank, ranks, mirror, drop_last, dtype and channels_last, of both.
 
     Raises:
         DataError: the data set cannot be shown so.
     """
-    if resident:
-        images = decode_images(images, len(images), resolution=resolution, channels=channels)
     if isinstance(images, EncodedSet):
         return DaliSource(
             images,

@@ -42,19 +42,27 @@ class Order:
         Raises:
             DataError: batch or rank out of range.
         """
-        if batch < 1:
-            raise DataError(f"batch must be at least 1, not {batch}")
         if not 0 <= rank < ranks:
             raise DataError(f"rank must be at least 0 and below ranks = {ranks}, not {rank}")
-        if drop_last and batch * ranks > count:
+        self.count, self.rank, self._ranks = count, rank, ranks
+        self._seed, self._drop_last, self._device = seed, drop_last, torch.device(device)
+        self._planned: tuple[int, Tensor] | None = None
+        self.set_batch(batch)
+
+    def set_batch(self, batch: int) -> None:
+        """
+        Raises:
+            DataError: out of range.
+        """
+        if batch < 1:
+            raise DataError(f"batch must be at least 1, not {batch}")
+        if self._drop_last and batch * self._ranks > self.count:
             raise DataError(
-                f"drop_last leaves no batch: batch × ranks = {batch} × {ranks} exceeds the {count} images; "
+                f"drop_last leaves no batch: batch × ranks = {batch} × {self._ranks} exceeds the {self.count} images; "
                 "choose a smaller batch"
             )
-        self.count, self.batch, self.rank, self.step = count, batch, rank, batch * ranks
-        self._seed, self._device = seed, torch.device(device)
-        self._per_epoch = count // self.step * self.step if drop_last else count
-        self._planned: tuple[int, Tensor] | None = None
+        self.batch, self.step = batch, batch * self._ranks
+        self._per_epoch = self.count // self.step * self.step if self._drop_last else self.count
 
     def take(self, shown: int) -> Tensor:
         """This rank's batch of the step that begins after `shown` images.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dcvae_pipelines.order import Order
-from dcvae_pipelines.pixels import normalize
+from dcvae_pipelines.pixels import normalize, resize
 from dcvae_pipelines.source import Batch, DataError, check_size
 
 
@@ -53,6 +53,7 @@ class ResidentSource:
         self._images = images.to(device)
         self._mirror, self._dtype, self._channels_last = mirror, dtype, channels_last
         self._shown = 0
+        self._resolution: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Endless batches: images [B, C, H, W] in [-1, 1], ids int64 [B], both on the device."""
@@ -60,6 +61,8 @@ class ResidentSource:
             ids, coins = self._order.take(self._shown)
             self._shown += self._order.step
             images = self._images.index_select(0, ids)
+            if self._resolution is not None:
+                images = resize(images, self._resolution)
             if self._mirror:  # of each image and its mirror image one, by its coin
                 both = torch.stack([images, images.flip(3)], dim=1).flatten(0, 1)
                 images = both.index_select(0, torch.arange(0, len(both), 2, device=ids.device) + coins)
@@ -79,12 +82,17 @@ class ResidentSource:
         check_size(state, self._order.count)
         self._shown = state["images"]
 
-    def set_resolution(self, resolution: int) -> None:
-        """Accepts the images' own resolution only.
+    def set_resolution(self, resolution: int, batch: int | None = None) -> None:
+        """Shows images at this resolution, which may be lower than their own, and as many a batch, from the next on.
 
         Raises:
-            DataError: any other; resident images are not resized.
+            DataError: it is higher than the images' own, or lower and they are not square; batch out of range.
         """
         height, width = self._images.shape[2:]
-        if (height, width) != (resolution, resolution):
-            raise DataError(f"resolution must be that of the resident images, {height}×{width}, not {resolution}")
+        if not (resolution == height == width or 1 <= resolution < height == width):
+            raise DataError(
+                f"resolution must be at most that of the resident images, {height}×{width}, not {resolution}"
+            )
+        self._resolution = resolution
+        if batch is not None:
+            self._order.set_batch(batch)

@@ -36,8 +36,8 @@ class Source(Protocol):
         """Continues at a position that `state_dict` gave, with exactly the batches that would have followed it."""
         ...
 
-    def set_resolution(self, resolution: int) -> None:
-        """Shows images at resolution × resolution pixels from the next batch on; the position stays.
+    def set_resolution(self, resolution: int, batch: int | None = None) -> None:
+        """Shows images at resolution × resolution pixels from the next batch on, and so many in it; the position stays.
 
         Raises:
             DataError: this source cannot show them at that resolution.

@@ -213,6 +213,18 @@ def test_another_resolution_leaves_the_position(images: EncodedSet):
     assert grown.state_dict() == plain.state_dict()
 
 
+def test_another_batch_leaves_the_position(images: EncodedSet):
+    grown = source(images, batch=4)
+    order = ids(iter(source(images, batch=6)), 6)
+    batches = iter(grown)
+    assert ids(batches, 2) == order[:8]
+    grown.set_resolution(16, batch=6)
+    batch = next(batches)
+    assert batch.ids.tolist() == order[8:14] and batch.images.shape == (6, 3, 16, 16)
+    grown.set_resolution(16, batch=2)
+    assert ids(batches, 2) == order[14:18] and grown.state_dict()["images"] == 18
+
+
 def test_other_images_than_before_are_refused(images: EncodedSet):
     with pytest.raises(DataError, match="has 24 images now and had 23 when this position was saved"):
         source(images).load_state_dict({"images": 8, "of": 23})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dcvae_pipelines import Batch, DataError, ResidentSource
+from dcvae_pipelines.pixels import normalize, resize
 
 
 def numbered(count: int) -> Tensor:
@@ -148,11 +149,21 @@ def test_batches_do_not_share_memory():
     assert torch.equal(second.images, numbered(8)[expected].float() / 127.5 - 1)
 
 
-def test_set_resolution_takes_the_images_own_only():
-    source = ResidentSource(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), batch=2, seed=0)
+def test_a_lower_resolution_is_resized_and_a_higher_one_refused():
+    images = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = ResidentSource(images, batch=4, seed=0)
     source.set_resolution(32)
-    with pytest.raises(DataError, match="resolution must be that of the resident images, 32×32, not 64"):
+    whole = next(iter(source))
+    assert torch.equal(whole.images, images[whole.ids].float() / 127.5 - 1)
+    source.set_resolution(8, batch=6)
+    small = next(iter(source))
+    assert torch.equal(small.images, normalize(resize(images, 8)[small.ids])) and len(small.ids) == 6
+    assert source.state_dict()["images"] == 10
+    with pytest.raises(DataError, match="resolution must be at most that of the resident images, 32×32, not 64"):
         source.set_resolution(64)
+    wide = ResidentSource(images[..., :16], batch=4, seed=0)
+    with pytest.raises(DataError, match="32×16, not 16"):
+        wide.set_resolution(16)
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,11 @@ def test_two_cannot_train_in_one_folder(run):
 def test_weights_are_the_encoder_and_the_averaged_decoder(run):
     networks = {"encoder.a": 1.0, "decoder.b": 2.0, "decoder_average.b": 3.0, "discriminator.encoder.c": 4.0}
     tensors = {name: torch.tensor(value) for name, value in networks.items()}
-    save_checkpoint(
-        run, 5, {"config": {"model": {"latent_dim": 3}}, "step": {"networks": tensors}, "source": {}}, keep=2
-    )
+    step = {"networks": tensors, "resolution": 8, "alpha": 0.5}
+    model = {"latent_dim": 3, "resolution": 32, "alpha": 1.0}
+    save_checkpoint(run, 5, {"config": {"model": model}, "step": step, "source": {}}, keep=2)
     config, weights = load_weights(run)
-    assert config == {"model": {"latent_dim": 3}}
+    assert config == {"model": {"latent_dim": 3, "resolution": 8, "alpha": 0.5}}  # as far as it has grown
     assert {name: value.item() for name, value in weights.items()} == {"encoder.a": 1.0, "decoder.b": 3.0}
 
 

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcvae_fast.config import Config, ContrastConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.models.autogan import Decoder
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
 
 B, SAMPLED, Z, D = 4, 6, 5, 3
 CONFIG = Config(
-    model=ModelConfig(1, Z, decoder_width=8, encoder_width=4, discriminator_width=4, contrast_dim=D),
+    model=ModelConfig(
+        image_channels=1, latent_dim=Z, decoder_width=8, encoder_width=4, discriminator_width=4, contrast_dim=D
+    ),
     contrast=ContrastConfig(negatives=10, layers=("b2", "final"), momentum=0.9),
     optim=OptimConfig(lr=1e-3),
     train=TrainConfig(batch=B, sampled_batch=SAMPLED, n_critic=2, average=0.9),
@@ -135,7 +138,9 @@ def assert_same(ours: TrainStep, plain: Plain) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
     for mine, live in zip(ours.networks.decoder_average.buffers(), ours.networks.decoder.buffers(), strict=True):
         assert torch.equal(mine, live)
-    moved = ours.networks.decoder_average.norm.running_mean
+    average = ours.networks.decoder_average
+    assert isinstance(average, Decoder)
+    moved = average.norm.running_mean
     assert moved is not None and moved.abs().min() > 0
     contrast = ours.networks.contrast
     assert contrast is not None
