@@ -261,6 +261,7 @@ class TrainConfig:
         average: decay of the decoder's moving average, which makes samples and reconstructions
         seed: of everything random
         device: cpu, cuda, or auto (cuda where there is one)
+        checkpoint_activations: progressive: keep less for the backward pass and compute it again
         precision: float32, or bfloat16 for the networks' arithmetic where it does no harm (autocast)
     """
 
@@ -271,6 +272,7 @@ class TrainConfig:
     average: float = 0.999
     seed: int = 0
     device: str = field(default="auto", metadata=_MAY_CHANGE)
+    checkpoint_activations: bool = field(default=False, metadata=_MAY_CHANGE)
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):

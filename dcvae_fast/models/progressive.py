@@ -8,13 +8,14 @@ Images are [B, C, R, R], real ones in [-1, 1].
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcvae_fast.models.layers import ContrastHead, Critique, full_precision, widened
 
@@ -134,7 +135,7 @@ class Generator(nn.Module):
 
     def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
         super().__init__()
-        self.phase = Phase(resolution)
+        self.phase, self.checkpoints_activations = Phase(resolution), False
         self.bottom_width = widths.at(BOTTOM)
         # The bias is one a channel, as after a convolution.
         self.linear = EqualizedLinear(latent_dim, self.bottom_width * BOTTOM**2, gain=math.sqrt(2) / 4, bias=False)
@@ -155,13 +156,16 @@ class Generator(nn.Module):
         x = previous = pixel_norm(act(self.conv(x)))
         for r in resolutions(resolution, first=2 * BOTTOM):
             previous = x
-            x = pixel_norm(act(self.ups[str(r)](x)))
-            x = pixel_norm(act(self.convs[str(r)](x)))
+            x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
         images = self.to_images[str(resolution)](x)
         if alpha < 1 and resolution > BOTTOM:
             coarse = self.to_images[str(resolution // 2)](previous)
             images = torch.lerp(F.interpolate(coarse, scale_factor=2.0), images, alpha)
         return images
+
+    def _block(self, x: Tensor, r: int) -> Tensor:
+        x = pixel_norm(act(self.ups[str(r)](x)))
+        return pixel_norm(act(self.convs[str(r)](x)))
 
 
 class Trunk(nn.Module):
@@ -169,7 +173,7 @@ class Trunk(nn.Module):
 
     def __init__(self, resolution: int, widths: Widths, image_channels: int, stddev: bool):
         super().__init__()
-        self.phase = Phase(resolution)
+        self.phase, self.checkpoints_activations = Phase(resolution), False
         self.stddev = stddev
         self.from_images, self.convs, self.downs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for r in resolutions(resolution):
@@ -199,7 +203,7 @@ class Trunk(nn.Module):
                 features["low"] = x
             if r == BOTTOM:
                 break
-            x = act(self.downs[str(r)](act(self.convs[str(r)](x))))
+            x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
             if r == resolution and alpha < 1:
                 coarse = act(self.from_images[str(r // 2)](F.avg_pool2d(images, 2)))
                 x = torch.lerp(coarse, x, alpha)
@@ -208,6 +212,9 @@ class Trunk(nn.Module):
             x = torch.cat([x, extra], dim=1)
         features["final"] = act(self.linear(act(self.conv(x)).flatten(1)))
         return features
+
+    def _block(self, x: Tensor, r: int) -> Tensor:
+        return act(self.downs[str(r)](act(self.convs[str(r)](x))))
 
 
 class Encoder(nn.Module):
@@ -263,6 +270,18 @@ class Discriminator(nn.Module):
     def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
         """Queries or keys [S, B, D] of S layers through their heads."""
         return torch.stack([self.heads[name](critique.features[name]) for name in layers])
+
+
+def checkpointed(block: Callable[[Tensor, int], Tensor], x: Tensor, r: int) -> Tensor:
+    """What the block makes of x, its activations computed again when the backward pass needs them."""
+    return checkpoint(block, x, r, use_reentrant=False, preserve_rng_state=False)
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Lets all parts of a network keep the inputs of their blocks only: less memory, more arithmetic."""
+    for module in network.modules():
+        if isinstance(module, Generator | Trunk):
+            module.checkpoints_activations = True
 
 
 def set_phase(network: nn.Module, phase: Phase) -> None:

@@ -76,6 +76,25 @@ class Log:
         self._tensorboard.add_image(name, sheet, images)
         return path
 
+    def growth(self, samples: Tensor) -> Path:
+        """Write samples [N, C, R, R] of the present resolution into RUN/grids/growth.png, as a row below those of the
+        resolutions before it, all at the size of the largest; returns the file."""
+        from PIL import Image
+
+        rows = self.folder / GRIDS / "growth"
+        rows.mkdir(parents=True, exist_ok=True)
+        write_aside(rows / f"{samples.shape[-1]:04d}.png", png_bytes(torch.cat(list(_to_bytes(samples)), dim=2)))
+        images = [Image.open(path) for path in sorted(rows.glob("*.png"))]
+        width, height = (max(side) for side in zip(*(image.size for image in images), strict=True))
+        sheet = Image.new("RGB", (width, len(images) * height))
+        for number, image in enumerate(images):
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (0, number * height))
+        content = io.BytesIO()
+        sheet.save(content, format="PNG")
+        path = self.folder / GRIDS / "growth.png"
+        write_aside(path, content.getvalue())
+        return path
+
     def close(self) -> None:
         self._tensorboard.close()
 
@@ -93,9 +112,13 @@ def make_grid(tiles: Tensor, columns: int, gap: int = 2) -> Tensor:
     from torchvision.utils import make_grid as sheet
 
     scale = max(1, 64 // tiles.shape[-1])
-    pixels = tiles.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return sheet(pixels, nrow=columns, padding=gap, pad_value=255).to(torch.uint8)
+    pixels = _to_bytes(tiles).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return sheet(pixels, nrow=columns, padding=gap, pad_value=255)
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] → uint8 on the CPU."""
+    return images.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def png_bytes(sheet: Tensor) -> bytes:

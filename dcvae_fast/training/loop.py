@@ -234,7 +234,10 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
         pairs = torch.stack([images, reconstructions], dim=1)  # original above reconstruction, 8 a row
         rows = pairs.unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 2)
         log.grid("reconstructions", step.images, rows, columns=8)
-        log.grid("samples", step.images, model.sample(64, generator=generator), columns=8)
+        samples = model.sample(64, generator=generator)
+        log.grid("samples", step.images, samples, columns=8)
+        if config.model.grows:
+            log.growth(samples[:8])
         log.grid("interpolations", step.images, interpolate(model, images[:8], images[1:9]).flatten(0, 1), columns=10)
 
 

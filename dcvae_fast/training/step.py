@@ -26,7 +26,7 @@ from dcvae_fast.losses import (
 from dcvae_fast.models.build import build_autoencoder, build_discriminator, learning_rate_scales
 from dcvae_fast.models.dcvae import Posterior
 from dcvae_fast.models.layers import copy_buffers, frozen, update_average, widened
-from dcvae_fast.models.progressive import LOW, Phase, set_phase
+from dcvae_fast.models.progressive import LOW, Phase, checkpoint_activations, set_phase
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.schedule import Point, point
 from dcvae_fast.training.seeding import derive_seed
@@ -76,6 +76,8 @@ class TrainStep:
         self.rank, self.ranks = rank, ranks
         # Channels last: convolutions are faster so, on GPUs and CPUs alike.
         self.networks = Networks(config).to(self.device).to(memory_format=torch.channels_last).train()
+        if config.train.checkpoint_activations:
+            checkpoint_activations(self.networks)
         discriminator = self.networks.discriminator
         self.engine = Engine(
             {

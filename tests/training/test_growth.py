@@ -1,0 +1,265 @@
+"""Runs whose networks grow: what growing changes and what it leaves, resuming, models of every stage."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcvae_fast import DCVAE
+from dcvae_fast.cli import main, parse_config
+from dcvae_fast.config import Config, ContrastConfig, DataConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
+from dcvae_fast.models.progressive import Trunk
+from dcvae_fast.training.checkpoint import load_checkpoint
+from dcvae_fast.training.loop import train
+from dcvae_fast.training.seeding import derive_seed
+from dcvae_fast.training.step import TrainStep
+from dcvae_pipelines import Batch
+
+Z = 6
+CONFIG = Config(
+    data=DataConfig(name="folder"),
+    model=ModelConfig("progressive", 16, latent_dim=Z, base_channels=64, max_channels=8, contrast_dim=5),
+    growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 4, 8: 4, 16: 4}),
+    loss=LossConfig(adversarial="wgan_gp"),
+    contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
+    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+)
+
+
+def batches(resolution: int, count: int, n: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(resolution)
+    ids = torch.arange(n * count).split(n)
+    return [Batch(torch.rand(n, 3, resolution, resolution, generator=generator) * 2 - 1, i) for i in ids]
+
+
+def advance(step: TrainStep, count: int) -> list[dict[str, float]]:
+    """Iterations, with growth where it is due, on images of whichever resolution is."""
+    metrics = []
+    for _ in range(count):
+        if step.point.resolution != step.resolution:
+            step.grow(step.point)
+            step.refill(batches(step.resolution, 3))
+        (batch,) = batches(step.resolution, 1)
+        metrics.append({name: value.item() for name, value in step(batch).items()})
+    return metrics
+
+
+def test_growth_begins_anew_what_it_has_to_and_leaves_the_rest():
+    step = TrainStep(CONFIG)
+    advance(step, 4)
+    assert (step.images, step.resolution, step.point.resolution, step.point.alpha) == (16, 4, 8, 0.0)
+    contrast = step.networks.contrast
+    assert contrast is not None and contrast.layers == ("final",)
+    before = {name: value.clone() for name, value in step.networks.named_parameters()}
+    assert all(state.state for state in step.engine.optimizers.values())
+    step.grow(step.point)
+    for name, value in step.networks.named_parameters():
+        assert torch.equal(value, before[name]), name
+    assert not any(state.state for state in step.engine.optimizers.values())
+    assert int(contrast.queue.valid) == 0
+
+    # C′'s layers of 8×8 are C's: nothing has moved them yet.
+    live, slow = step.networks.discriminator, contrast.momentum
+    for (name, mine), theirs in zip(slow.named_parameters(), live.parameters(), strict=True):
+        assert torch.equal(mine, theirs) == (".8." in name or ".16." in name or "heads.low" in name), name
+
+    fresh = batches(8, 3)
+    step.refill(fresh)
+    assert int(contrast.queue.valid) == 10 and contrast.queue.ids.sort().values.tolist() == list(range(2, 12))
+    keys = contrast.keys(fresh[2].images)[0]  # the fade's first images are blends with nothing new in them
+    order = contrast.queue.ids.argsort()[-4:]
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(fresh[2].images, 2), scale_factor=2)
+    torch.testing.assert_close(contrast.queue.keys[:, order], contrast.keys(blurred)[0])
+    assert keys.shape == (1, 4, 5)
+
+    advance(step, 8)
+    assert step.point.resolution == 16
+    step.grow(step.point)
+    assert contrast.layers == ("low", "final") and contrast.queue.keys.shape[0] == 2
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8, 9, 14, 17])
+def test_a_step_goes_on_from_its_state_at_any_point_of_growth(stop: int):
+    whole, first = TrainStep(CONFIG), TrainStep(CONFIG)
+    expected = advance(whole, 20)
+    advance(first, stop)
+    second = TrainStep(CONFIG)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    assert advance(second, 20 - stop) == expected[stop:]
+    for mine, theirs in zip(second.networks.state_dict().values(), whole.networks.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_layers_not_grown_to_are_never_touched():
+    step = TrainStep(CONFIG)
+    before = {name: value.clone() for name, value in step.networks.named_parameters()}
+    advance(step, 6)
+    for name, value in step.networks.named_parameters():
+        later = ".16." in name or "heads.low" in name
+        assert not later or torch.equal(value, before[name]), name
+    moments = {id(p) for optimizer in step.engine.optimizers.values() for p in optimizer.state}
+    assert not any(id(p) in moments for name, p in step.networks.named_parameters() if ".16." in name)
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_hold_less():
+    plain, frugal = (
+        TrainStep(replace(CONFIG, train=replace(CONFIG.train, checkpoint_activations=on))) for on in (False, True)
+    )
+    assert advance(frugal, 14) == advance(plain, 14)
+    for mine, theirs in zip(frugal.networks.parameters(), plain.networks.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+    def held(step: TrainStep) -> int:
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        parameters = {p.untyped_storage().data_ptr() for p in step.networks.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            images = step.networks.decoder(torch.randn(8, Z, requires_grad=True))
+        del images
+        return sum(size for pointer, size in seen.items() if pointer not in parameters)
+
+    assert held(frugal) < 0.6 * held(plain)
+
+
+def test_bfloat16_follows_float32():
+    wide, narrow = (
+        advance(TrainStep(replace(CONFIG, train=replace(CONFIG.train, precision=precision))), 50)
+        for precision in ("float32", "bfloat16")
+    )
+    for name, bound in (
+        ("loss/discriminator", 0.5),
+        ("loss/contrast", 0.15),
+        ("loss/penalty", 0.1),
+        ("pixel_mse", 0.1),
+    ):
+        a, b = (torch.tensor([each[name] for each in metrics]) for metrics in (wide, narrow))
+        assert a.isfinite().all() and b.isfinite().all()
+        assert (a[:8] - b[:8]).abs().max() < 0.2 * bound + 0.02 * a[:8].abs().max(), name  # rounding alone
+        assert (a - b).abs().mean() < bound, name  # and what training makes of it
+
+
+def test_losses_penalties_and_keys_are_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch):
+    from dcvae_fast.training import step as module
+
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watch(name: str) -> None:
+        original = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            seen.setdefault(name, set()).update(x.dtype for x in args if isinstance(x, torch.Tensor))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for name in ("discriminator_loss", "autoencoder_loss", "kl_divergence", "pixel_loss", "lipschitz_penalty"):
+        watch(name)
+    step = TrainStep(replace(CONFIG, train=replace(CONFIG.train, precision="bfloat16")))
+    trunk = step.networks.discriminator.critic.trunk
+    assert isinstance(trunk, Trunk)
+    dtypes = []
+    trunk.conv.register_forward_hook(lambda layer, args, out: dtypes.append(out.dtype))
+    metrics = advance(step, 1)
+    assert all(kinds == {torch.float32} for kinds in seen.values()) and len(seen) == 5
+    assert set(dtypes) == {torch.bfloat16} and metrics
+    contrast = step.networks.contrast
+    assert contrast is not None and contrast.queue.keys.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in step.networks.parameters())
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(24):
+        pixels = torch.randint(256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def settings(folder: Path, pictures: Path, images: int) -> list[str]:
+    recipe = folder.parent / "growing.yaml"
+    recipe.write_text(
+        "data: {name: folder, mirror: true}\n"
+        "model: {architecture: progressive, resolution: 16, latent_dim: 6, base_channels: 64, max_channels: 8}\n"
+        "growth: {fade_images: 16, stable_images: 16, batch: {4: 4, 8: 8, 16: 4}}\n"
+        "loss: {adversarial: wgan_gp}\n"
+        "contrast: {layers: [low, final], negatives: 10}\n"
+        "train: {sampled_batch: null, n_critic: 1}\n"
+        "log: {every: 16, grids_every: 16, checkpoint_every: 8}\n"
+    )
+    options = ["--recipe", str(recipe), "--data.root", str(pictures), "--run", str(folder)]
+    return [*options, "--train.images", str(images)]
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    one, two = load_checkpoint(first), load_checkpoint(second)
+    assert one is not None and two is not None and one["source"] == two["source"]
+    for name, value in one["step"]["networks"].items():
+        assert torch.equal(value, two["step"]["networks"][name]), name
+
+
+def test_a_run_stopped_anywhere_in_its_growth_goes_on_bitwise(pictures: Path, tmp_path: Path):
+    train(parse_config(settings(tmp_path / "whole", pictures, 88))[0], tmp_path / "whole")
+    for images in (12, 16, 24, 40, 48, 60, 88):
+        train(parse_config(settings(tmp_path / "parts", pictures, images))[0], tmp_path / "parts")
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_models_of_every_stage_can_be_used(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, picture = tmp_path / "run", pictures / "00.png"
+    for images, resolution, alpha in ((8, 4, 1.0), (24, 8, 0.0), (48, 8, 1.0), (56, 16, 0.25), (80, 16, 1.0)):
+        assert main(["train", *settings(run, pictures, images)]) == 0
+        model = DCVAE.from_pretrained(run)
+        assert (model.config.resolution, model.config.alpha) == (resolution, alpha)
+        samples = model.sample(3, generator=torch.Generator().manual_seed(0))
+        assert samples.shape == (3, 3, resolution, resolution)
+        assert model.reconstruct(samples).shape == samples.shape
+        saved = tmp_path / f"saved-{images}"
+        assert main(["export", str(run), "--out", str(saved)]) == 0
+        again = DCVAE.from_pretrained(saved)
+        assert torch.equal(again.sample(3, generator=torch.Generator().manual_seed(0)), samples)
+        for command in (["sample", str(run)], ["reconstruct", str(run), str(picture)]):
+            assert main([*command, "--out", str(tmp_path / "sheet.png")]) == 0
+        assert main(["interpolate", str(run), str(picture), str(picture), "--out", str(tmp_path / "sheet.png")]) == 0
+    with Image.open(run / "grids" / "growth.png") as sheet:
+        assert sheet.size == (8 * 16, 3 * 16)  # 8 samples each of 4×4, 8×8 and 16×16, at one size
+        rows = torch.from_numpy(np.array(sheet)).unflatten(0, (3, 16))
+    with Image.open(run / "grids" / "growth" / "0004.png") as first:
+        coarse = torch.from_numpy(np.array(first))
+    assert torch.equal(rows[0], coarse.repeat_interleave(4, 0).repeat_interleave(4, 1))
+    latest = model.sample(64, generator=torch.Generator().manual_seed(derive_seed(0, "grids")))[:8]
+    assert torch.equal(
+        rows[2], torch.cat(list(latest), 2).clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
+    )
+    out = capsys.readouterr().out
+    assert "Growing to 8×8, 8 images an iteration" in out and "Growing to 16×16, 4 images an iteration" in out
+
+
+def test_faces_small_learns_to_tell_real_faces_apart(real_data: Path, tmp_path: Path):
+    """The recipe with shorter stages."""
+    stages = ["--growth.fade_images", "320", "--growth.stable_images", "320", "--log.every", "320"]
+    argv = ["--recipe", "faces-small", "--data.root", str(real_data / "faces1024"), *stages, "--train.images", "2240"]
+    config = parse_config(argv)[0]
+    train(config, tmp_path / "run")
+    model = DCVAE.from_pretrained(tmp_path / "run")
+    assert model.config.resolution == 32
+    state = load_checkpoint(tmp_path / "run")
+    assert state is not None and state["source"]["images"] == 2240 and state["source"]["of"] == 54
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss/contrast"] < lines[4]["loss/contrast"]
+    assert lines[-1]["pixel_mse"] < 0.6 * lines[0]["pixel_mse"]
+    assert len(list((tmp_path / "run" / "grids").glob("samples-*.png"))) == 2
