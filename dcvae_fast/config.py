@@ -261,6 +261,8 @@ class TrainConfig:
         average: decay of the decoder's moving average, which makes samples and reconstructions
         seed: of everything random
         device: cpu, cuda, or auto (cuda where there is one)
+        micro_batch: progressive: real images worked on at a time, to need less memory; null for the whole batch. The
+            gradients stay the same if it is a multiple of 4, the images that share a minibatch's statistics
         checkpoint_activations: progressive: keep less for the backward pass and compute it again
         precision: float32, or bfloat16 for the networks' arithmetic where it does no harm (autocast)
     """
@@ -272,12 +274,15 @@ class TrainConfig:
     average: float = 0.999
     seed: int = 0
     device: str = field(default="auto", metadata=_MAY_CHANGE)
+    micro_batch: int | None = None
     checkpoint_activations: bool = field(default=False, metadata=_MAY_CHANGE)
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         _check("train.images", self.images, self.images >= 0, "0 or more")
         _check("train.n_critic", self.n_critic, self.n_critic >= 1, "at least 1")
+        micro = self.micro_batch
+        _check("train.micro_batch", micro, micro is None or micro >= 1, "null or at least 1")
         sampled = self.sampled_batch
         _check("train.sampled_batch", sampled, sampled is None or sampled >= 1, "null or at least 1")
         _check("train.batch", self.batch, self.batch >= 2, "at least 2, for batch normalisation")
@@ -327,8 +332,14 @@ class Config:
         wrong = [layer for layer in contrast.layers if layer not in layers]
         wanted = f"among {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
         _check("contrast.layers", contrast.layers, not wrong, wanted)
-        if not model.grows:
+        train = self.train
+        if not model.grows:  # batch normalisation sees the whole batch
+            _check("train.micro_batch", train.micro_batch, train.micro_batch is None, "null for autogan")
             return
+        if train.micro_batch is not None:
+            _check(
+                "train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null with train.micro_batch"
+            )
         _check("contrast.local_start_images", contrast.local_start_images, contrast.local_start_images is None, "null")
         reached, resolution = [], growth.start
         while resolution <= model.resolution:

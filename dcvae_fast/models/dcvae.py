@@ -26,6 +26,10 @@ class Posterior:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw z = mean + exp(logvar / 2) · noise, [B, Z]; differentiable in mean and logvar."""
         noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.at(noise)
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The z that this draw from N(0, I) gives; [B, Z]."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 

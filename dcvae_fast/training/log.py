@@ -85,7 +85,8 @@ class Log:
         rows.mkdir(parents=True, exist_ok=True)
         write_aside(rows / f"{samples.shape[-1]:04d}.png", png_bytes(torch.cat(list(_to_bytes(samples)), dim=2)))
         images = [Image.open(path) for path in sorted(rows.glob("*.png"))]
-        width, height = (max(side) for side in zip(*(image.size for image in images), strict=True))
+        height = max(64, max(image.height for image in images))
+        width = len(samples) * height
         sheet = Image.new("RGB", (width, len(images) * height))
         for number, image in enumerate(images):
             sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (0, number * height))

@@ -3,7 +3,7 @@
 Nothing here waits for the device: metrics are tensors on it, detached.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -40,6 +40,18 @@ class Reconstruction(NamedTuple):
 
     images: Tensor
     posterior: Posterior
+
+
+# Given a part of the batch.
+Reconstruct = Callable[[slice], Reconstruction]
+
+
+class Keys(NamedTuple):
+    """What the images' momentum features are, for contrast."""
+
+    embeddings: Tensor  # [S, B, D]
+    location: Tensor | None  # of the local patches, where those are contrasted
+    patches: Tensor | None  # [L, B, W]
 
 
 class Networks(nn.Module):
@@ -154,17 +166,16 @@ class TrainStep:
         steps_autoencoder = not loss.has_gan or self.iterations % train.n_critic == 0
 
         metrics: Metrics = {}
-        reconstruction = None
+        reconstruct = None
         if loss.has_gan:
             # The discriminator's step leaves the autoencoder as it is, so the reconstruction serves again after it.
-            with torch.set_grad_enabled(steps_autoencoder):
-                reconstruction = self._reconstruct(batch.images)
-            metrics |= self._discriminator_step(batch.images, reconstruction.images.detach())
+            reconstruct = self._reconstruct_once(batch.images, steps_autoencoder)
+            metrics |= self._discriminator_step(batch.images, reconstruct)
             if steps_autoencoder and loss.order == "sequential":
-                metrics |= self._autoencoder_step(reconstruction)
-                reconstruction = None  # the autoencoder has changed
+                metrics |= self._autoencoder_step(len(batch.images), reconstruct)
+                reconstruct = None  # the autoencoder has changed
         if steps_autoencoder:
-            metrics |= self._instance_step(batch, reconstruction or self._reconstruct(batch.images))
+            metrics |= self._instance_step(batch, reconstruct or self._reconstruct_once(batch.images, True))
             update_average(self.networks.decoder_average, self.networks.decoder, train.average)
         copy_buffers(self.networks.decoder_average, self.networks.decoder)
         self.images += len(batch.images) * self.ranks
@@ -174,18 +185,51 @@ class TrainStep:
     def _noise(self, n: int) -> Tensor:
         return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
 
-    def _reconstruct(self, images: Tensor) -> Reconstruction:
+    def _parts(self, n: int) -> list[slice]:
+        """The batch, or the micro-batches that it is cut into."""
+        size = self.config.train.micro_batch or n
+        return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+
+    def _reconstruct_once(self, images: Tensor, trained: bool) -> Reconstruct:
+        """What gives the reconstruction of a part of the batch, always the same one.
+
+        It is computed now, or, of micro-batches, each time again: otherwise all their activations would be held.
+
+        Args:
+            trained: whether gradients are wanted.
+        """
+        noise = self._noise(len(images))
+        if self.config.train.micro_batch is not None:
+            return lambda part: self._reconstruct(images[part], noise[part])
+        with torch.set_grad_enabled(trained):
+            whole = self._reconstruct(images, noise)
+        return lambda part: whole
+
+    def _reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         with self._autocast():
             mean, logvar = self.networks.encoder(images)
             posterior = Posterior(widened(mean), widened(logvar))
-            return Reconstruction(widened(self.networks.decoder(posterior.sample(self.generator))), posterior)
+            return Reconstruction(widened(self.networks.decoder(posterior.at(noise))), posterior)
 
-    def _discriminator_step(self, images: Tensor, rec: Tensor) -> Metrics:
+    def _discriminator_step(self, images: Tensor, reconstruct: Reconstruct) -> Metrics:
         """Real images against as many prior samples and reconstructions; steps trunk and score head."""
+        noise = self._noise(len(images))
+        between = None
+        if self.config.loss.adversarial == "wgan_gp":
+            between = torch.rand(2, len(images), 1, 1, 1, device=self.device, generator=self.generator)
+
+        def loss(part: slice) -> tuple[Tensor, Metrics]:
+            with self._autocast(), torch.no_grad():
+                rec, fake = reconstruct(part).images, widened(self.networks.decoder(noise[part]))
+            return self._discriminator_loss(images[part], fake, rec, None if between is None else between[:, part])
+
+        return self._update(loss, len(images), "trunk", "score")
+
+    def _discriminator_loss(
+        self, images: Tensor, fake: Tensor, rec: Tensor, between: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
         config = self.config.loss
         with self._autocast():
-            with torch.no_grad():
-                fake = widened(self.networks.decoder(self._noise(len(images))))
             scores = widened(self.networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3).score)
         real_score, fake_score, rec_score = scores.chunk(3)
         loss = discriminator_loss(real_score, fake_score, rec_score, config.adversarial, config.drift)
@@ -195,22 +239,17 @@ class TrainStep:
             "score/fake": fake_score.detach().mean(),
             "score/rec": rec_score.detach().mean(),
         }
-        if config.adversarial == "wgan_gp":
-            penalty = lipschitz_penalty(self._gradient_norms(self._between(images, fake, rec)))
+        if between is not None:  # a random point between each image and its sample or reconstruction, as a coin says
+            coin, place = between
+            points = torch.lerp(images, torch.where(coin < 0.5, fake, rec), place)
+            penalty = lipschitz_penalty(self._gradient_norms(points))
             metrics["loss/penalty"] = penalty.detach()
             loss = loss + config.penalty * penalty
         elif config.adversarial == "logistic_r1" and self.iterations % config.penalty_every == 0:
             penalty = r1_penalty(self._gradient_norms(images))
             metrics["loss/penalty"] = penalty.detach()
             loss = loss + config.penalty_every * config.penalty * penalty
-        self._update(loss, "trunk", "score")
-        return metrics
-
-    def _between(self, images: Tensor, fake: Tensor, rec: Tensor) -> Tensor:
-        """A random point between each real image and its sample or its reconstruction, whichever a coin says."""
-        shape = (2, len(images), 1, 1, 1)
-        coin, place = torch.rand(shape, device=self.device, generator=self.generator)
-        return torch.lerp(images, torch.where(coin < 0.5, fake, rec), place)
+        return loss, metrics
 
     def _gradient_norms(self, images: Tensor) -> Tensor:
         """Of the score in each image, [B]."""
@@ -219,79 +258,117 @@ class TrainStep:
             scores = widened(self.networks.discriminator(images).score)
         return gradient_norm(scores, images)
 
-    def _adversarial_loss(self, rec: Tensor) -> Tensor:
-        """How well fresh prior samples and the reconstructions pass for real; no gradient for the discriminator."""
-        sampled = self.config.train.sampled_batch or len(rec)
+    def _adversarial_loss(self, rec: Tensor, noise: Tensor) -> Tensor:
+        """How well prior samples and the reconstructions pass for real; no gradient for the discriminator."""
         with self._autocast(), frozen(self.networks.discriminator):
-            fake = widened(self.networks.decoder(self._noise(sampled)))
+            fake = widened(self.networks.decoder(noise))
             # Statistics of the minibatch keep samples and reconstructions apart where there are as many of both.
-            parts = 2 if sampled == len(rec) else 1
+            parts = 2 if len(fake) == len(rec) else 1
             scores = widened(self.networks.discriminator(torch.cat([fake, rec]), stddev_parts=parts).score)
-        fake_score, rec_score = scores.split([sampled, len(rec)])
+        fake_score, rec_score = scores.split([len(fake), len(rec)])
         return autoencoder_loss(fake_score, rec_score, self.config.loss.adversarial)
 
-    def _autoencoder_step(self, rec: Reconstruction) -> Metrics:
+    def _autoencoder_step(self, n: int, reconstruct: Reconstruct) -> Metrics:
         """The adversarial loss of the autoencoder, and KL; steps encoder and decoder."""
-        loss = self._adversarial_loss(rec.images)
-        kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
-        self._update(loss + self.config.loss.kl_weight * kl, "encoder", "decoder")
-        return {"loss/adversarial": loss.detach()}
+        noise = self._noise(self.config.train.sampled_batch or n)
 
-    def _instance_step(self, batch: Batch, rec: Reconstruction) -> Metrics:
+        def loss(part: slice) -> tuple[Tensor, Metrics]:
+            rec = reconstruct(part)
+            adversarial = self._adversarial_loss(rec.images, noise if part == slice(0, n) else noise[part])
+            kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
+            return adversarial + self.config.loss.kl_weight * kl, {"loss/adversarial": adversarial.detach()}
+
+        return self._update(loss, n, "encoder", "decoder")
+
+    def _instance_step(self, batch: Batch, reconstruct: Reconstruct) -> Metrics:
         """The reconstruction loss and KL, with the adversarial loss where the order is joint.
 
         Steps encoder and decoder, and for InfoNCE the trunk and the contrastive heads.
         """
-        config, discriminator = self.config, self.networks.discriminator
-        kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
-        metrics = {"loss/kl": kl.detach(), "pixel_mse": pixel_loss(batch.images, rec.images.detach())}
-        loss = config.loss.kl_weight * kl
+        config, n, noise = self.config, len(batch.images), None
         if config.loss.has_gan and config.loss.order == "joint":
-            adversarial = self._adversarial_loss(rec.images)
-            metrics["loss/adversarial"] = adversarial.detach()
-            loss = loss + adversarial
+            noise = self._noise(config.train.sampled_batch or n)
+        keys = self._new_keys(batch) if config.loss.instance == "contrast" else None
 
-        groups = ["encoder", "decoder"]
-        if config.loss.instance == "contrast":
-            groups += ["trunk", "heads"]
-            instance, contrast_metrics = self._contrast(batch, rec.images)
-            metrics |= contrast_metrics
-        elif config.loss.instance == "feature":
-            with self._autocast(), frozen(discriminator):
-                real, fake = discriminator(batch.images, stddev_parts=0), discriminator(rec.images, stddev_parts=0)
-            instance = feature_loss(real.features, fake.features, config.contrast.layers)
-        else:
-            instance = pixel_loss(batch.images, rec.images)
-        metrics[f"loss/{config.loss.instance}"] = instance.detach()
-        self._update(loss + instance, *groups)
+        def loss(part: slice) -> tuple[Tensor, Metrics]:
+            rec = reconstruct(part)
+            kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
+            metrics = {"loss/kl": kl.detach(), "pixel_mse": pixel_loss(batch.images[part], rec.images.detach())}
+            total = config.loss.kl_weight * kl
+            if noise is not None:
+                adversarial = self._adversarial_loss(rec.images, noise if part == slice(0, n) else noise[part])
+                metrics["loss/adversarial"] = adversarial.detach()
+                total = total + adversarial
+            if keys is not None:
+                instance, contrast_metrics = self._contrast(rec.images, keys, batch.ids, part)
+                metrics |= contrast_metrics
+            elif config.loss.instance == "feature":
+                instance = self._feature_loss(batch.images[part], rec.images)
+            else:
+                instance = pixel_loss(batch.images[part], rec.images)
+            metrics[f"loss/{config.loss.instance}"] = instance.detach()
+            return total + instance, metrics
+
+        groups = ("encoder", "decoder", "trunk", "heads") if keys is not None else ("encoder", "decoder")
+        metrics = self._update(loss, n, *groups)
+        if keys is not None:
+            self._enqueue(keys, batch.ids)
         return metrics
 
-    def _contrast(self, batch: Batch, rec: Tensor) -> tuple[Tensor, Metrics]:
-        """InfoNCE of the reconstructions against their images and the queue, which then takes the images' keys."""
-        contrast, discriminator = self.networks.contrast, self.networks.discriminator
-        assert contrast is not None
-        contrast.update(discriminator)
-        with self._autocast():
-            keys, key_critique = contrast.keys(batch.images)
-            query_critique = discriminator(rec, stddev_parts=0)
-            queries = contrast.embed(discriminator, query_critique)
-        loss, metrics = contrast.loss(queries, keys, batch.ids)
-        contrast.queue.enqueue(keys, batch.ids)
+    def _feature_loss(self, images: Tensor, rec: Tensor) -> Tensor:
+        discriminator = self.networks.discriminator
+        with self._autocast(), frozen(discriminator):
+            real, fake = discriminator(images, stddev_parts=0), discriminator(rec, stddev_parts=0)
+        return feature_loss(real.features, fake.features, self.config.contrast.layers)
 
+    def _new_keys(self, batch: Batch) -> Keys:
+        """Moves C′ towards C, and makes the keys of the batch."""
+        contrast = self.networks.contrast
+        assert contrast is not None
+        contrast.update(self.networks.discriminator)
+        with self._autocast():
+            made = [contrast.keys(batch.images[part]) for part in self._parts(len(batch.images))]
+        keys, location, patches = torch.cat([keys for keys, _ in made], dim=1), None, None
         start = self.config.contrast.local_start_images
         if contrast.local_queue is not None and start is not None and self.images >= start:
             location = torch.rand(1, device=self.device, generator=self.generator)
-            query_patches = contrast.local_patches(query_critique, location)
-            key_patches = contrast.local_patches(key_critique, location)
-            local = contrast.local_loss(query_patches, key_patches, batch.ids)
-            contrast.local_queue.enqueue(key_patches, batch.ids)
+            patches = torch.cat([contrast.local_patches(critique, location) for _, critique in made], dim=1)
+        return Keys(keys, location, patches)
+
+    def _contrast(self, rec: Tensor, keys: Keys, ids: Tensor, part: slice) -> tuple[Tensor, Metrics]:
+        """InfoNCE of the reconstructions of a part of the batch against their images and the queue."""
+        contrast, discriminator = self.networks.contrast, self.networks.discriminator
+        assert contrast is not None
+        with self._autocast():
+            critique = discriminator(rec, stddev_parts=0)
+            queries = contrast.embed(discriminator, critique)
+        loss, metrics = contrast.loss(queries, keys.embeddings[:, part], ids[part])
+        if keys.location is not None and keys.patches is not None:
+            patches = contrast.local_patches(critique, keys.location)
+            local = contrast.local_loss(patches, keys.patches[:, part], ids[part])
             metrics["loss/contrast_local"] = local.detach()
             loss = loss + local
         return loss, metrics
 
-    def _update(self, loss: Tensor, *groups: str) -> None:
-        self.engine.backward(loss, groups)
+    def _enqueue(self, keys: Keys, ids: Tensor) -> None:
+        contrast = self.networks.contrast
+        assert contrast is not None
+        contrast.queue.enqueue(keys.embeddings, ids)
+        if contrast.local_queue is not None and keys.patches is not None:
+            contrast.local_queue.enqueue(keys.patches, ids)
+
+    def _update(self, loss: Callable[[slice], tuple[Tensor, Metrics]], n: int, *groups: str) -> Metrics:
+        """Steps these groups for the mean loss of the batch's parts; the mean of their metrics."""
+        metrics: Metrics = {}
+        parts = self._parts(n)
+        for part in parts:
+            value, found = loss(part)
+            share = (part.stop - part.start) / n
+            self.engine.backward(value if len(parts) == 1 else value * share, groups)
+            for name, each in found.items():
+                metrics[name] = each if len(parts) == 1 else metrics.get(name, 0) + share * each
         self.engine.step(groups)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {

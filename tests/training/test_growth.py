@@ -44,7 +44,7 @@ def advance(step: TrainStep, count: int) -> list[dict[str, float]]:
         if step.point.resolution != step.resolution:
             step.grow(step.point)
             step.refill(batches(step.resolution, 3))
-        (batch,) = batches(step.resolution, 1)
+        (batch,) = batches(step.resolution, 1, step.point.batch)
         metrics.append({name: value.item() for name, value in step(batch).items()})
     return metrics
 
@@ -128,6 +128,26 @@ def test_checkpointed_activations_give_the_same_gradients_and_hold_less():
         return sum(size for pointer, size in seen.items() if pointer not in parameters)
 
     assert held(frugal) < 0.6 * held(plain)
+
+
+@pytest.mark.parametrize("adversarial", ["wgan_gp", "logistic_r1", "hinge"])
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_micro_batches_give_the_same_gradients(adversarial: str, order: str):
+    growth = replace(CONFIG.growth, batch={4: 8, 8: 8, 16: 12}, fade_images=16, stable_images=16)
+    loss = replace(CONFIG.loss, adversarial=adversarial, order=order, penalty_every=2)
+    config = replace(CONFIG, growth=growth, loss=loss)
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = TrainStep(config)
+        parts = TrainStep(replace(config, train=replace(config.train, micro_batch=4)))
+        for _ in range(9):
+            a, b = advance(whole, 1)[0], advance(parts, 1)[0]
+            assert a == pytest.approx(b, rel=1e-6)  # shares of ranks are in float32
+        assert whole.resolution == 16
+        for mine, theirs in zip(parts.networks.parameters(), whole.networks.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_bfloat16_follows_float32():
@@ -236,8 +256,8 @@ def test_models_of_every_stage_can_be_used(pictures: Path, tmp_path: Path, capsy
             assert main([*command, "--out", str(tmp_path / "sheet.png")]) == 0
         assert main(["interpolate", str(run), str(picture), str(picture), "--out", str(tmp_path / "sheet.png")]) == 0
     with Image.open(run / "grids" / "growth.png") as sheet:
-        assert sheet.size == (8 * 16, 3 * 16)  # 8 samples each of 4×4, 8×8 and 16×16, at one size
-        rows = torch.from_numpy(np.array(sheet)).unflatten(0, (3, 16))
+        assert sheet.size == (8 * 64, 3 * 64)  # 8 samples each of 4×4, 8×8 and 16×16, at one size
+        rows = torch.from_numpy(np.array(sheet)).unflatten(0, (3, 64))[:, ::4, ::4]
     with Image.open(run / "grids" / "growth" / "0004.png") as first:
         coarse = torch.from_numpy(np.array(first))
     assert torch.equal(rows[0], coarse.repeat_interleave(4, 0).repeat_interleave(4, 1))

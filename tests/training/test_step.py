@@ -231,9 +231,9 @@ def test_vae_gan_compares_features_and_leaves_the_discriminator_alone():
     metrics = step(batch)
     # The same state just before the instance step: one discriminator's and one autoencoder's step on.
     generator = plain.generator.manual_seed(derive_seed(0, 0, 0))
-    rec = plain._reconstruct(batch.images)
-    plain._discriminator_step(batch.images, rec.images.detach())
-    plain._autoencoder_step(rec)
+    reconstruct = plain._reconstruct_once(batch.images, True)
+    plain._discriminator_step(batch.images, reconstruct)
+    plain._autoencoder_step(B, reconstruct)
     networks = plain.networks
     mean, logvar = networks.encoder(batch.images)
     rec = networks.decoder(mean + torch.exp(0.5 * logvar) * torch.randn(B, Z, generator=generator))
@@ -267,7 +267,7 @@ def test_local_patches_of_one_location_add_to_the_contrast():
             of(critique, location),
         )[1]
         rec = torch.rand(B, 1, 32, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
-        losses[name], metrics = step._contrast(batch, rec)
+        losses[name], metrics = step._contrast(rec, step._new_keys(batch), batch.ids, slice(0, B))
         if name == "with":
             torch.testing.assert_close(losses["with"], losses["without"] + metrics["loss/contrast_local"])
             assert metrics["loss/contrast_local"] > 0
