@@ -262,9 +262,7 @@ class TrainStep:
         """How well prior samples and the reconstructions pass for real; no gradient for the discriminator."""
         with self._autocast(), frozen(self.networks.discriminator):
             fake = widened(self.networks.decoder(noise))
-            # Statistics of the minibatch keep samples and reconstructions apart where there are as many of both.
-            parts = 2 if len(fake) == len(rec) else 1
-            scores = widened(self.networks.discriminator(torch.cat([fake, rec]), stddev_parts=parts).score)
+            scores = widened(self.networks.discriminator(torch.cat([fake, rec]), stddev_parts=2).score)
         fake_score, rec_score = scores.split([len(fake), len(rec)])
         return autoencoder_loss(fake_score, rec_score, self.config.loss.adversarial)
 

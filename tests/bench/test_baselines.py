@@ -1,0 +1,145 @@
+"""Ours computes what the plain iteration does: losses, weights, averages and queue, given the same noise."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from baselines import Baseline, unfolded
+from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.training.step import Metrics, TrainStep
+from dcvae_pipelines import Batch
+
+# Iterations: 2 at 4×4; 4 that fade in 8×8 and 4 at it; 3 that fade in 16×16 and 3 at it. Three kinds of minibatches:
+# groups of four, one group, groups of three.
+GROWING = Config(
+    model=ModelConfig(
+        architecture="progressive",
+        resolution=16,
+        image_channels=2,
+        latent_dim=6,
+        base_channels=64,
+        max_channels=8,
+        contrast_dim=5,
+    ),
+    growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 4, 16: 6}, lr={16: 5e-3}),
+    # A drift, a KL and an ε as large as here are missed when they are wrong.
+    loss=LossConfig(drift=0.1, kl_weight=0.01, penalty_every=2),
+    contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
+    optim=OptimConfig(lr=1e-2, betas=(0.3, 0.9), eps=1e-3),
+    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+)
+SMALL = Config(
+    model=ModelConfig(
+        image_channels=1, latent_dim=5, decoder_width=8, encoder_width=4, discriminator_width=4, contrast_dim=3
+    ),
+    contrast=ContrastConfig(negatives=10, momentum=0.9),
+    optim=OptimConfig(lr=1e-3),
+    train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, average=0.9),
+)
+ITERATIONS = 300  # of spectral norms at 32×32, enough for double precision
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_batch(seed: int, n: int, channels: int, resolution: int) -> Batch:
+    """Few different ids: some of an image's own older keys are in the queue."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, channels, resolution, resolution, generator=generator) * 2 - 1
+    return Batch(images, torch.randint(12, (n,), generator=generator))
+
+
+def assert_same_metrics(ours: Metrics, plain: dict[str, Tensor], rtol: float) -> None:
+    for name in ("loss/penalty", "loss/contrast"):
+        assert (name in ours) == (name in plain), name
+    for name, expected in plain.items():
+        assert ours[name].item() == pytest.approx(expected.item(), rel=rtol, abs=1e-12), name
+
+
+def assert_same_state(ours: TrainStep, plain: Baseline, rtol: float = 1e-6) -> None:
+    networks, contrast = ours.networks, ours.networks.contrast
+    assert contrast is not None
+    for mine, theirs in (
+        (networks.encoder, plain.encoder),
+        (networks.decoder, plain.decoder),
+        (networks.discriminator, plain.discriminator),
+        (contrast.momentum, plain.momentum),
+        (networks.decoder_average, plain.average),
+    ):
+        values = unfolded(mine)
+        for name, expected in theirs.named_parameters():
+            torch.testing.assert_close(values[name], expected, rtol=rtol, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    assert (int(contrast.queue.valid), int(contrast.queue.cursor)) == (plain.filled, plain.cursor)
+    filled = F.normalize(contrast.queue.keys, dim=2)[:, : plain.filled]
+    torch.testing.assert_close(filled, plain.keys[:, : plain.filled], rtol=rtol, atol=1e-8)
+    assert torch.equal(contrast.queue.ids, plain.ids)
+
+
+@pytest.mark.parametrize("adversarial", ["wgan_gp", "hinge", "logistic_r1"])
+def test_ours_computes_what_the_plain_growing_iteration_does(adversarial):
+    config = replace(GROWING, loss=replace(GROWING.loss, adversarial=adversarial))
+    ours, plain = TrainStep(config), Baseline(config)
+    assert_same_state(ours, plain)
+    phases = []
+    for i in range(16):
+        now = ours.point
+        if now.resolution != ours.resolution:
+            fresh = [make_batch(100 * i + j, 4, 2, now.resolution) for j in range(3)]  # the last one wraps around
+            ours.grow(now)
+            ours.refill(fresh)
+            plain.grow(plain.point)
+            for batch in fresh:
+                plain.refill(batch.images, batch.ids)
+        batch = make_batch(i, now.batch, 2, now.resolution)
+        assert_same_metrics(ours(batch), plain.iterate(batch.images, batch.ids), rtol=1e-6)
+        assert_same_state(ours, plain)
+        phases.append((plain.resolution, plain.alpha))
+    fades = [*((8, n / 4) for n in range(4)), *[(8, 1.0)] * 4, (16, 0.0), (16, 0.375), (16, 0.75), *[(16, 1.0)] * 3]
+    assert phases == [(4, 1.0), (4, 1.0), *fades]
+
+
+def test_ours_computes_what_the_plain_iteration_at_32_does_where_spectral_norms_converge():
+    """Ours iterates them less often, which tells in the first steps; here each pass iterates until nothing changes."""
+    ours, plain = TrainStep(SMALL), Baseline(SMALL)
+    contrast = ours.networks.contrast
+    assert contrast is not None
+    for network in (ours.networks, contrast.momentum, plain.encoder, plain.discriminator, plain.momentum):
+        for module in network.modules():
+            norm: Any = getattr(module, "_spectral_norm", module)
+            if hasattr(norm, "n_power_iterations"):
+                norm.n_power_iterations = ITERATIONS
+    for i in range(3):  # two autoencoder steps
+        batch = make_batch(i, 4, 1, 32)
+        assert_same_metrics(ours(batch), plain.iterate(batch.images, batch.ids), rtol=1e-6)
+        assert_same_state(ours, plain)
+
+
+def test_the_iteration_at_32_costs_what_the_authors_code_does():
+    """METHOD §7: 20.65 GFLOP an image in the discriminator's step, and 2.00 TFLOP for 64 images with the 1-in-5 steps
+    averaged in."""
+    torch.set_default_dtype(torch.float32)
+    plain = Baseline(Config(), "meta")
+    images, ids = torch.empty(64, 3, 32, 32, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
+    flops = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            plain.iterate(images, ids)
+        flops.append(counter.get_total_flops())
+    assert flops[1] / 64 / 1e9 == pytest.approx(20.65, abs=0.05)
+    assert (flops[0] + 4 * flops[1]) / 5 / 1e12 == pytest.approx(2.00, abs=0.01)
+
+
+@pytest.mark.parametrize("setting", [{"objective": "vae"}, {"order": "joint"}])
+def test_what_there_is_no_baseline_for_is_refused(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting.values()))!r}"):
+        Baseline(replace(SMALL, loss=replace(SMALL.loss, **setting)))
