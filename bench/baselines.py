@@ -1,6 +1,6 @@
-"""One training iteration as METHOD describes it, in plain PyTorch: eager, float32, NCHW; what ours is timed against.
+"""One training iteration as the paper and the authors' code have it, in plain PyTorch: eager, float32, NCHW; what ours is timed against.
 
-The order and the economy are the authors' (§2): prior samples are detached in the discriminator's step, the
+The order and the economy are the authors': prior samples are detached in the discriminator's step, the
 reconstruction is not, and what flows into networks that are not stepped is cleared before it could be used. Each step
 makes its own reconstruction, and each kind of image its own pass through the discriminator. Given the same seed it
 draws the same noise as `TrainStep`, and with the networks that grow it computes the same.
@@ -26,7 +26,7 @@ from dcvae_fast.training.step import Networks
 LOW = 16  # of the feature map that the contrastive head `low` sees
 
 
-# --- the networks that grow (§4) ---
+# --- the networks that grow ---
 
 
 class EqualConv2d(nn.Module):
@@ -181,7 +181,7 @@ class Discriminator(nn.Module):
         return self.heads[layer](features[layer])
 
 
-# --- the networks at 32×32 (§3): the layers of ours, which are plain, with PyTorch's spectral norm ---
+# --- the networks at 32×32: the layers of ours, which are plain, with PyTorch's spectral norm ---
 
 
 def with_spectral_norm(network: Any) -> Any:
@@ -252,7 +252,7 @@ def gradient_in(images: Tensor, scores: Tensor) -> Tensor:
     return gradient.flatten(1)
 
 
-# --- the iteration (§2) ---
+# --- the iteration ---
 
 
 class Baseline:

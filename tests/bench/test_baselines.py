@@ -125,7 +125,7 @@ def test_ours_computes_what_the_plain_iteration_at_32_does_where_spectral_norms_
 
 
 def test_the_iteration_at_32_costs_what_the_authors_code_does():
-    """METHOD §7: 20.65 GFLOP an image in the discriminator's step, and 2.00 TFLOP for 64 images with the 1-in-5 steps
+    """20.65 GFLOP an image in the discriminator's step, and 2.00 TFLOP for 64 images with the 1-in-5 steps
     averaged in."""
     torch.set_default_dtype(torch.float32)
     plain = Baseline(Config(), "meta")

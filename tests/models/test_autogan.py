@@ -1,4 +1,4 @@
-"""The 32×32 networks: sizes, arithmetic, initialisation (METHOD's numbers are the paper's figure, counted)."""
+"""The 32×32 networks: sizes, arithmetic, initialisation (the paper's figure, counted)."""
 
 import pytest
 import torch

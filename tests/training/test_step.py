@@ -359,7 +359,7 @@ def test_state_goes_on_bitwise():
 
 
 def test_an_iteration_does_no_arithmetic_twice():
-    """METHOD §7: 1.45 TFLOP for 64 images with the 1-in-5 steps averaged in, where the authors' code spends 2.00."""
+    """1.45 TFLOP for 64 images with the 1-in-5 steps averaged in, where the authors' code spends 2.00."""
     step = TrainStep(Config(), "meta")
     batch = Batch(torch.empty(64, 3, 32, 32, device="meta"), torch.empty(64, dtype=torch.int64, device="meta"))
     flops = []
