@@ -341,13 +341,9 @@ class Config:
                 "train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null with train.micro_batch"
             )
         _check("contrast.local_start_images", contrast.local_start_images, contrast.local_start_images is None, "null")
-        reached, resolution = [], growth.start
-        while resolution <= model.resolution:
-            reached.append(resolution)
-            resolution *= 2
         starts = [4 * 2**i for i in range(9) if 4 * 2**i <= model.resolution]
         _check("growth.start", growth.start, growth.start in starts, f"one of {starts}")
-        missing = [resolution for resolution in reached if resolution not in growth.batch]
+        missing = [resolution for resolution in starts if growth.start <= resolution and resolution not in growth.batch]
         _check("growth.batch", growth.batch, not missing, f"given for {', '.join(map(str, missing))} too")
 
 

@@ -317,7 +317,8 @@ class TrainStep:
         discriminator = self.networks.discriminator
         with self._autocast(), frozen(discriminator):
             real, fake = discriminator(images, stddev_parts=0), discriminator(rec, stddev_parts=0)
-        return feature_loss(real.features, fake.features, self.config.contrast.layers)
+        layers = tuple(layer for layer in self.config.contrast.layers if layer in real.features)
+        return feature_loss(real.features, fake.features, layers)
 
     def _new_keys(self, batch: Batch) -> Keys:
         """Moves C′ towards C, and makes the keys of the batch."""

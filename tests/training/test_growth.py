@@ -1,6 +1,7 @@
 """Runs whose networks grow: what growing changes and what it leaves, resuming, models of every stage."""
 
 import json
+import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,15 @@ def test_a_step_goes_on_from_its_state_at_any_point_of_growth(stop: int):
     assert advance(second, 20 - stop) == expected[stop:]
     for mine, theirs in zip(second.networks.state_dict().values(), whole.networks.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("objective", ["vae", "vae_gan", "vae_contrastive"])
+def test_the_other_objectives_grow_too(objective: str):
+    step = TrainStep(replace(CONFIG, loss=replace(CONFIG.loss, objective=objective)))
+    metrics = advance(step, 15)
+    assert step.resolution == 16 and all(math.isfinite(value) for each in metrics for value in each.values())
+    instance = {"vae": "pixel", "vae_gan": "feature", "vae_contrastive": "contrast"}[objective]
+    assert all(each[f"loss/{instance}"] > 0 for each in metrics)
 
 
 def test_layers_not_grown_to_are_never_touched():
