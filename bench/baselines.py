@@ -1,9 +1,9 @@
 """One training iteration as the paper and the authors' code have it, in plain PyTorch: what ours is timed against.
 
 Eager, float32, NCHW. The order and the economy are the authors': prior samples are detached in the discriminator's
-step, the reconstruction is not, and what flows into networks that are not stepped is cleared before it could be used. Each step
-makes its own reconstruction, and each kind of image its own pass through the discriminator. Given the same seed it
-draws the same noise as `TrainStep`, and with the networks that grow it computes the same.
+step, the reconstruction is not, and what flows into networks that are not stepped is cleared before it could be used.
+Each step makes its own reconstruction, and each kind of image its own pass through the discriminator. Given the same
+seed it draws the same noise as `TrainStep`, and with the networks that grow it computes the same.
 """
 
 import math
