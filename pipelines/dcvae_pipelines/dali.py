@@ -87,7 +87,8 @@ class DaliSource:
 
         Args:
             images: the data set.
-            resolution: height and width of the images shown, in pixels.
+            resolution: height and width of the images shown, in pixels, until `set_resolution`; images that have fewer
+                count as undecodable.
             batch: images a batch, on each rank.
             seed: of the order and of the mirroring; the same on all ranks.
             device: where batches appear; a GPU decodes, too.
@@ -119,7 +120,7 @@ class DaliSource:
         self._channels, self._mirror, self._on_corrupt = channels, mirror, on_corrupt
         self._dtype, self._channels_last = dtype, channels_last
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-        self._prefetch = prefetch
+        self._prefetch, self._least = prefetch, resolution
         self._readers: Any = None
         self._shown = self._skipped = 0
         self._ranks = ranks
@@ -259,9 +260,9 @@ class DaliSource:
         header = read_header(encoded, name)
         is_plain = not (header.rotated or header.animated or header.deep or index in self._by_pillow)
         if is_plain and header.mode in _DALI_DECODES.get(header.format, ()):
-            return encoded, self._images.square(index, header.width, header.height)
+            return encoded, self._images.square(index, header.width, header.height, self._least)
         image = decode(encoded, name, channels=3)
-        return _as_ppm(image), self._images.square(index, image.width, image.height)
+        return _as_ppm(image), self._images.square(index, image.width, image.height, self._least)
 
     def _feed(self) -> list[_File]:
         """The next batch for DALI."""

@@ -72,16 +72,22 @@ class EncodedSet:
     def label(self, index: int) -> int | None:
         return self.store.label(int(self.indices[index]))
 
-    def square(self, index: int, width: int, height: int) -> Box:
+    def square(self, index: int, width: int, height: int, least: int = 1) -> Box:
         """The part of an image of this width and height, upright, that is shown.
 
         Raises:
-            DataError: images of this data set have another size.
+            DataError: images of this data set have another size, or its side is less than `least`.
         """
         try:
-            return self.box(width, height)
+            box = self.box(width, height)
         except DataError as error:
             raise DataError(f"{self.image_name(index)}: {error}") from error
+        if box[2] < least:
+            raise DataError(
+                f"{self.image_name(index)}: shows {box[2]} × {box[2]} pixels, too few for a resolution of {least};"
+                " choose a lower model.resolution, or leave such images out: data.on_corrupt skip, or `dcvae prepare`"
+            )
+        return box
 
 
 class Files:

@@ -74,7 +74,7 @@ def decode_images(
     def read(index: int) -> tuple[Tensor, int | None] | None:
         try:
             image = decode(images.read(index), images.image_name(index), channels)
-            top, left, side = images.square(index, image.width, image.height)
+            top, left, side = images.square(index, image.width, image.height, resolution)
         except DataError as problem:
             if on_corrupt == "stop":
                 raise

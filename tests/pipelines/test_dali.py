@@ -122,7 +122,7 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
         encode(colour.convert("P"), "GIF"),
         encode(colour.convert("CMYK"), "TIFF"),
         encode(colour, "TIFF", exif=turned),
-        b"P6 2 16 100\n" + bytes(range(96)),
+        b"P6 20 16 100\n" + bytes(i % 101 for i in range(960)),
         encode(colour, "WEBP", save_all=True, append_images=[colour.rotate(180)]),
         encode(colour, "TIFF"),
         encode(deep, "TIFF"),
@@ -294,6 +294,19 @@ def test_a_damaged_image_is_skipped_with_a_warning(damage: str, tmp_path: Path, 
     list(islice(first, 7))
     resumed.load_state_dict(first.state_dict())
     assert all(same(a, b) for a, b in zip(islice(resumed, 9), batches[7:], strict=True))
+
+
+def test_images_smaller_than_they_will_be_shown_are_named_or_left_out(images: EncodedSet):
+    message = r"\.png: shows 16 × 16 pixels, too few for a resolution of 32; choose a lower model.resolution"
+    growing = source(images, resolution=32)
+    growing.set_resolution(4)  # said before it comes to 32
+    with pytest.raises(DataError, match=message):
+        next(iter(growing))
+    with pytest.raises(DataError, match=message):
+        decode_images(images, 1, resolution=32)
+    with pytest.raises(DataError, match="none of the 24 images can be decoded"):
+        next(iter(source(images, resolution=32, on_corrupt="skip")))
+    next(iter(source(images, resolution=16)))
 
 
 def test_if_nothing_can_be_decoded_it_says_so(tmp_path: Path):
