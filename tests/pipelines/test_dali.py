@@ -18,6 +18,8 @@ from dcvae_pipelines import Batch, DaliSource, DataError, EncodedSet, ResidentSo
 from dcvae_pipelines.encoded import Files
 from dcvae_pipelines.image import centre_square
 
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+
 COUNT = 24
 
 
