@@ -141,7 +141,7 @@ def test_report_names_failures_and_missing_packages(tmp_path):
 @pytest.mark.multiprocess
 def test_what_takes_too_long_is_stopped(tmp_path, capfd):
     (tmp_path / "test_sleep.py").write_text("import time\ndef test_sleep():\n    time.sleep(60)\n")
-    assert gpu.run_pytest([str(tmp_path)], rehearsal=True, seconds=3, grace=10) is None
+    assert gpu.run_pytest([str(tmp_path)], rehearsal=True, seconds=8, grace=10) is None
     assert "KeyboardInterrupt" in capfd.readouterr().out
 
 
