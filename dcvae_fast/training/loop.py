@@ -73,6 +73,9 @@ def train(config: Config, folder: Path) -> Outcome:
         with closing(Log(folder, start, total)) as log:
             while step.images < total and not received:
                 if step.point.resolution != step.resolution:
+                    if step.images > saved:  # to go back to, should anything fail on the way
+                        _save(config, folder, step, source)
+                        saved = step.images
                     grow(config, images, step, source)
                 before, asked = step.images, time.perf_counter()
                 try:
