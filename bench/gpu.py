@@ -142,7 +142,9 @@ def run_pytest(arguments: list[str], rehearsal: bool, seconds: float, grace: flo
     }
     command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider"]
     print(f"\n$ pytest {' '.join(arguments)}", flush=True)
-    process = subprocess.Popen(command, cwd=records.ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=records.ROOT, env=environment, start_new_session=True, preexec_fn=_hear_interrupts
+    )
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -156,6 +158,11 @@ def run_pytest(arguments: list[str], rehearsal: bool, seconds: float, grace: flo
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
             process.wait()
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def summarised(document: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     for i in range(6):
         coarse = torch.randint(256, (6, 6, 3), generator=generator, dtype=torch.uint8)
-        smooth = image.frombytes("RGB", (6, 6), bytes(coarse.flatten().tolist())).resize((64, 64), image.BICUBIC)
+        smooth = image.frombytes("RGB", (6, 6), bytes(coarse.flatten().tolist())).resize((512, 512), image.BICUBIC)
         smooth.save(root / "faces1024" / f"{i}.jpg", quality=95)
     return root
 
