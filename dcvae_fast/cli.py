@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 from dcvae_fast.config import Config, recipe_path, recipes
@@ -180,8 +179,12 @@ def _data(argv: Sequence[str]) -> int:
 
     source = open_source(config, training_images(config), pick_device(config.train.device))
     source.set_resolution(config.model.resolution)  # to which it grows
-    batches = islice(source, -(-arguments.n // config.train.batch))
-    return _write_sheet(arguments.out, torch.cat([batch.images.cpu() for batch in batches])[: arguments.n], columns=8)
+    shown = []
+    for batch in source:
+        shown += batch.images.cpu()
+        if len(shown) >= arguments.n:
+            break
+    return _write_sheet(arguments.out, torch.stack(shown[: arguments.n]), columns=8)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -263,8 +266,9 @@ def _measure(config: Config, folder: Path) -> dict[str, float]:
     model = DCVAE.from_pretrained(folder, device=pick_device(config.train.device))
     # A few thousand tell enough at the end of a run; `evaluate` measures on all.
     resolution = model.config.resolution
-    train_set = first_images(config, "train", 5000, resolution)
-    held_out = first_images(config, "test", 2000, resolution)
+    few = 32**2 / resolution**2  # as many pixels at every resolution
+    train_set = first_images(config, "train", max(64, int(5000 * few)), resolution)
+    held_out = first_images(config, "test", max(64, int(2000 * few)), resolution)
     measured = {
         "held_out": len(held_out),
         "pixel_error": pixel_error(model, held_out.images),
@@ -307,8 +311,11 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise UserError(f"-n is {arguments.n}; it must be at least 1.")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}; it must be from 0 to 2⁶³ − 1.")
+    from dcvae_fast.evaluation.perceptual import images_at_once
+
     model, generator = _load_model(arguments), torch.Generator().manual_seed(arguments.seed)
-    parts = [min(256, arguments.n - start) for start in range(0, arguments.n, 256)]
+    at_once = images_at_once(model.config.resolution)
+    parts = [min(at_once, arguments.n - start) for start in range(0, arguments.n, at_once)]
     samples = torch.cat([model.sample(part, generator=generator).cpu() for part in parts])
     return _write_sheet(arguments.out, samples, columns=min(8, arguments.n))
 

@@ -335,16 +335,27 @@ class Config:
         train = self.train
         if not model.grows:  # batch normalisation sees the whole batch
             _check("train.micro_batch", train.micro_batch, train.micro_batch is None, "null for autogan")
+            saving = train.checkpoint_activations
+            _check("train.checkpoint_activations", saving, not saving, "false for autogan")
             return
-        if train.micro_batch is not None:
-            _check(
-                "train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null with train.micro_batch"
-            )
-        _check("contrast.local_start_images", contrast.local_start_images, contrast.local_start_images is None, "null")
+        # Samples and reconstructions share a batch, and must not share statistics of it.
+        _check("train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null for progressive")
+        local = contrast.local_start_images
+        _check("contrast.local_start_images", local, local is None, "null for progressive")
         starts = [4 * 2**i for i in range(9) if 4 * 2**i <= model.resolution]
         _check("growth.start", growth.start, growth.start in starts, f"one of {starts}")
-        missing = [resolution for resolution in starts if growth.start <= resolution and resolution not in growth.batch]
+        if growth.start < 16 and self.loss.instance != "pixel":
+            _check(
+                "contrast.layers", contrast.layers, "final" in contrast.layers, "with final, for low begins at 16×16"
+            )
+        reached = [resolution for resolution in starts if growth.start <= resolution]
+        missing = [resolution for resolution in reached if resolution not in growth.batch]
         _check("growth.batch", growth.batch, not missing, f"given for {', '.join(map(str, missing))} too")
+        _check("growth.lr", growth.lr, set(growth.lr) <= set(reached), f"for resolutions among {reached}")
+        if (micro := train.micro_batch) is not None:  # statistics are of four neighbours
+            for batch in (growth.batch[resolution] for resolution in reached):
+                same = batch <= micro or batch % 4 == micro % 4 == 0
+                _check("train.micro_batch", micro, same, f"a multiple of 4, as the batch of {batch}, which it cuts")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

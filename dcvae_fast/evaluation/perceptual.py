@@ -6,11 +6,16 @@ from torch import Tensor
 from dcvae_fast.models.dcvae import DCVAE
 
 
+def images_at_once(resolution: int) -> int:
+    """As many as need little memory: 256 at 32×32, 1 from 512×512 on."""
+    return max(1, 256 * 32**2 // resolution**2)
+
+
 @torch.no_grad()
-def pixel_error(model: DCVAE, images: Tensor, batch: int = 256) -> float:
+def pixel_error(model: DCVAE, images: Tensor) -> float:
     """Mean squared error on [-1, 1] of the reconstructions from the posterior mean; images uint8 [N, C, H, W]."""
     total = torch.zeros((), dtype=torch.float64)
-    for part in images.split(batch):
+    for part in images.split(images_at_once(images.shape[-1])):
         real = part.to(model.device).float() / 127.5 - 1
         total += (model.reconstruct(real, sample_posterior=False) - real).square().double().sum().cpu()
     return total.item() / images.numel()

@@ -56,6 +56,8 @@ def train(config: Config, folder: Path) -> Outcome:
     device = pick_device(config.train.device)
     held_out = first_images(config, "test", GRID_IMAGES).images
     images = training_images(config)
+    if isinstance(images, ImageSet):  # to the device once, for every source made of it
+        images = replace(images, images=images.images.to(device))
     step, source = TrainStep(config, device), open_source(config, images, device)
     prepare_run(folder, config)  # only now: a folder is bound to settings that work
     with locked(folder), stop_signals() as received:
@@ -89,11 +91,11 @@ def train(config: Config, folder: Path) -> Outcome:
                 finished = step.images >= total
                 if finished or _crossed(before, step.images, intervals.every):
                     log.write(step.images)
-                if finished or _crossed(before, step.images, intervals.grids_every):
-                    write_grids(log, step, held_out)
                 if finished or _crossed(before, step.images, intervals.checkpoint_every):
                     _save(config, folder, step, source)
                     saved = step.images
+                if finished or _crossed(before, step.images, intervals.grids_every):
+                    write_grids(log, step, held_out)
         if step.images > saved:
             _save(config, folder, step, source)
     return Outcome(step.images, trained=True, signal=received[0] if received else None)

@@ -220,7 +220,7 @@ class TrainStep:
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
             with self._autocast(), torch.no_grad():
-                rec, fake = reconstruct(part).images, widened(self.networks.decoder(noise[part]))
+                rec, fake = reconstruct(part).images.detach(), widened(self.networks.decoder(noise[part]))
             return self._discriminator_loss(images[part], fake, rec, None if between is None else between[:, part])
 
         return self._update(loss, len(images), "trunk", "score")

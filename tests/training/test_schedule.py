@@ -1,6 +1,7 @@
 """How networks grow, by a table; and settings that no networks can grow by."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,7 @@ def config(resolution: int = 16, layers: tuple = ("final",), **growth) -> Config
         growth=GrowthConfig(**growth),
         contrast=ContrastConfig(layers=layers),
         optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(sampled_batch=None),
     )
 
 
@@ -89,7 +91,7 @@ def test_growth_may_start_later(start, expected):
 
 
 def test_learning_rates_by_resolution_and_else_the_optimizers():
-    growing = config(fade_images=30, stable_images=50, lr={8: 2e-3, 16: 3e-3, 32: 9e-3})
+    growing = config(fade_images=30, stable_images=50, lr={8: 2e-3, 16: 3e-3})
     for images, lr in ((0, 1e-3), (49, 1e-3), (50, 2e-3), (80, 2e-3), (129, 2e-3), (130, 3e-3), (10**9, 3e-3)):
         assert point(growing, images).lr == lr
 
@@ -112,6 +114,18 @@ def test_networks_of_one_resolution_do_not_grow():
         (lambda: config(start=0), "growth.start is 0"),
         (lambda: config(layers=("b2", "final")), "contrast.layers is .*low, final for progressive at 16×16"),
         (lambda: config(8, layers=("low", "final")), "contrast.layers is .*among final for progressive at 8×8"),
+        (lambda: config(layers=("low",)), "contrast.layers is .*with final, for low begins at 16×16"),
+        (lambda: config(lr={32: 1e-3}), r"growth.lr is .*for resolutions among \[4, 8, 16\]"),
+        (lambda: Config(train=TrainConfig(micro_batch=4)), "train.micro_batch is 4; it must be null for autogan"),
+        (lambda: Config(train=TrainConfig(checkpoint_activations=True)), "train.checkpoint_activations is True"),
+        (
+            lambda: replace(config(batch={4: 16, 8: 16, 16: 14}), train=TrainConfig(sampled_batch=None, micro_batch=4)),
+            "train.micro_batch is 4; it must be a multiple of 4, as the batch of 14",
+        ),
+        (
+            lambda: replace(config(), train=TrainConfig(sampled_batch=7)),
+            "train.sampled_batch is 7; it must be null for",
+        ),
         (lambda: GrowthConfig(fade_images=-1), "growth.fade_images is -1"),
         (lambda: GrowthConfig(stable_images=0), "growth.stable_images is 0"),
         (lambda: GrowthConfig(batch={4: 16, 8: 0}), r"growth.batch\[8\] is 0"),
