@@ -148,7 +148,7 @@ class TrainStep:
 
     def _shown(self, batch: Batch) -> Batch:
         """The batch as networks that are fading in see it."""
-        images = cross_fade(batch.images, self.point.alpha).contiguous(memory_format=torch.channels_last)
+        images = cross_fade(batch.images, self.alpha).contiguous(memory_format=torch.channels_last)
         return Batch(images, batch.ids)
 
     def _autocast(self) -> AbstractContextManager:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import dcvae_pipelines.image
@@ -206,6 +207,14 @@ def test_a_header_says_what_an_image_is():
     assert header(pixels(0, 4, 5, 4), "JPEG", "CMYK").mode == "CMYK"
     frames = [Image.fromarray(pixels(i, 4, 5)) for i in range(2)]
     assert header(pixels(2, 4, 5), "GIF", save_all=True, append_images=frames).animated
+
+
+def test_the_orientation_of_a_png_is_found_in_its_xmp_too():
+    xmp = PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta tiff:Orientation="6"/>', zip=True)
+    content = encoded(pixels(0, 10, 30, 3), "PNG", pnginfo=xmp)
+    assert read_header(content, "x") == Header("PNG", "RGB", 10, 30, rotated=True)
+    assert dcvae_pipelines.image.decode(content, "x", 3).size == (10, 30)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}])
