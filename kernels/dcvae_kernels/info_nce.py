@@ -4,10 +4,12 @@ import math
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcvae_kernels.choice import Impl, check_impl, needs_definition, obstacle_to_triton
 from dcvae_kernels.fused import FusedInfoNCE, reduced
+from dcvae_kernels.gather import gather, gather_ids
 from dcvae_kernels.reference import info_nce_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,6 +38,7 @@ class _Options(TypedDict, total=False):
     negative_ids: Tensor | None
     impl: Impl
     symmetric: bool
+    group: "dist.ProcessGroup | None"
 
 
 @overload
@@ -65,6 +68,7 @@ def info_nce(
     impl: Impl = "auto",
     return_stats: bool = False,
     symmetric: bool = False,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
     """InfoNCE, the instance-level loss of DC-VAE (Eq. 6, with the temperature of the authors' code).
 
@@ -96,6 +100,12 @@ def info_nce(
             for tensor subclasses, all are the plain definition, which holds the logits [S, B, K].
         return_stats: also return `InfoNCEStats`.
         symmetric: CLIP's loss: the mean of q among k and k among q. Excludes a queue.
+        group: the ranks that share a batch: the negatives of a query are the keys of all other rows of all ranks, and
+            query_ids are compared across them. Loss and stats are of the local queries. Gradients, second ones too, are
+            those of the sum of all ranks' losses, so that their mean over the ranks, as DistributedDataParallel takes
+            it, is the gradient of the mean loss of the whole batch. All ranks must call this, and differentiate it,
+            alike: the same shapes, dtypes, options, and inputs that need a gradient; nothing checks that, and ranks
+            that differ may wait for each other for ever. Excludes a queue and negative_ids.
 
     Returns:
         The loss, float32 or float64: 0-d, or [B] / [S, B] under reduction "none". With return_stats a pair of it and
@@ -105,6 +115,8 @@ def info_nce(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or arguments that exclude each other.
     """
+    if group is not None:
+        _check_group(group, queue, negative_ids)
     if queue is None and negative_ids is None:
         negative_ids = query_ids
     _check_choices(temperature, reduction, impl)
@@ -121,6 +133,32 @@ def info_nce(
         queue, valid = queue[..., :valid, :], None
         negative_ids = None if negative_ids is None else negative_ids[: queue.shape[-2]]
     implementation = _choose(impl, *((q, k) if queue is None else (q, k, queue)))
+    options = (temperature, normalize, reduction, implementation)
+    if group is None or group.size() == 1:
+        loss, rank = _loss(q, k, queue, valid, query_ids, negative_ids, symmetric, return_stats, *options)
+    else:  # the gathered keys are the queue, and ids keep a row's own one from being its negative
+        ids = gather_ids(query_ids, q.shape[-2], q.device, group)
+        loss, rank = _loss(q, k, gather(k, group), None, *ids, False, return_stats, *options)
+        if symmetric:
+            loss = (loss + _loss(k, q, gather(q, group), None, *ids, False, False, *options)[0]) / 2
+    return (loss, InfoNCEStats(rank)) if return_stats and isinstance(rank, Tensor) else loss
+
+
+def _loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None,
+    valid: int | Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    symmetric: bool,
+    with_rank: bool,
+    temperature: float | Tensor,
+    normalize: bool,
+    reduction: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and the rank, of this process alone."""
     if implementation == "reference":
         loss, rank = info_nce_reference(
             q,
@@ -132,32 +170,30 @@ def info_nce(
             query_ids=query_ids,
             negative_ids=negative_ids,
             symmetric=symmetric,
-            with_rank=return_stats,
+            with_rank=with_rank,
         )
-        loss = reduced(loss, reduction)
-    else:
-        if torch.compiler.is_compiling():  # it refuses to be given a tensor twice
-            queue = _alias_if(queue is q or queue is k, queue)
-            k = _alias_if(k is q, k)
-            negative_ids = _alias_if(negative_ids is query_ids, negative_ids)
-        tensor, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
-        loss, rank = FusedInfoNCE.apply(
-            q,
-            k,
-            queue,
-            tensor,
-            valid,
-            query_ids,
-            negative_ids,
-            number,
-            normalize,
-            symmetric,
-            reduction,
-            return_stats,
-            implementation,
-            torch.is_grad_enabled(),
-        )
-    return (loss, InfoNCEStats(rank)) if return_stats and isinstance(rank, Tensor) else loss
+        return reduced(loss, reduction), rank
+    if torch.compiler.is_compiling():  # it refuses to be given a tensor twice
+        queue = _alias_if(queue is q or queue is k, queue)
+        k = _alias_if(k is q, k)
+        negative_ids = _alias_if(negative_ids is query_ids, negative_ids)
+    tensor, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+    return FusedInfoNCE.apply(
+        q,
+        k,
+        queue,
+        tensor,
+        valid,
+        query_ids,
+        negative_ids,
+        number,
+        normalize,
+        symmetric,
+        reduction,
+        with_rank,
+        implementation,
+        torch.is_grad_enabled(),
+    )
 
 
 def _alias_if(condition: bool, x: Any) -> Any:
@@ -237,7 +273,8 @@ class InfoNCE(nn.Module):
         return self._temperature if self.logit_scale is None else self.logit_scale.neg().exp()
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None, **options: Any) -> Any:
-        """`info_nce` of the arguments; options are its `valid`, `query_ids`, `negative_ids` and `return_stats`."""
+        """`info_nce` of the arguments; options are its `valid`, `query_ids`, `negative_ids`, `return_stats` and
+        `group`."""
         return info_nce(
             q,
             k,
@@ -269,6 +306,21 @@ def _check_choices(temperature: float | Tensor, reduction: str, impl: str) -> No
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; it is {reduction!r}')
     check_impl(impl)
+
+
+def _check_group(group: Any, queue: Tensor | None, negative_ids: Tensor | None) -> None:
+    if not dist.is_available():
+        raise ValueError("group needs torch.distributed, which this build of PyTorch lacks")
+    if not isinstance(group, dist.ProcessGroup):
+        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must be one that this process is in; it is not")
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup; it is a {type(group).__name__}")
+    if not dist.is_initialized():
+        raise ValueError("group needs torch.distributed to be initialized; it no longer is")
+    if queue is not None:
+        raise ValueError("group gathers the negatives of a batch, and a queue is already shared: use one of them")
+    if negative_ids is not None:
+        raise ValueError("negative_ids cannot be given with group, which compares the query_ids of all ranks")
 
 
 def _check_vectors(q: Tensor, k: Tensor, queue: Tensor | None) -> None:
