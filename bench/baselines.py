@@ -325,7 +325,7 @@ class Baseline:
         """Train on images [B, C, R, R] of the present resolution, with their ids [B]; returns losses on the device."""
         config = self.config
         self._set_phase(self.point)
-        self.generator.manual_seed(derive_seed(config.train.seed, 0, self.images))
+        self.generator.manual_seed(derive_seed(config.train.seed, self.images))
         x = self._faded(images)
         noise = self._noise(len(x))
         losses = self._discriminator_step(x, noise)

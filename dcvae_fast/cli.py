@@ -7,24 +7,39 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from dcvae_fast.config import Config, recipe_path, recipes
-from dcvae_fast.errors import ConfigError, RunError, UserError, reason
+from dcvae_fast.config import Config, differences, recipe_path, recipes, to_dict
+from dcvae_fast.errors import ConfigError, RankError, RunError, UserError, reason
 from dcvae_pipelines import DataError
 
 SUMMARY_FILE = "summary.json"
+
+# What the libraries for collectives say where another rank is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code (128 + the signal where one stopped it)."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
+    code = _run(argv)
+    if argv[:1] == ["train"]:
+        from dcvae_fast.training.ranks import leave
+
+        leave(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
     try:
         if argv[:1] in (["train"], ["data"]):  # all settings of a run are options; they have a parser of their own
             return (_train if argv[0] == "train" else _data)(argv[1:])
         arguments = _parser().parse_args(argv)
         return arguments.run_command(arguments)
+    except RankError:  # the other rank says it
+        return 1
     except (UserError, DataError) as error:
         message = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
@@ -34,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install 'dcvae_fast[train]'"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            message = f"out of memory ({reason(error)}); a smaller batch, width or number of images needs less"
+        elif any(sign in str(error) for sign in LOST):
+            message = "another rank has ended; its own message says why"
+        else:
             raise
-        message = f"out of memory ({reason(error)}); a smaller batch, width or number of images needs less"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -119,9 +137,15 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     parser.add_argument("--dry-run", action="store_true", help="show what would be done and what it costs, then stop")
     parser.add_class_arguments(Config)
 
+    # What the launchers of several processes put in, and what users of DeepSpeed are used to.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
+    first.add_argument("--local_rank", type=int)
+    first.add_argument("--deepspeed", action="store_true")
+    first.add_argument("--deepspeed_config")
     chosen, argv = first.parse_known_args(argv)
+    if chosen.deepspeed_config is not None:
+        argv = [*argv, "--train.deepspeed_config", chosen.deepspeed_config]
     recipe = chosen.recipe
     if recipe is not None:  # in front, wherever it stood: settings on the command line override it
         argv = ["--recipe", str(recipe_path(recipe)), *argv]
@@ -133,30 +157,49 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     except (argparse.ArgumentError, TypeError, ValueError) as error:  # a malformed recipe can raise any of them
         raise ConfigError(f"{' '.join(str(error).split())} (in recipe {recipe} or on the command line).") from error
     config = Config(**{section: settings[section] for section in Config.__dataclass_fields__})
+    if config.train.engine == "auto" and (chosen.deepspeed or chosen.local_rank is not None):
+        config = replace(config, train=replace(config.train, engine="deepspeed"))
     run = f"runs/{Path(str(recipe)).stem}" if parsed.run is None else parsed.run
     return config, Path(run), parsed.dry_run
 
 
 def _train(argv: Sequence[str]) -> int:
-    config, folder, dry_run = parse_config(argv)
-    from dcvae_fast.training.loop import open_data, pick_device, train
+    from dcvae_fast.training.ranks import join
 
+    ranks = join()
+    with ranks.together():
+        config, folder, dry_run = parse_config(argv)
+    asked = ranks.all(to_dict(config))
+    with ranks.together():
+        if lines := differences(asked[0], config):
+            raise ConfigError(f"rank {ranks.rank} is asked for another run than rank 0 (there → here): {lines[0]}.")
     if dry_run:
-        from dcvae_fast.training.plan import plan
-
-        print(plan(config, open_data(config, "train"), pick_device(config.train.device)))
+        if ranks.first:
+            _print_plan(config)
         return 0
+    from dcvae_fast.training.loop import train
+
     began = time.perf_counter()
-    outcome = train(config, folder)
+    outcome = train(config, folder, ranks)
     if outcome.signal:
-        print(f"Stopped after {outcome.images:,} of {config.train.images:,} images; the same command goes on.")
+        if ranks.first:
+            print(f"Stopped after {outcome.images:,} of {config.train.images:,} images; the same command goes on.")
         return 128 + outcome.signal
+    if not ranks.first:
+        return 0
     if outcome.trained:
         print(f"{outcome.images:,} images shown; this call took {(time.perf_counter() - began) / 60:.1f} minutes.")
     else:
         print(f"{folder} is done: {outcome.images:,} images shown, {config.train.images:,} asked for.")
     print(_summary(config, folder, outcome.images))
     return 0
+
+
+def _print_plan(config: Config) -> None:
+    from dcvae_fast.training.loop import open_data, pick_device
+    from dcvae_fast.training.plan import plan
+
+    print(plan(config, open_data(config, "train"), pick_device(config.train.device)))
 
 
 def _data(argv: Sequence[str]) -> int:

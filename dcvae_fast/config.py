@@ -128,7 +128,7 @@ class GrowthConfig:
         start: the first resolution
         fade_images: images shown while a resolution's layers are faded in (Progressive GAN: 600,000, or 800,000)
         stable_images: images shown at a resolution afterwards
-        batch: real images an iteration on each process, by resolution
+        batch: real images an iteration, by resolution
         lr: learning rate by resolution, where it is not optim.lr
     """
 
@@ -237,16 +237,25 @@ class OptimConfig:
         lr: learning rate
         betas: decay of the two moments
         eps: added to the root of the second moment
+        fused: whose: apex (NVIDIA's, for GPUs), deepspeed (compiled when first used), torch, or auto: apex where it is
+            installed, else torch
+        loss_scale: train.precision float16: what losses are multiplied by at first; halved where a gradient overflows
+        loss_scale_window: steps without an overflow after which it is doubled
     """
 
     lr: float = 2e-4
     betas: tuple[float, float] = (0.0, 0.9)
     eps: float = 1e-8
+    fused: Literal["auto", "apex", "deepspeed", "torch"] = field(default="auto", metadata=_MAY_CHANGE)
+    loss_scale: float = 65536.0
+    loss_scale_window: int = 2000
 
     def __post_init__(self):
         _check("optim.lr", self.lr, self.lr > 0, "above 0")
         _check("optim.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _check("optim.eps", self.eps, self.eps > 0, "above 0")
+        _check("optim.loss_scale", self.loss_scale, self.loss_scale >= 1, "at least 1")
+        _check("optim.loss_scale_window", self.loss_scale_window, self.loss_scale_window >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -257,26 +266,36 @@ class TrainConfig:
         images: stop after this many images shown
         batch: real images (and reconstructions) an iteration; of progressive networks, see growth.batch
         sampled_batch: prior samples in an autoencoder step; null for as many as real images
+        batch_per_rank: whether these and growth.batch are each process's own, or shared out among all
         n_critic: discriminator steps for each autoencoder and contrastive step
         average: decay of the decoder's moving average, which makes samples and reconstructions
         seed: of everything random
-        device: cpu, cuda, or auto (cuda where there is one)
+        device: cpu, cuda, or auto (cuda where there is one); of several processes each takes the GPU of its number
         micro_batch: progressive: real images worked on at a time, to need less memory; null for the whole batch. The
             gradients stay the same if it is a multiple of 4, the images that share a minibatch's statistics
         checkpoint_activations: progressive: keep less for the backward pass and compute it again
-        precision: float32, or bfloat16 for the networks' arithmetic where it does no harm (autocast)
+        precision: of the networks' arithmetic where it does no harm (autocast); float16 scales the losses, for GPUs
+            without bfloat16. Weights, and everything else, are float32
+        engine: what averages gradients over processes and steps: torch, or deepspeed; auto is deepspeed where its
+            launcher started the run, or one of the next two settings asks for it
+        zero: DeepSpeed's ZeRO stage: what is cut up among processes; 0 nothing, 1 Adam's moments, 2 gradients too
+        deepspeed_config: a JSON file with more settings for DeepSpeed
     """
 
     images: int = field(default=40_000_000, metadata=_MAY_CHANGE)
     batch: int = 64
     sampled_batch: int | None = 128
+    batch_per_rank: bool = False
     n_critic: int = 5
     average: float = 0.999
     seed: int = 0
     device: str = field(default="auto", metadata=_MAY_CHANGE)
     micro_batch: int | None = None
     checkpoint_activations: bool = field(default=False, metadata=_MAY_CHANGE)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    engine: Literal["auto", "torch", "deepspeed"] = field(default="auto", metadata=_MAY_CHANGE)
+    zero: Literal[0, 1, 2] | None = field(default=None, metadata=_MAY_CHANGE)
+    deepspeed_config: str | None = field(default=None, metadata=_MAY_CHANGE)
 
     def __post_init__(self):
         _check("train.images", self.images, self.images >= 0, "0 or more")
@@ -287,6 +306,12 @@ class TrainConfig:
         _check("train.sampled_batch", sampled, sampled is None or sampled >= 1, "null or at least 1")
         _check("train.batch", self.batch, self.batch >= 2, "at least 2, for batch normalisation")
         _check("train.average", self.average, 0 <= self.average < 1, "in [0, 1)")
+        asked = self.zero is not None or self.deepspeed_config is not None
+        _check("train.engine", self.engine, not (asked and self.engine == "torch"), "deepspeed for train.zero and train.deepspeed_config")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        return self.engine == "deepspeed" or self.zero is not None or self.deepspeed_config is not None
 
 
 @dataclass(frozen=True)

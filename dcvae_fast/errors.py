@@ -17,6 +17,10 @@ class DivergedError(UserError):
     """A loss or a weight is no longer a finite number."""
 
 
+class RankError(UserError):
+    """Another process of the same run has failed; it says why itself."""
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     lines = str(error).strip().splitlines()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcvae_fast.models.layers import ContrastHead, Critique, init_weights, upsample
+from dcvae_fast.models.layers import BatchNorm2d, ContrastHead, Critique, init_weights, upsample
 from dcvae_kernels import spectral_norm
 
 BOTTOM = 4  # height and width of the decoder's first feature map
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         self.cell1 = Cell(width, "nearest", skips=0, shortcut=True)
         self.cell2 = Cell(width, "bilinear", skips=1, shortcut=True)
         self.cell3 = Cell(width, "nearest", skips=2, shortcut=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = BatchNorm2d(width)
         self.to_image = nn.Conv2d(width, image_channels, 3, padding=1)
         init_weights(self)
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Critique(NamedTuple):
@@ -23,6 +25,45 @@ def init_weights(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks that train together; its gradient is that of the sum of their losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Over the batch of all ranks that train together; on one rank, torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        ranks, wide = dist.get_world_size(), widened(input)
+        own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        mean = SumOverRanks.apply(own_mean) / ranks
+        var = SumOverRanks.apply(own_var + (own_mean - mean).square()) / ranks
+        with torch.no_grad():
+            count = ranks * input.numel() / input.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(input.dtype)
 
 
 class ContrastHead(nn.Module):

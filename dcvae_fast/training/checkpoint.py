@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-FORMAT = 2  # of a checkpoint's contents
+FORMAT = 3  # of a checkpoint's contents
 
 
 def prepare_run(folder: Path, config: Config) -> None:
@@ -127,7 +127,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 if bad := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            version, _ = state["format"], (state["config"], state["step"], state["source"])
+            version, _ = state["format"], (state["config"], state["step"], state["sources"])
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)
             logger.warning("%s is damaged and passed over (%s)", path, reason(error))

@@ -1,46 +1,203 @@
-"""Where gradients go: one process."""
+"""Where gradients go: averaged over the ranks, then into Adam; by torch, or by DeepSpeed."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from dcvae_fast.config import OptimConfig
-from dcvae_fast.training.optim import adam
+from dcvae_fast.config import Config, OptimConfig
+from dcvae_fast.errors import DivergedError
+from dcvae_fast.training.optim import Moments, adam, read_moments, write_moments
+from dcvae_fast.training.ranks import ALONE, Ranks
+
+Parameters = Sequence[nn.Parameter]
+
+
+class Unit(Protocol):
+    """Parameters that are always stepped together, and their Adam."""
+
+    parameters: Parameters
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Step all parameters, given the gradient of each."""
+        ...
+
+    def moments(self) -> list[Moments]:
+        """Of each parameter, whole, the same on all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the parameters; what they are stays."""
+        ...
+
+
+class TorchUnit:
+    """With gradients that are averages already."""
+
+    def __init__(self, parameters: Parameters, optimizer: torch.optim.Optimizer, moments: Sequence[Moments] | None):
+        self.parameters, self._optimizer = parameters, optimizer
+        self._group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        for parameter, found in zip(parameters, moments or (), strict=False):
+            write_moments(optimizer, self._group_of[parameter], parameter, found)
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def moments(self) -> list[Moments]:
+        return [read_moments(self._optimizer, self._group_of[p], p) for p in self.parameters]
+
+    def close(self) -> None:
+        pass
+
+
+class LossScale:
+    """What float16 losses are multiplied by, lest small gradients vanish; follows what the gradients bear."""
+
+    def __init__(self, config: OptimConfig):
+        self.value, self._window, self._steps = config.loss_scale, config.loss_scale_window, 0
+
+    def unscale(self, gradients: Sequence[Tensor], ranks: Ranks) -> bool:
+        """Divide gradients by the scale, in place, and adapt it; whether all are finite, on all ranks. Waits for the
+        device.
+
+        Raises:
+            DivergedError: gradients overflow whatever the scale.
+        """
+        torch._foreach_mul_(gradients, 1 / self.value)
+        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if ranks.worst(int(not finite)):
+            self.value, self._steps = self.value / 2, 0
+            if self.value < 2**-24:
+                raise DivergedError("the gradients are no finite numbers, at any loss scale.")
+            return False
+        self._steps += 1
+        if self._steps % self._window == 0:
+            self.value *= 2
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self._steps = state["value"], state["steps"]
 
 
 class Engine:
-    """Groups of parameters that are stepped together, each with one Adam that it keeps through every kind of step."""
+    """Steps whatever has received a gradient, and nothing else: each parameter keeps one Adam state through all kinds
+    of steps, and one without a gradient keeps its moments and its step count.
+
+    Parameters are told apart into units by themselves: those that begin together are one, which is cut in two when a
+    step leaves out a part of it. So an optimizer that steps whole units, filling in zeros for missing gradients, as
+    DeepSpeed's do, is right too.
+    """
 
     def __init__(
         self,
+        networks: nn.Module,
         groups: Mapping[str, Iterable[nn.Parameter]],
-        config: OptimConfig,
+        config: Config,
+        ranks: Ranks = ALONE,
         scales: Mapping[Tensor, float] | None = None,
     ):
+        """
+        Args:
+            networks: whose parameters are stepped; names in the state are its.
+            groups: of parameters, by name, for `backward`.
+            scales: see `adam`.
+        """
         self.groups = {name: list(parameters) for name, parameters in groups.items()}
-        self._config, self._scales = config, scales
-        self.reset(config.lr)
+        self._names = {parameter: name for name, parameter in networks.named_parameters()}
+        self._config, self._scales, self._ranks = config.optim, scales, ranks
+        self.loss_scale = LossScale(config.optim) if config.train.precision == "float16" else None
+        self._units: list[Unit] = []
+        self.reset(config.optim.lr, config.train.batch)
 
-    def reset(self, lr: float) -> None:
-        """Forget all moments, and go on with this learning rate."""
-        self.optimizers = {
-            name: adam(parameters, self._config, lr, self._scales) for name, parameters in self.groups.items()
-        }
+    def describe(self) -> str:
+        """What it is, in words."""
+        return "torch" if self._ranks.count == 1 else f"torch, averaged over {self._ranks.count} ranks"
+
+    def reset(self, lr: float, batch: int) -> None:
+        """Forget all moments, and go on with this learning rate, and batch on each rank."""
+        for unit in self._units:
+            unit.close()
+        self._units, self._lr, self._batch = [], lr, batch
+        self._loaded: dict[nn.Parameter, Moments] = {}  # moments of parameters that are in no unit yet
 
     def backward(self, loss: Tensor, groups: Iterable[str]) -> None:
         """Add the gradient of loss to the parameters of these groups, and to no others."""
-        loss.backward(inputs=[parameter for name in groups for parameter in self.groups[name]])
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.value
+        self._differentiate(loss, [parameter for name in groups for parameter in self.groups[name]])
 
-    def step(self, groups: Iterable[str]) -> None:
-        """Step these groups and clear their gradients."""
-        for name in groups:
-            self.optimizers[name].step()
-            self.optimizers[name].zero_grad()
+    def _differentiate(self, loss: Tensor, parameters: Parameters) -> None:
+        loss.backward(inputs=parameters)
+
+    def step(self) -> None:
+        """Step what has gradients, with their means over all ranks, and clear them."""
+        gradients = {}
+        for group in self.groups.values():
+            for parameter in group:
+                if parameter.grad is not None:
+                    gradients[parameter], parameter.grad = parameter.grad, None
+        if self.loss_scale is not None and not self.loss_scale.unscale(list(gradients.values()), self._ranks):
+            return
+        self._average(list(gradients.values()))
+        for unit in self._units_of(gradients):
+            unit.step([gradients[parameter] for parameter in unit.parameters])
+
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        self._ranks.average_(gradients)
+
+    def _units_of(self, stepped: Mapping[nn.Parameter, Tensor]) -> list[Unit]:
+        """Units that hold these parameters and no others; made where there are none yet."""
+        found = []
+        for unit in self._units:
+            inside = [parameter in stepped for parameter in unit.parameters]
+            if all(inside) or not any(inside):
+                found.append(unit)
+                continue
+            moments = unit.moments()
+            unit.close()
+            for side in (True, False):
+                part = [i for i, is_inside in enumerate(inside) if is_inside is side]
+                found.append(self._make([unit.parameters[i] for i in part], [moments[i] for i in part]))
+        known = {parameter for unit in found for parameter in unit.parameters}
+        new = defaultdict(list)  # those of one step count go together: a unit has only one
+        for parameter in stepped:
+            if parameter not in known:
+                moments = self._loaded.pop(parameter, None)
+                new[moments and moments.step].append((parameter, moments))
+        for step, pairs in new.items():
+            parameters, moments = zip(*pairs, strict=True)
+            found.append(self._make(parameters, None if step is None else moments))
+        self._units = found
+        return [unit for unit in found if unit.parameters[0] in stepped]
+
+    def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:
+        return TorchUnit(parameters, self._adam(parameters), moments)
+
+    def _adam(self, parameters: Parameters) -> torch.optim.Optimizer:
+        return adam(parameters, self._config, self._lr, self._scales)
+
+    def moments(self) -> dict[nn.Parameter, Moments]:
+        """Of all parameters that have any; whole, whatever rank holds them."""
+        found = {p: moments for unit in self._units for p, moments in zip(unit.parameters, unit.moments(), strict=True)}
+        return self._loaded | found
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        """Moments by the parameter's name, whatever the optimizer and the number of ranks."""
+        moments = {self._names[parameter]: found._asdict() for parameter, found in self.moments().items()}
+        scale = None if self.loss_scale is None else self.loss_scale.state_dict()
+        return {"moments": moments, "loss_scale": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
+        """Goes on from a state; `reset` comes first."""
+        named = {name: parameter for parameter, name in self._names.items()}
+        self._loaded = {named[name]: Moments(**found) for name, found in state["moments"].items()}
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])

@@ -10,24 +10,29 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dcvae_fast.errors import DivergedError
 from dcvae_fast.training.checkpoint import write_aside
+from dcvae_fast.training.ranks import ALONE, Ranks
 
 METRICS_FILE, TENSORBOARD, GRIDS = "metrics.jsonl", "tensorboard", "grids"
 
 
 class Log:
-    """Collects metrics on the device, and writes their means when told to."""
+    """Collects metrics on the device, and writes their means over iterations and ranks when told to."""
 
-    def __init__(self, folder: Path, images: int, total: int):
-        """Continue the log of a run after `images` of `total` images; what was logged beyond them is dropped."""
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, folder: Path, images: int, total: int, ranks: Ranks = ALONE):
+        """Continue the log of a run after `images` of `total` images; what was logged beyond them is dropped.
 
-        self.folder, self.total = folder, total
-        _drop_after(folder / METRICS_FILE, images)
-        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=images + 1)
+        Only the first of several ranks writes."""
+        self.folder, self.total, self._ranks = folder, total, ranks
+        if ranks.first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _drop_after(folder / METRICS_FILE, images)
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=images + 1)
         self._restart(images)
 
     def _restart(self, images: int) -> None:
@@ -51,12 +56,19 @@ class Log:
         names = sorted(self._sums)
         if not names:
             return
-        sums = torch.stack([self._sums[name].float() for name in names]).tolist()  # waits for the device
-        means = {name: value / self._counts[name] for name, value in zip(names, sums, strict=True)}
-        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-            raise DivergedError(
-                f"{self.folder}: {bad[0]} became {means[bad[0]]} between {self._images:,} and {images:,} images."
-            )
+        sums = torch.stack([self._sums[name].float() for name in names]).cpu()  # waits for the device
+        self._ranks.average_([sums])
+        means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
+        with self._ranks.together():
+            if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+                raise DivergedError(
+                    f"{self.folder}: {bad[0]} became {means[bad[0]]} between {self._images:,} and {images:,} images."
+                )
+            if self._ranks.first:
+                self._record(images, means)
+        self._restart(images)
+
+    def _record(self, images: int, means: dict[str, float]) -> None:
         seconds = time.perf_counter() - self._time
         rate, waiting = (images - self._images) / seconds, self._waited / seconds
         record = {"images_per_second": rate, "waiting_for_data": waiting, **means}
@@ -65,7 +77,6 @@ class Log:
         for name, value in record.items():
             self._tensorboard.add_scalar(name, value, images)
         say(_progress_line(images, self.total, rate, waiting, means))
-        self._restart(images)
 
     def grid(self, name: str, images: int, tiles: Tensor, columns: int) -> Path:
         """Write images [N, C, H, W] in [-1, 1] as RUN/grids/NAME-IMAGES.png and to TensorBoard; returns the file."""
@@ -97,11 +108,15 @@ class Log:
         return path
 
     def close(self) -> None:
-        self._tensorboard.close()
+        if self._ranks.first:
+            self._tensorboard.close()
 
 
 def say(line: str) -> None:
-    """Print a line; where nobody reads any more (a closed pipe), go on in silence: training is not to stop for that."""
+    """Print a line, on the first of several ranks. Where nobody reads any more (a closed pipe), go on in silence:
+    training is not to stop for that."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     try:
         print(line, flush=True)
     except BrokenPipeError:

@@ -1,10 +1,11 @@
 """A whole run: data → step → logs, grids, checkpoints. To resume, call it again."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dcvae_fast.config import Config, ModelConfig, to_dict
-from dcvae_fast.errors import ConfigError, DivergedError
+from dcvae_fast.errors import ConfigError, DivergedError, RankError
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
 from dcvae_fast.training.log import Log, say
+from dcvae_fast.training.optim import choose
+from dcvae_fast.training.ranks import ALONE, Ranks
 from dcvae_fast.training.schedule import point
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
@@ -26,6 +29,9 @@ from dcvae_pipelines.pixels import resize
 
 # Held-out images in the grids.
 GRID_IMAGES = 32
+
+# What a rank says before an iteration: the others do as the worst off.
+GO, STOP, FAILED = range(3)
 
 
 @dataclass(frozen=True)
@@ -43,62 +49,77 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: Config, folder: Path) -> Outcome:
+def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
     """Train in the run folder until `train.images` images were shown, or until SIGINT or SIGTERM.
 
-    Continues from the newest intact checkpoint. On a CPU, with the same number of threads, the
-    weights are bitwise those of an uninterrupted run.
+    Continues from the newest intact checkpoint, whatever the number of ranks that wrote it. On a CPU, with the same
+    number of threads and ranks, the weights are bitwise those of an uninterrupted run. Of several ranks, only the first
+    uses the folder.
 
     Raises:
         UserError: a setting, the data or the folder is not usable, or training diverged; the message says which.
         DataError: the data set is missing or damaged.
+        RankError: another rank raises one of these.
     """
-    device = pick_device(config.train.device)
-    held_out = first_images(config, "test", GRID_IMAGES).images
-    images = training_images(config)
-    if isinstance(images, ImageSet):  # to the device once, for every source made of it
-        images = replace(images, images=images.images.to(device))
-    step, source = TrainStep(config, device), open_source(config, images, device)
-    prepare_run(folder, config)  # only now: a folder is bound to settings that work
-    with locked(folder), stop_signals() as received:
-        if state := load_checkpoint(folder):
+    with ranks.together():
+        device = pick_device(config.train.device, ranks)
+        held_out = first_images(config, "test", GRID_IMAGES).images if ranks.first else None
+        images = training_images(config)
+        if isinstance(images, ImageSet):  # to the device once, for every source made of it
+            images = replace(images, images=images.images.to(device))
+        step, source = TrainStep(config, device, ranks), open_source(config, images, device, ranks)
+        if ranks.first:
+            prepare_run(folder, config)  # only now: a folder is bound to settings that work
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(locked(folder))
+        received = stack.enter_context(stop_signals())
+        if state := _load(folder, ranks):
             step.load_state_dict(state["step"])
-            source.load_state_dict(state["source"])
+            positions = state["sources"]
+            source.load_state_dict(positions[ranks.rank if len(positions) == ranks.count else 0])
             source.set_resolution(step.resolution, step.point.batch)
-            set_newer_aside(folder, step.images)
         start, total, intervals = step.images, config.train.images, config.log
         if start >= total:
             return Outcome(start, trained=False)
         say(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
+        say(f"Gradients by {step.engine.describe()}; Adam by {choose(config.optim.fused, device)}")
 
-        batches, saved = iter(source), start
-        with closing(Log(folder, start, total)) as log:
-            while step.images < total and not received:
-                if step.point.resolution != step.resolution:
-                    if step.images > saved:  # to go back to, should anything fail on the way
-                        _save(config, folder, step, source)
-                        saved = step.images
-                    grow(config, images, step, source)
-                before, asked = step.images, time.perf_counter()
-                try:
-                    batch = next(batches)
-                except DataError:  # a damaged image: what was learned so far is not to be lost
-                    if step.images > saved:
-                        _save(config, folder, step, source)
-                    raise
-                waited = time.perf_counter() - asked
-                log.add(step(batch), waited)
-                finished = step.images >= total
-                if finished or _crossed(before, step.images, intervals.every):
-                    log.write(step.images)
-                if finished or _crossed(before, step.images, intervals.checkpoint_every):
-                    _save(config, folder, step, source)
+        batches, saved, status, problem = iter(source), start, GO, None
+        log = stack.enter_context(closing(Log(folder, start, total, ranks)))
+        while step.images < total:
+            if step.point.resolution != step.resolution:
+                if step.images > saved:  # to go back to, should anything fail on the way
+                    _save(config, folder, step, source.state_dict())
                     saved = step.images
-                if finished or _crossed(before, step.images, intervals.grids_every):
-                    write_grids(log, step, held_out)
+                grow(config, images, step, source)
+            before, position, asked = step.images, source.state_dict(), time.perf_counter()
+            try:
+                batch = next(batches)
+            except DataError as error:  # a damaged image: what was learned so far is not to be lost
+                problem = error
+            waited = time.perf_counter() - asked
+            status = ranks.worst(FAILED if problem else STOP if received else GO)
+            if status != GO:
+                break
+            log.add(step(batch), waited)
+            finished = step.images >= total
+            if finished or _crossed(before, step.images, intervals.every):
+                log.write(step.images)
+            if finished or _crossed(before, step.images, intervals.checkpoint_every):
+                _save(config, folder, step, source.state_dict())
+                saved = step.images
+            if held_out is not None and (finished or _crossed(before, step.images, intervals.grids_every)):
+                write_grids(log, step, held_out)
         if step.images > saved:
-            _save(config, folder, step, source)
-    return Outcome(step.images, trained=True, signal=received[0] if received else None)
+            _save(config, folder, step, position)
+    if problem is not None:
+        raise problem
+    if status == FAILED:
+        raise RankError("another rank could not read its images.")
+    signals = [number for number in ranks.all(received[0] if received else None) if number]
+    return Outcome(step.images, trained=True, signal=signals[0] if signals else None)
 
 
 def grow(config: Config, images: ImageSet | EncodedSet, step: TrainStep, source: Source) -> None:
@@ -107,19 +128,26 @@ def grow(config: Config, images: ImageSet | EncodedSet, step: TrainStep, source:
     say(f"Growing to {to.resolution}×{to.resolution}, {to.batch} images an iteration")
     step.grow(to)
     source.set_resolution(to.resolution, to.batch)
-    fresh = open_source(config, images, step.device, seed=derive_seed(config.train.seed, "refill", to.resolution))
+    seed = derive_seed(config.train.seed, "refill", to.resolution)
+    fresh = open_source(config, images, step.device, step.ranks, seed)
     fresh.set_resolution(to.resolution, to.batch)
     step.refill(iter(fresh))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` … → a device that is there.
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` … → a device that is there; each of several ranks has its own GPU.
 
     Raises:
         ConfigError: it is not.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.count > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"the device is {name!r}, but of {ranks.count} ranks each takes its own: --train.device cuda.")
+        if ranks.local_count > torch.cuda.device_count():
+            raise ConfigError(f"{ranks.local_count} ranks on this machine, but it has {torch.cuda.device_count()} GPUs.")
+        name = f"cuda:{ranks.local}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -180,9 +208,22 @@ def training_images(config: Config) -> ImageSet | EncodedSet:
     return decode_images(images, len(images), resolution=model.resolution, channels=model.image_channels)
 
 
-def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.device, seed: int | None = None) -> Source:
-    """Batches for training, as they are at the beginning; `seed` is of their order, else the configuration's."""
-    data, model, train, start = config.data, config.model, config.train, point(config, 0)
+def open_source(
+    config: Config,
+    images: ImageSet | EncodedSet,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    seed: int | None = None,
+) -> Source:
+    """Batches for training, this rank's share of them, as they are at the beginning; `seed` is of their order, else the
+    configuration's.
+
+    Raises:
+        DataError: there are fewer images than ranks, or than a setting needs.
+    """
+    data, model, train, start = config.data, config.model, config.train, point(config, 0, ranks.count)
+    if ranks.count > len(images):
+        raise DataError(f"{images.name} has {len(images)} images, fewer than the {ranks.count} ranks.")
     source = make_source(
         images,
         resolution=model.resolution,
@@ -190,9 +231,11 @@ def open_source(config: Config, images: ImageSet | EncodedSet, device: torch.dev
         batch=start.batch,
         seed=train.seed if seed is None else seed,
         device=device,
+        rank=ranks.rank,
+        ranks=ranks.count,
         mirror=data.mirror,
         drop_last=data.drop_last,
-        threads=data.threads,
+        threads=data.threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_count),
         prefetch=data.prefetch,
         on_corrupt=data.on_corrupt,
     )
@@ -270,9 +313,21 @@ def _crossed(before: int, now: int, interval: int) -> bool:
     return now // interval > before // interval
 
 
-def _save(config: Config, folder: Path, step: TrainStep, source: Source) -> None:
+def _load(folder: Path, ranks: Ranks) -> dict[str, Any] | None:
+    """The newest intact checkpoint, if there is one, read by the first rank."""
+    state = None
+    with ranks.together():
+        if ranks.first and (state := load_checkpoint(folder)):
+            set_newer_aside(folder, state["step"]["images"])
+    return ranks.from_first(state)
+
+
+def _save(config: Config, folder: Path, step: TrainStep, position: dict[str, Any]) -> None:
+    ranks = step.ranks
     norms = torch._foreach_norm(tuple(step.networks.parameters()))
-    if not torch.stack(norms).isfinite().all():
-        raise DivergedError(f"{folder}: a weight is no longer a finite number after {step.images:,} images.")
-    state = {"config": to_dict(config), "step": step.state_dict(), "source": source.state_dict()}
-    save_checkpoint(folder, step.images, state, config.log.keep)
+    state = {"config": to_dict(config), "step": step.state_dict(), "sources": ranks.all(position)}
+    with ranks.together():
+        if not torch.stack(norms).isfinite().all():
+            raise DivergedError(f"{folder}: a weight is no longer a finite number after {step.images:,} images.")
+        if ranks.first:
+            save_checkpoint(folder, step.images, state, config.log.keep)

@@ -1,12 +1,22 @@
-"""Which Adam."""
+"""Which Adam, and its moments in a form that does not depend on which."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dcvae_fast.config import OptimConfig
+from dcvae_fast.errors import ConfigError, reason
+
+
+class Moments(NamedTuple):
+    """What Adam remembers of a parameter."""
+
+    step: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 def adam(
@@ -14,18 +24,76 @@ def adam(
     config: OptimConfig,
     lr: float | None = None,
     scales: Mapping[Tensor, float] | None = None,
-) -> torch.optim.Adam:
-    """torch's fused Adam, plain on the meta device. Parameters without a gradient keep moments and step counts.
+) -> torch.optim.Optimizer:
+    """The Adam that `optim.fused` asks for, over parameters that are always stepped together.
 
     Args:
         lr: instead of the configuration's.
         scales: c of parameters with equalised learning rate: they are the product of c and what Adam is meant to step,
             so its steps are lr · c with ε / c.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be used here.
     """
     by_scale = defaultdict(list)
     for parameter in parameters:
         by_scale[(scales or {}).get(parameter, 1.0)].append(parameter)
     lr = config.lr if lr is None else lr
     groups = [{"params": some, "lr": lr * c, "eps": config.eps / c} for c, some in by_scale.items()]
-    fused = groups[0]["params"][0].device.type != "meta"
-    return torch.optim.Adam(groups, betas=config.betas, fused=fused)
+    device = groups[0]["params"][0].device
+    kind = choose(config.fused, device)
+    if kind == "torch":
+        return torch.optim.Adam(groups, betas=config.betas, fused=device.type != "meta")
+    try:
+        return _other(kind)(groups, betas=config.betas, adam_w_mode=False)
+    except Exception as error:  # a compiler that is missing or fails, a device it is not for
+        raise ConfigError(f"optim.fused is {kind}, which cannot be used here ({reason(error)}).") from error
+
+
+def choose(fused: str, device: torch.device) -> str:
+    """`apex`, `deepspeed` or `torch`, for `optim.fused` and a device."""
+    if device.type == "meta":
+        return "torch"
+    if fused != "auto":
+        return fused
+    try:
+        return "apex" if device.type == "cuda" and _other("apex") else "torch"
+    except ConfigError:
+        return "torch"
+
+
+def _other(kind: str) -> Any:
+    """The class of an Adam that is not torch's."""
+    try:
+        if kind == "apex":
+            from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+        else:
+            from deepspeed.ops.adam import FusedAdam
+    except ImportError as error:
+        names = {"apex": "NVIDIA's Apex (apex.optimizers; not the package called apex in the index)"}
+        raise ConfigError(f"optim.fused is {kind}, but {names.get(kind, kind)} is not installed.") from error
+    return FusedAdam
+
+
+def read_moments(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Moments:
+    """Of a parameter in one of the optimizer's groups, after a step."""
+    state, last = optimizer.state[parameter], optimizer.state[group["params"][-1]]
+    # Apex counts the group's steps, DeepSpeed those of its last parameter; with torch all counts are the same.
+    step = last["step"] if "step" in last else group["step"]
+    return Moments(int(step), state["exp_avg"], state["exp_avg_sq"])
+
+
+def write_moments(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, moments: Moments
+) -> None:
+    """Before the first step, what `read_moments` gave."""
+    state = optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.Adam):
+        device = "cpu" if parameter.is_meta else parameter.device
+        state["step"] = torch.tensor(float(moments.step), device=device)
+    elif type(optimizer).__module__.startswith("apex"):
+        group["step"] = moments.step
+    else:
+        state["step"] = moments.step
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.empty_like(parameter).copy_(getattr(moments, name))

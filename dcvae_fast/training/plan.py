@@ -117,8 +117,8 @@ def _growing(step: TrainStep, train_images: int, data: int, every: int) -> list[
     if costs:
         most, at = max(zip(costs, passed, strict=True), key=lambda pair: pair[0].memory)
         lines.append(f"{_memory(most.networks, most.moments, most.peak, data)}; the most, at {at}")
-    if train.precision == "bfloat16":
-        lines.append("                activations and gradients are counted in float32: bfloat16 needs less")
+    if train.precision != "float32":
+        lines.append(f"                activations and gradients are counted in float32: {train.precision} needs less")
     return lines
 
 
@@ -161,8 +161,7 @@ def stage_costs(step: TrainStep) -> list[Cost]:
             step(batch)  # so that there are moments, as in all later iterations
             step.images, resolution = half_way, stage.resolution
         resident = [*step.networks.parameters(), *step.networks.buffers()]
-        states = [state for adam in step.engine.optimizers.values() for state in adam.state.values()]
-        moments = [tensor for state in states for tensor in state.values()]
+        moments = [x for found in step.engine.moments().values() for x in (found.exp_avg, found.exp_avg_sq)]
         with PeakMemory(besides=resident + moments) as peak:
             flops = iteration_flops(step, batch)
         costs.append(Cost(flops, _nbytes(resident), _nbytes(moments), peak.peak))

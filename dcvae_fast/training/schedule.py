@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from dcvae_fast.config import Config
+from dcvae_fast.errors import ConfigError
 
 
 class Point(NamedTuple):
@@ -46,13 +47,55 @@ def stages(config: Config) -> list[Stage]:
     return found
 
 
-def point(config: Config, images: int) -> Point:
-    """What holds for the iteration that begins after `images` images."""
+def point(config: Config, images: int, ranks: int = 1) -> Point:
+    """What holds for the iteration that begins after `images` images.
+
+    Raises:
+        ConfigError: the ranks cannot share its batch.
+    """
     stage = next(stage for stage in reversed(stages(config)) if stage.begin <= images)
     alpha = min(1.0, (images - stage.begin) / stage.images) if stage.fades else 1.0
     if not config.model.grows:
-        return Point(stage.resolution, alpha, config.train.batch, config.optim.lr)
-    growth = config.growth
-    return Point(
-        stage.resolution, alpha, growth.batch[stage.resolution], growth.lr.get(stage.resolution, config.optim.lr)
-    )
+        return Point(stage.resolution, alpha, _share(config, "train.batch", config.train.batch, ranks), config.optim.lr)
+    growth, resolution = config.growth, stage.resolution
+    batch = _share(config, f"growth.batch[{resolution}]", growth.batch[resolution], ranks)
+    return Point(resolution, alpha, batch, growth.lr.get(resolution, config.optim.lr))
+
+
+def sampled(config: Config, ranks: int = 1) -> int | None:
+    """Prior samples in an autoencoder step on each rank; None for as many as real images.
+
+    Raises:
+        ConfigError: the ranks cannot share them.
+    """
+    count = config.train.sampled_batch
+    return None if count is None else _share(config, "train.sampled_batch", count, ranks)
+
+
+def check_batches(config: Config, ranks: int) -> None:
+    """
+    Raises:
+        ConfigError: the ranks cannot share a batch, or cannot cut their shares into micro-batches.
+    """
+    sampled(config, ranks)
+    for stage in stages(config):
+        batch, micro = point(config, stage.begin, ranks).batch, config.train.micro_batch
+        if batch < 2 and not config.model.grows:
+            raise ConfigError(f"train.batch leaves {batch} image for each of {ranks} ranks; it must leave 2.")
+        if micro is not None and batch > micro and not batch % 4 == micro % 4 == 0:  # statistics are of four neighbours
+            raise ConfigError(
+                f"train.micro_batch is {micro}, but at {stage.resolution}×{stage.resolution} each of {ranks} ranks has"
+                f" {batch} images; both must be multiples of 4."
+            )
+
+
+def _share(config: Config, setting: str, batch: int, ranks: int) -> int:
+    """A rank's part of a batch."""
+    if config.train.batch_per_rank:
+        return batch
+    if batch % ranks:
+        raise ConfigError(
+            f"{setting} is {batch}, which {ranks} ranks cannot share; choose a multiple of {ranks}, or let it be each"
+            " rank's own: --train.batch_per_rank true."
+        )
+    return batch // ranks

@@ -27,8 +27,10 @@ from dcvae_fast.models.build import build_autoencoder, build_discriminator, lear
 from dcvae_fast.models.dcvae import Posterior
 from dcvae_fast.models.layers import copy_buffers, frozen, update_average, widened
 from dcvae_fast.models.progressive import LOW, Phase, checkpoint_activations, set_phase
+from dcvae_fast.training.deepspeed_engine import DeepSpeedEngine, deepspeed_settings
 from dcvae_fast.training.engine import Engine
-from dcvae_fast.training.schedule import Point, point
+from dcvae_fast.training.ranks import ALONE, Ranks
+from dcvae_fast.training.schedule import Point, check_batches, point, sampled
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_pipelines import Batch, cross_fade
 
@@ -79,40 +81,47 @@ class Networks(nn.Module):
 class TrainStep:
     """Calling it with a batch trains on it once (in the order of the authors' code, or jointly as in Eq. 9).
 
-    Randomness comes from (seed, rank, images seen), so a resumed run draws what an uninterrupted one would.
+    Randomness comes from (seed, images seen), so a resumed run draws what an uninterrupted one would. Each of several
+    ranks draws for all, and takes its share: together they do what one would do with all their images, up to rounding.
     """
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu", rank: int = 0, ranks: int = 1):
+    def __init__(self, config: Config, device: torch.device | str = "cpu", ranks: Ranks = ALONE):
+        """
+        Raises:
+            ConfigError: the ranks cannot share the batches, or DeepSpeed is wanted and cannot be used so.
+        """
+        check_batches(config, ranks.count)
         self.config = config
         self.device = torch.device(device)
-        self.rank, self.ranks = rank, ranks
+        self.ranks = ranks
         # Channels last: convolutions are faster so, on GPUs and CPUs alike.
         self.networks = Networks(config).to(self.device).to(memory_format=torch.channels_last).train()
         if config.train.checkpoint_activations:
             checkpoint_activations(self.networks)
         discriminator = self.networks.discriminator
-        self.engine = Engine(
-            {
-                "encoder": self.networks.encoder.parameters(),
-                "decoder": self.networks.decoder.parameters(),
-                "trunk": discriminator.critic.trunk.parameters(),
-                "score": discriminator.critic.score.parameters(),
-                "heads": discriminator.heads.parameters(),
-            },
-            config.optim,
-            learning_rate_scales(self.networks),
-        )
+        groups = {
+            "encoder": self.networks.encoder.parameters(),
+            "decoder": self.networks.decoder.parameters(),
+            "trunk": discriminator.critic.trunk.parameters(),
+            "score": discriminator.critic.score.parameters(),
+            "heads": discriminator.heads.parameters(),
+        }
+        arguments = (self.networks, groups, config, ranks, learning_rate_scales(self.networks))
+        if config.train.uses_deepspeed and self.device.type != "meta":
+            self.engine: Engine = DeepSpeedEngine(*arguments, settings=deepspeed_settings(config, ranks.count))
+        else:
+            self.engine = Engine(*arguments)
         # The meta device, on which a plan is made, has no generator of its own and draws nothing.
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
         self.images = 0  # shown so far, on all ranks together
         self.iterations = 0
-        self.grow(point(config, 0))
+        self.grow(self.point)
 
     @property
     def point(self) -> Point:
         """Resolution, fade, batch and learning rate of the next iteration. Where the resolution is not `resolution`,
         `grow` and `refill` come first."""
-        return point(self.config, self.images)
+        return point(self.config, self.images, self.ranks.count)
 
     def grow(self, to: Point) -> None:
         """Go on at another resolution: with no moments in the optimizers, and an empty queue.
@@ -120,7 +129,7 @@ class TrainStep:
         The new layers have been in all networks from the start, C′ and the averages included, and are the same there.
         """
         self._set_phase(to)
-        self.engine.reset(to.lr)
+        self.engine.reset(to.lr, to.batch)
         contrast = self.networks.contrast
         if contrast is not None:
             low = not self.config.model.grows or to.resolution >= LOW
@@ -128,7 +137,7 @@ class TrainStep:
 
     @torch.no_grad()
     def refill(self, batches: Iterable[Batch]) -> None:
-        """Fill the queue with keys of fresh images, at the present resolution."""
+        """Fill the queue with keys of fresh images, this rank's share of them, at the present resolution."""
         contrast = self.networks.contrast
         if contrast is None:
             return
@@ -136,8 +145,9 @@ class TrainStep:
         for batch in batches:
             with self._autocast():
                 keys, _ = contrast.keys(self._shown(batch).images)
-            contrast.queue.enqueue(keys, batch.ids)
-            missing -= len(batch.ids)
+            ids = self.ranks.gathered(batch.ids)
+            contrast.queue.enqueue(self.ranks.gathered(keys, dim=1), ids)
+            missing -= len(ids)
             if missing <= 0:
                 return
 
@@ -152,17 +162,18 @@ class TrainStep:
         return Batch(images, batch.ids)
 
     def _autocast(self) -> AbstractContextManager:
-        if self.config.train.precision == "float32" or self.device.type == "meta":
+        precision = self.config.train.precision
+        if precision == "float32" or self.device.type == "meta":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, getattr(torch, precision))
 
     def __call__(self, batch: Batch) -> Metrics:
-        """Train on images [B, C, R, R] of the present resolution; returns scalars, those of the autoencoder only where
-        it was stepped."""
+        """Train on images [B, C, R, R] of the present resolution, this rank's share; returns scalars, of its share too,
+        those of the autoencoder only where it was stepped."""
         train, loss = self.config.train, self.config.loss
         self._set_phase(self.point)
         batch = self._shown(batch)
-        self.generator.manual_seed(derive_seed(train.seed, self.rank, self.images))
+        self.generator.manual_seed(derive_seed(train.seed, self.images))
         steps_autoencoder = not loss.has_gan or self.iterations % train.n_critic == 0
 
         metrics: Metrics = {}
@@ -178,12 +189,14 @@ class TrainStep:
             metrics |= self._instance_step(batch, reconstruct or self._reconstruct_once(batch.images, True))
             update_average(self.networks.decoder_average, self.networks.decoder, train.average)
         copy_buffers(self.networks.decoder_average, self.networks.decoder)
-        self.images += len(batch.images) * self.ranks
+        self.images += len(batch.images) * self.ranks.count
         self.iterations += 1
         return metrics
 
     def _noise(self, n: int) -> Tensor:
-        return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
+        """[n, Z]: this rank's share."""
+        shape = (n * self.ranks.count, self.config.model.latent_dim)
+        return self.ranks.own(torch.randn(shape, device=self.device, generator=self.generator))
 
     def _parts(self, n: int) -> list[slice]:
         """The batch, or the micro-batches that it is cut into."""
@@ -216,7 +229,8 @@ class TrainStep:
         noise = self._noise(len(images))
         between = None
         if self.config.loss.adversarial == "wgan_gp":
-            between = torch.rand(2, len(images), 1, 1, 1, device=self.device, generator=self.generator)
+            shape = (2, len(images) * self.ranks.count, 1, 1, 1)
+            between = self.ranks.own(torch.rand(shape, device=self.device, generator=self.generator), dim=1)
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
             with self._autocast(), torch.no_grad():
@@ -252,10 +266,9 @@ class TrainStep:
         return loss, metrics
 
     def _gradient_norms(self, images: Tensor) -> Tensor:
-        """Of the score in each image, [B]."""
+        """Of the score in each image, [B]; in float32, for the gradients of single pixels are small."""
         images = images.detach().requires_grad_()
-        with self._autocast():
-            scores = widened(self.networks.discriminator(images).score)
+        scores = self.networks.discriminator(images).score
         return gradient_norm(scores, images)
 
     def _adversarial_loss(self, rec: Tensor, noise: Tensor) -> Tensor:
@@ -268,7 +281,7 @@ class TrainStep:
 
     def _autoencoder_step(self, n: int, reconstruct: Reconstruct) -> Metrics:
         """The adversarial loss of the autoencoder, and KL; steps encoder and decoder."""
-        noise = self._noise(self.config.train.sampled_batch or n)
+        noise = self._noise(sampled(self.config, self.ranks.count) or n)
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
             rec = reconstruct(part)
@@ -285,7 +298,7 @@ class TrainStep:
         """
         config, n, noise = self.config, len(batch.images), None
         if config.loss.has_gan and config.loss.order == "joint":
-            noise = self._noise(config.train.sampled_batch or n)
+            noise = self._noise(sampled(config, self.ranks.count) or n)
         keys = self._new_keys(batch) if config.loss.instance == "contrast" else None
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
@@ -350,11 +363,13 @@ class TrainStep:
         return loss, metrics
 
     def _enqueue(self, keys: Keys, ids: Tensor) -> None:
-        contrast = self.networks.contrast
+        """The keys of all ranks: each has the same queue."""
+        contrast, ranks = self.networks.contrast, self.ranks
         assert contrast is not None
-        contrast.queue.enqueue(keys.embeddings, ids)
+        ids = ranks.gathered(ids)
+        contrast.queue.enqueue(ranks.gathered(keys.embeddings, dim=1), ids)
         if contrast.local_queue is not None and keys.patches is not None:
-            contrast.local_queue.enqueue(keys.patches, ids)
+            contrast.local_queue.enqueue(ranks.gathered(keys.patches, dim=1), ids)
 
     def _update(self, loss: Callable[[slice], tuple[Tensor, Metrics]], n: int, *groups: str) -> Metrics:
         """Steps these groups for the mean loss of the batch's parts; the mean of their metrics."""
@@ -366,7 +381,7 @@ class TrainStep:
             self.engine.backward(value if len(parts) == 1 else value * share, groups)
             for name, each in found.items():
                 metrics[name] = each if len(parts) == 1 else metrics.get(name, 0) + share * each
-        self.engine.step(groups)
+        self.engine.step()
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,7 +395,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        there = point(self.config, state["images"])
+        there = point(self.config, state["images"], self.ranks.count)
         self.grow(there._replace(resolution=state["resolution"], alpha=state["alpha"]))
         self.images, self.iterations = state["images"], state["iterations"]
         self.networks.load_state_dict(state["networks"])

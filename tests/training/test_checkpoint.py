@@ -33,7 +33,7 @@ def run(tmp_path) -> Path:
 def state(value: float) -> dict:
     return {
         "config": {"model": {}},
-        "source": {},
+        "sources": [{}],
         "step": {"images": int(value), "networks": {"encoder.w": torch.full((1000,), float(value))}},
     }
 
@@ -166,7 +166,7 @@ def test_weights_are_the_encoder_and_the_averaged_decoder(run):
     tensors = {name: torch.tensor(value) for name, value in networks.items()}
     step = {"networks": tensors, "resolution": 8, "alpha": 0.5}
     model = {"latent_dim": 3, "resolution": 32, "alpha": 1.0}
-    save_checkpoint(run, 5, {"config": {"model": model}, "step": step, "source": {}}, keep=2)
+    save_checkpoint(run, 5, {"config": {"model": model}, "step": step, "sources": [{}]}, keep=2)
     config, weights = load_weights(run)
     assert config == {"model": {"latent_dim": 3, "resolution": 8, "alpha": 0.5}}  # as far as it has grown
     assert {name: value.item() for name, value in weights.items()} == {"encoder.a": 1.0, "decoder.b": 3.0}

@@ -215,7 +215,7 @@ def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path):
     run(tmp_path / "parts", 48, *data)
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
     state = load_checkpoint(tmp_path / "whole")
-    assert state is not None and state["source"] == {"images": 48, "of": 38, "skipped": 0, "ranks": 1}
+    assert state is not None and state["sources"] == [{"images": 48, "of": 38, "skipped": 0, "ranks": 1}]
     assert len(list((tmp_path / "whole" / "grids").iterdir())) == 3  # of the two images held out, again and again
 
     (folder_of_images / "40.png").write_bytes((folder_of_images / "00.png").read_bytes())
@@ -239,6 +239,6 @@ def test_a_damaged_image_stops_a_run_without_loss_or_is_skipped(folder_of_images
 
     assert main([*command, "--data.on_corrupt", "skip"]) == 0
     state = load_checkpoint(tmp_path / "run")
-    assert state is not None and state["source"] == {"images": 32, "of": 38, "skipped": 1, "ranks": 1}
+    assert state is not None and state["sources"] == [{"images": 32, "of": 38, "skipped": 1, "ranks": 1}]
     out = capsys.readouterr().out
     assert "On 2 held-out images: reconstruction error" in out and "probe" not in out  # there are no labels

@@ -1,0 +1,296 @@
+"""The engine by DeepSpeed: its collectives, and ZeRO, which cuts Adam's moments up among the ranks."""
+
+import gc
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dcvae_fast.config import Config
+from dcvae_fast.errors import ConfigError, reason
+from dcvae_fast.training.engine import Engine, Parameters, Unit
+from dcvae_fast.training.optim import Moments, read_moments, write_moments
+from dcvae_fast.training.ranks import Ranks
+from dcvae_fast.training.schedule import point, stages
+
+# What a user's JSON may say besides what is compared with the recipe: how DeepSpeed communicates and what it reports.
+FREE = {
+    "allgather_bucket_size",
+    "communication_data_type",
+    "comms_logger",
+    "disable_allgather",
+    "dump_state",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+}
+ZERO_FREE = {
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "ignore_unused_parameters",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+}
+ELSEWHERE = {
+    "optimizer": "Adam's settings are those of the recipe's section optim",
+    "scheduler": "the learning rate is optim.lr and growth.lr",
+    "gradient_clipping": "the method clips no gradients",
+    "amp": "precision is train.precision",
+    "torch_autocast": "precision is train.precision",
+    "activation_checkpointing": "that is train.checkpoint_activations",
+}
+NO_STAGE_3 = (
+    "stage 3 cuts up the weights too, but each iteration runs through all networks several times, moves two averages"
+    " towards them and takes their spectral norms, and would gather them for each; they take 92 MB a network at most"
+)
+
+
+class DeepSpeedEngine(Engine):
+    """Each unit is a DeepSpeed engine of its own, whose loss has the unit's gradients: Σ ⟨gradient, parameter⟩.
+
+    So one loss may train parameters of several DeepSpeed engines, and one of those may be trained by several losses.
+    Weights are float32 there, too: what autocast computes in is not DeepSpeed's concern. They lose the channels-last
+    layout, which ZeRO's flat buffers do not keep.
+    """
+
+    def __init__(self, *args: Any, settings: dict[str, Any], **kwargs: Any):
+        """
+        Args:
+            settings: for DeepSpeed; see `deepspeed_settings`.
+
+        Raises:
+            ConfigError: DeepSpeed is not installed.
+        """
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ConfigError(
+                f"train.engine is deepspeed, which cannot be imported ({reason(error)}): pip install 'dcvae_fast[train]'."
+            ) from error
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        # On CPUs it would first compile an all-reduce of its own, which takes a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._deepspeed, self._settings = deepspeed, settings
+        super().__init__(*args, **kwargs)
+        if not dist.is_initialized():  # DeepSpeed needs the others, even where there are none
+            cuda = torch.cuda.is_available()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1
+            )
+        os.environ.setdefault("LOCAL_RANK", "0")  # it reads this, too
+
+    def describe(self) -> str:
+        stage = self._settings["zero_optimization"]["stage"]
+        ranks = f"{self._ranks.count} rank{'s' if self._ranks.count > 1 else ''}"
+        return f"DeepSpeed {self._deepspeed.__version__}, ZeRO stage {stage}, {ranks}"
+
+    def _differentiate(self, loss: Tensor, parameters: Parameters) -> None:
+        """Not by `backward`: ZeRO's hooks would take the gradients, before the unit's own loss brings them."""
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        """The units do it."""
+
+    def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:
+        elements = sum(parameter.numel() for parameter in parameters)
+        # Buckets are allocated whole: by default 2 GB for each unit.
+        zero = {"reduce_bucket_size": elements, **self._settings["zero_optimization"]}
+        settings = {**self._settings, "train_micro_batch_size_per_gpu": self._batch, "zero_optimization": zero}
+        for parameter in parameters:  # DeepSpeed wants rows of stride 1, in 1×1 convolutions too
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        engine, *_ = self._deepspeed.initialize(
+            model=_InnerProduct(parameters),
+            optimizer=self._adam(parameters),
+            config=settings,
+            dist_init_required=False,
+        )
+        kind = _ZeroUnit if zero["stage"] else _Unit
+        return kind(engine, parameters, self._ranks, moments)
+
+
+class _InnerProduct(nn.Module):
+    """Parameters; given a tensor for each, a loss with these gradients."""
+
+    def __init__(self, parameters: Parameters):
+        super().__init__()
+        self.held = nn.ParameterList(parameters)
+
+    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(p * g).sum() for p, g in zip(self.held, gradients, strict=True)]).sum()
+
+
+class _Unit:
+    """An engine of DeepSpeed's, at stage 0: each rank has all moments."""
+
+    def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):
+        self.parameters, self._engine, self._ranks = parameters, engine, ranks
+        if moments is not None:
+            self._load(moments)
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        self._engine.backward(self._engine(gradients))
+        self._engine.step()
+
+    def close(self) -> None:
+        self._engine.destroy()
+        del self._engine
+        gc.collect()  # it refers to itself, and holds copies of the weights
+
+    def moments(self) -> list[Moments]:
+        adam = self._engine.optimizer
+        return [read_moments(adam, _group_of(adam, parameter), parameter) for parameter in self.parameters]
+
+    def _load(self, moments: Sequence[Moments]) -> None:
+        adam = self._engine.optimizer
+        for parameter, found in zip(self.parameters, moments, strict=True):
+            write_moments(adam, _group_of(adam, parameter), parameter, found)
+
+
+class _ZeroUnit(_Unit):
+    """The same from stage 1 on: Adam steps this rank's partition of each group's weights, laid out one after another."""
+
+    def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):
+        zero = engine.optimizer
+        # This rank's part of each parameter that it has a part of: the group; where it is in the parameter; where in
+        # the partition. Noted down now, for an earlier engine of the same parameters clears it when it is collected.
+        self._fragments = [
+            (group, parameter, _range(mapping.lp_fragment_address), _range(mapping.hp_fragment_address))
+            for group, members in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True)
+            for parameter in members
+            if (mapping := parameter._hp_mapping) is not None
+        ]
+        super().__init__(engine, parameters, ranks, moments)
+
+    def moments(self) -> list[Moments]:
+        adam, step = self._engine.optimizer.optimizer, 0
+        whole = {p: torch.zeros(2, p.numel(), device=p.device) for p in self.parameters}
+        for group, parameter, here, there in self._fragments:
+            (partition,) = group["params"]
+            step, *averages = read_moments(adam, group, partition)
+            for mine, average in zip(whole[parameter], averages, strict=True):
+                mine[here] = average[there]
+        self._ranks.sum_(list(whole.values()))
+        step = self._ranks.worst(step)  # a rank may have no part of any
+        return [Moments(step, *(x.view(p.shape) for x in whole[p])) for p in self.parameters]
+
+    def _load(self, moments: Sequence[Moments]) -> None:
+        adam, of = self._engine.optimizer.optimizer, dict(zip(self.parameters, moments, strict=True))
+        for group in adam.param_groups:
+            (partition,) = group["params"]
+            zeros = torch.zeros_like(partition, requires_grad=False)
+            write_moments(adam, group, partition, Moments(moments[0].step, zeros, zeros))
+        for group, parameter, here, there in self._fragments:
+            (partition,) = group["params"]
+            for name in ("exp_avg", "exp_avg_sq"):
+                adam.state[partition][name][there] = getattr(of[parameter], name).flatten()[here]
+
+
+def _range(address: Any) -> slice:
+    return slice(address.start, address.start + address.numel)
+
+
+def _group_of(adam: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    return next(group for group in adam.param_groups if any(parameter is p for p in group["params"]))
+
+
+def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:
+    """What DeepSpeed is told: the user's JSON, as far as it does not contradict the recipe.
+
+    Raises:
+        ConfigError: the file cannot be read, or says something that the recipe says otherwise, or nobody here heeds.
+    """
+    path, stage = config.train.deepspeed_config, config.train.zero
+    user = {} if path is None else _read(path)
+    zero = user.pop("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{path}: zero_optimization is no object.")
+    _compare(path, user, config, ranks)
+    wanted = zero.pop("stage", "auto")
+    if wanted == 3:
+        raise ConfigError(f"{path}: zero_optimization.stage is 3; it must be 0, 1 or 2: {NO_STAGE_3}.")
+    if wanted != "auto":
+        if wanted not in (0, 1, 2) or stage not in (None, wanted):
+            either = "0, 1 or 2" if stage is None else f"{stage}, as train.zero is"
+            raise ConfigError(f"{path}: zero_optimization.stage is {wanted!r}; it must be {either}.")
+        stage = wanted
+    _refuse_others(path, zero, ZERO_FREE, "zero_optimization.")
+    zero = {**_without_auto(zero), "stage": stage or 0}
+    if stage:
+        zero["compute_grad_norm"] = False  # it would wait for the device
+    return {
+        **_without_auto(user),
+        "gradient_accumulation_steps": 1,  # the engine adds gradients up itself
+        "gradient_clipping": 0.0,  # the default is 1
+        "zero_optimization": zero,
+    }
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        user = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"train.deepspeed_config: {path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ConfigError(f"train.deepspeed_config: {path} is no JSON ({error}).") from error
+    if not isinstance(user, dict):
+        raise ConfigError(f"train.deepspeed_config: {path} holds no JSON object.")
+    return user
+
+
+def _compare(path: str | None, user: dict[str, Any], config: Config, ranks: int) -> None:
+    """Takes out of the user's settings what the recipe says too, if it says the same."""
+
+    def agree(settings: dict[str, Any], name: str, ours: Any, setting: str, prefix: str = "") -> None:
+        theirs = settings.pop(name, "auto")
+        if theirs not in ("auto", ours):
+            raise ConfigError(f"{path}: {prefix}{name} is {theirs!r}, but {setting} makes it {ours!r}.")
+
+    train, optim = config.train, config.optim
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        theirs = user.pop(name, "auto")
+        for stage in stages(config) if theirs != "auto" else ():
+            batch = point(config, stage.begin, ranks).batch
+            micro = min(train.micro_batch or batch, batch)
+            ours = {
+                "train_batch_size": batch * ranks,
+                "train_micro_batch_size_per_gpu": micro,
+                "gradient_accumulation_steps": -(-batch // micro),
+            }
+            where = f" at {stage.resolution}×{stage.resolution}" if config.model.grows else ""
+            batches = "growth.batch" if config.model.grows else "train.batch"
+            agree({name: theirs}, name, ours[name], f"{batches} on {ranks} ranks, with train.micro_batch,{where}")
+    for section, precision in (("bf16", "bfloat16"), ("fp16", "float16")):
+        theirs = user.pop(section, {})
+        if not isinstance(theirs, dict):
+            raise ConfigError(f"{path}: {section} is no object.")
+        agree(theirs, "enabled", train.precision == precision, f"train.precision {train.precision}", f"{section}.")
+        if section == "fp16":
+            agree(theirs, "loss_scale", 0, "the recipe's dynamic loss scale", "fp16.")
+            agree(theirs, "initial_scale_power", math.log2(optim.loss_scale), "optim.loss_scale", "fp16.")
+            agree(theirs, "loss_scale_window", optim.loss_scale_window, "optim.loss_scale_window", "fp16.")
+        _refuse_others(path, theirs, set(), f"{section}.")
+    _refuse_others(path, user, FREE)
+
+
+def _refuse_others(path: str | None, settings: dict[str, Any], known: set[str], prefix: str = "") -> None:
+    for name in settings:
+        if name not in known:
+            why = ELSEWHERE.get(name, "it would not be heeded, or change what the recipe computes")
+            raise ConfigError(f"{path}: {prefix}{name} cannot be set here: {why}.")
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value != "auto"}
