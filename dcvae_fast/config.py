@@ -307,7 +307,12 @@ class TrainConfig:
         _check("train.batch", self.batch, self.batch >= 2, "at least 2, for batch normalisation")
         _check("train.average", self.average, 0 <= self.average < 1, "in [0, 1)")
         asked = self.zero is not None or self.deepspeed_config is not None
-        _check("train.engine", self.engine, not (asked and self.engine == "torch"), "deepspeed for train.zero and train.deepspeed_config")
+        _check(
+            "train.engine",
+            self.engine,
+            not (asked and self.engine == "torch"),
+            "deepspeed for train.zero and train.deepspeed_config",
+        )
 
     @property
     def uses_deepspeed(self) -> bool:

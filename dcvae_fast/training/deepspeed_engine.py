@@ -95,9 +95,15 @@ class DeepSpeedEngine(Engine):
         ranks = f"{self._ranks.count} rank{'s' if self._ranks.count > 1 else ''}"
         return f"DeepSpeed {self._deepspeed.__version__}, ZeRO stage {stage}, {ranks}"
 
+    def reset(self, lr: float, batch: int) -> None:
+        super().reset(lr, batch)
+        gc.collect()  # DeepSpeed's engines refer to themselves, and hold copies of the weights
+
     def _differentiate(self, loss: Tensor, parameters: Parameters) -> None:
         """Not by `backward`: ZeRO's hooks would take the gradients, before the unit's own loss brings them."""
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
@@ -147,7 +153,6 @@ class _Unit:
     def close(self) -> None:
         self._engine.destroy()
         del self._engine
-        gc.collect()  # it refers to itself, and holds copies of the weights
 
     def moments(self) -> list[Moments]:
         adam = self._engine.optimizer

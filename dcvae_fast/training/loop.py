@@ -144,9 +144,13 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.count > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise ConfigError(f"the device is {name!r}, but of {ranks.count} ranks each takes its own: --train.device cuda.")
+            raise ConfigError(
+                f"the device is {name!r}, but of {ranks.count} ranks each takes its own: --train.device cuda."
+            )
         if ranks.local_count > torch.cuda.device_count():
-            raise ConfigError(f"{ranks.local_count} ranks on this machine, but it has {torch.cuda.device_count()} GPUs.")
+            raise ConfigError(
+                f"{ranks.local_count} ranks on this machine, but it has {torch.cuda.device_count()} GPUs."
+            )
         name = f"cuda:{ranks.local}"
     try:
         device = torch.device(name)
@@ -223,7 +227,7 @@ def open_source(
     """
     data, model, train, start = config.data, config.model, config.train, point(config, 0, ranks.count)
     if ranks.count > len(images):
-        raise DataError(f"{images.name} has {len(images)} images, fewer than the {ranks.count} ranks.")
+        raise DataError(f"{images.name} has fewer images, {len(images)}, than there are ranks, {ranks.count}.")
     source = make_source(
         images,
         resolution=model.resolution,

@@ -83,9 +83,7 @@ def read_moments(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], par
     return Moments(int(step), state["exp_avg"], state["exp_avg_sq"])
 
 
-def write_moments(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, moments: Moments
-) -> None:
+def write_moments(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, moments: Moments) -> None:
     """Before the first step, what `read_moments` gave."""
     state = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adam):

@@ -65,7 +65,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, x in expected.items():
         # A moment's smallest elements are differences of much larger ones.
         tolerance = 1e-3 * x.abs().max().item() if "/exp_avg" in name else 1e-6
-        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], x, rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def check_same_everywhere(step: TrainStep) -> None:

@@ -1,19 +1,31 @@
 """Several processes (gloo, on the CPU) do what one does, by torch and by DeepSpeed; and end well."""
 
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from ranks_worker import CASES, HALF, ITERATIONS, advance, assert_same, learned
+from dcvae_fast.cli import main
+from dcvae_fast.errors import ConfigError
+from dcvae_fast.training.checkpoint import load_checkpoint
 from dcvae_fast.training.step import TrainStep
+from ranks_worker import CASES, FIXED, HALF, ITERATIONS, advance, assert_same, learned
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.multiprocess
+TINY = Path(__file__).parent.parent / "tiny.yaml"
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
@@ -26,7 +38,13 @@ def start(count: int, command: list[str], **environment: str) -> list[subprocess
     return [
         subprocess.Popen(
             [sys.executable, *command],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)},
+            env={
+                **common,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_SIZE": str(count),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -57,7 +75,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("count", "engines"), [(1, "0,1"), (2, "torch,0,1,2")])
+@pytest.mark.parametrize(("count", "engines"), [(1, "1"), (2, "torch,0,1,2")])
 def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, count: int, engines: str):
     """And at half-time any other may go on with it; weights, averages, queues, moments."""
     processes = start(count, [str(WORKER), str(alone), engines])
@@ -68,3 +86,153 @@ def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, 
         step.load_state_dict(torch.load(alone / f"{name}-of-{count}.pt", weights_only=True))
         advance(step, ITERATIONS)
         assert_same(learned(step), torch.load(alone / f"{name}.pt", weights_only=True)["learned"])
+
+
+RUN_ALL = """
+import json, os, sys
+from dcvae_fast import cli
+from dcvae_fast.training.ranks import leave
+for settings in json.loads(sys.argv[1]):
+    mine = settings[int(os.environ["RANK"])] if isinstance(settings[0], list) else settings
+    print("exit", cli._run(["train", *mine]), flush=True)
+leave(0)
+"""
+
+
+def run_all(runs: list, count: int = 2) -> list[list[tuple[int, str]]]:
+    """For each of these settings, or lists of settings by rank: each rank's exit code and what it printed."""
+    processes = start(count, ["-c", RUN_ALL, json.dumps(runs)])
+    printed = finish(processes)
+    parts = [[part for part in re.split(r"^exit (\d+)$", text, flags=re.M)] for text in printed]
+    assert all(len(part) == 2 * len(runs) + 1 for part in parts), "\n".join(printed)
+    return [[(int(part[2 * i + 1]), part[2 * i]) for part in parts] for i in range(len(runs))]
+
+
+def test_one_rank_says_what_is_wrong_and_none_hangs(tmp_path: Path):
+    tiny = ["--recipe", str(TINY), "--train.images", "32", "--run", str(tmp_path / "run")]
+    other = ["--recipe", "digits", "--train.images", "32", "--run", str(tmp_path / "run")]
+    few = [f"{i}.png" for i in range(2)]
+    for name in few:
+        Image.new("L", (32, 32)).save(tmp_path / name)
+    files = {"stage3": {"zero_optimization": {"stage": 3}}, "batch": {"train_batch_size": 16}, "empty": None}
+    files |= {
+        "bf16": {"bf16": {"enabled": True}},
+        "adam": {"optimizer": {"type": "AdamW"}},
+        "clip": {"gradient_clipping": 1},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text("{" if content is None else json.dumps(content))
+
+    def json_file(name: str) -> list[str]:
+        return [*tiny, "--deepspeed_config", str(tmp_path / f"{name}.json")]
+
+    cases = [
+        ([*tiny, "--train.batch", "9"], "train.batch is 9, which 2 ranks cannot share"),
+        ([*tiny, "--train.sampled_batch", "7"], "train.sampled_batch is 7, which 2 ranks cannot share"),
+        ([*tiny, "--train.batch", "2"], "train.batch leaves 1 image for each of 2 ranks"),
+        ([tiny, other], "rank 1 is asked for another run than rank 0"),
+        ([tiny, [*tiny, "--train.batch", "x"]], "train.batch"),
+        (
+            [*tiny, "--data.name", "folder", "--data.root", str(tmp_path)],
+            "has fewer images, 1, than there are ranks, 2",
+        ),
+        (json_file("missing"), "missing.json cannot be read (No such file or directory)"),
+        (json_file("empty"), "empty.json is no JSON"),
+        (json_file("stage3"), "zero_optimization.stage is 3; it must be 0, 1 or 2: stage 3 cuts up the weights too"),
+        (json_file("batch"), "train_batch_size is 16, but train.batch on 2 ranks"),
+        (json_file("bf16"), "bf16.enabled is True, but train.precision float32 makes it False"),
+        (json_file("adam"), "optimizer cannot be set here: Adam's settings are those of the recipe's section optim"),
+        (json_file("clip"), "gradient_clipping cannot be set here: the method clips no gradients"),
+        ([*tiny, "--train.device", "cuda:0"], "the device is 'cuda:0', but of 2 ranks each takes its own"),
+    ]
+    for (settings, message), (first, second) in zip(cases, run_all([case for case, _ in cases]), strict=True):
+        assert first[0] == second[0] == 1, settings
+        said = [text for _, text in (first, second) if "dcvae: error:" in text]
+        assert len(said) == 1 and message in said[0], (settings, first, second)
+    assert not (tmp_path / "run").exists()
+
+
+def tiny(folder: Path, images: int, *more: str) -> list[str]:
+    return ["--recipe", str(TINY), "--train.images", str(images), "--run", str(folder), *more]
+
+
+def test_a_run_of_two_ranks_is_one_run(tmp_path: Path):
+    """One log, one checkpoint, one set of pictures; and a rank that cannot read its images ends all, without loss."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(40):
+        Image.new("L", (32, 32), 6 * i).save(images / f"{i:02d}.png")
+    (images / "21.png").write_bytes(b"damaged")
+    damaged = ["--data.name", "folder", "--data.root", str(images), "--train.n_critic", "1"]
+    whole, broken = tiny(tmp_path / "run", 64), tiny(tmp_path / "broken", 800, *damaged)
+    (first, second), (one, other) = run_all([whole, broken])
+    assert first[0] == second[0] == 0 and "On 360 held-out images" in first[1] and not second[1].strip()
+
+    run = tmp_path / "run"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000000000032.pt", "000000000064.pt"]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert len(list((run / "grids").iterdir())) == 3
+    assert main(["train", *tiny(tmp_path / "alone", 64)]) == 0
+    lines, expected = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, tmp_path / "alone")
+    )
+    for line, mine in zip(lines, expected, strict=True):  # means over the ranks are those over the whole batch
+        assert line.keys() == mine.keys()
+        for name in line.keys() - {"images_per_second", "waiting_for_data"}:
+            assert line[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-5), name
+
+    # One process goes on with it.
+    for folder in (run, tmp_path / "alone"):
+        assert main(["train", *tiny(folder, 96)]) == 0
+    states = [load_checkpoint(folder) for folder in (run, tmp_path / "alone")]
+    assert states[0] is not None and states[1] is not None and states[0]["sources"] == states[1]["sources"]
+    mine, theirs = (
+        state["step"]["networks"]["encoder.trunk.linear.parametrizations.weight.original"] for state in states
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+    assert one[0] == other[0] == 1
+    said = [text for _, text in (one, other) if "dcvae: error:" in text]
+    assert len(said) == 1 and "21.png" in said[0]
+    state = load_checkpoint(tmp_path / "broken")
+    assert state is not None and [source["images"] for source in state["sources"]] == [state["step"]["images"]] * 2
+
+
+def test_when_a_rank_is_stopped_or_dies_all_end_and_the_run_goes_on(tmp_path: Path):
+    run = tmp_path / "run"
+    for engine, ending in (("torch", signal.SIGTERM), ("deepspeed", signal.SIGKILL)):
+        before = len(list(run.glob("checkpoints/*.pt")))
+        options = tiny(run, 1_000_000, "--log.keep", "100", "--train.engine", engine)
+        processes = start(2, [str(ROOT / "train.py"), *options])
+        wait_until(lambda: len(list(run.glob("checkpoints/*.pt"))) > before, processes)
+        processes[1].send_signal(ending)
+        printed = finish(processes, seconds=60)
+        codes = [process.returncode for process in processes]
+        if ending == signal.SIGTERM:
+            assert codes == [143, 143], printed
+            assert "the same command goes on" in printed[0]
+        else:
+            assert codes == [1, -signal.SIGKILL] and "dcvae: error: another rank has ended" in printed[0], printed
+    state = load_checkpoint(run)
+    assert state is not None
+    images = state["step"]["images"]
+    assert main(["train", *tiny(run, images + 8, "--train.engine", "torch")]) == 0
+    assert (run / "checkpoints" / f"{images + 8:012d}.pt").is_file()
+
+
+def wait_until(holds: Callable[[], bool], processes: list[subprocess.Popen], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until and all(process.poll() is None for process in processes), finish(processes, 1)
+        time.sleep(0.05)
+
+
+def test_an_engine_or_an_adam_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"train\.engine is deepspeed, which cannot be imported"):
+        TrainStep(replace(FIXED, train=replace(FIXED.train, engine="deepspeed")))
+    monkeypatch.setitem(sys.modules, "apex", None)
+    step = TrainStep(replace(FIXED, optim=replace(FIXED.optim, fused="apex")))
+    with pytest.raises(ConfigError, match=r"NVIDIA's Apex \(apex\.optimizers; not the package called apex"):
+        advance(step, 1)

@@ -1,0 +1,131 @@
+"""Gradients to steps: which parameters are stepped together, and losses that are scaled for float16."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dcvae_fast.config import Config, OptimConfig, TrainConfig
+from dcvae_fast.errors import DivergedError
+from dcvae_fast.training.engine import Engine
+from dcvae_fast.training.step import TrainStep
+from ranks_worker import FIXED, GROWING, advance
+
+CONFIG = Config(
+    optim=OptimConfig(lr=0.1, loss_scale=2.0**10, loss_scale_window=3), train=TrainConfig(precision="float16")
+)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+
+
+def engine(config: Config = CONFIG) -> tuple[Net, Engine]:
+    net = Net()
+    return net, Engine(net, {"ab": [net.a, net.b], "c": [net.c]}, config)
+
+
+def units(of: Engine, net: Net) -> list[list[str]]:
+    names = {p: name for name, p in net.named_parameters()}
+    return sorted(sorted(names[p] for p in unit.parameters) for unit in of._units)
+
+
+def test_units_are_what_is_always_stepped_together():
+    net, ours = engine()
+    ours.backward((net.a + net.b + net.c).sum(), ["ab", "c"])
+    ours.step()
+    assert units(ours, net) == [["a", "b", "c"]]
+    ours.backward((net.a + net.c).sum(), ["ab"])  # nothing for b; c is not asked for
+    ours.step()
+    assert units(ours, net) == [["a"], ["b", "c"]]
+    steps = {net_name: found["step"] for net_name, found in ours.state_dict()["moments"].items()}
+    assert steps == {"a": 2, "b": 1, "c": 1}
+
+    # Loaded, those of one step count begin as one.
+    other_net, other = engine()
+    other.load_state_dict(ours.state_dict())
+    assert other.state_dict()["moments"].keys() == {"a", "b", "c"}
+    other.backward((other_net.a + other_net.b + other_net.c).sum(), ["ab", "c"])
+    other.step()
+    assert units(other, other_net) == [["a"], ["b", "c"]]
+    assert {found.step for found in other.moments().values()} == {2, 3}
+    ours.reset(0.2, 1)
+    assert not ours.moments()
+
+
+def test_losses_are_scaled_and_steps_that_overflow_are_left_out():
+    net, ours = engine()
+    plain_net, plain = engine(replace(CONFIG, train=TrainConfig()))
+    scale = ours.loss_scale
+    assert scale is not None and plain.loss_scale is None
+
+    def both(factor: float) -> None:
+        for one, of in ((net, ours), (plain_net, plain)):
+            of.backward((factor * one.a * one.b).sum(), ["ab"])
+        assert net.a.grad is not None and plain_net.a.grad is not None
+        torch.testing.assert_close(net.a.grad, plain_net.a.grad * scale.value)
+        for of in (ours, plain):
+            of.step()
+        torch.testing.assert_close(net.a, plain_net.a)
+        torch.testing.assert_close(net.b, plain_net.b)
+
+    both(1.0)
+    both(1e-3)
+    assert scale.value == 2**10
+    both(2.0)
+    assert scale.value == 2**11  # a window of three steps
+
+    before = net.a.clone()
+    ours.backward((float("inf") * net.a).sum(), ["ab"])
+    ours.step()
+    assert torch.equal(net.a, before) and scale.value == 2**10
+    assert {found.step for found in ours.moments().values()} == {3} and net.a.grad is None
+    both(1.0)
+    both(1.0)
+    state = ours.state_dict()
+    assert state["loss_scale"] == {"value": 2**10, "steps": 2}
+    _, resumed = engine()
+    resumed.load_state_dict(state)
+    assert resumed.loss_scale is not None and resumed.loss_scale.state_dict() == state["loss_scale"]
+    with pytest.raises(DivergedError, match="at any loss scale"):
+        for _ in range(60):
+            ours.backward((float("nan") * net.a).sum(), ["ab"])
+            ours.step()
+
+
+def test_float16_follows_float32():
+    config = replace(GROWING, optim=OptimConfig(loss_scale=64.0))
+    begun = TrainStep(config).networks
+    wide, narrow = (
+        TrainStep(replace(config, train=replace(config.train, precision=p))) for p in ("float32", "float16")
+    )
+    moved = apart = 0.0
+    for step in (wide, narrow):
+        advance(step, 8)
+    for was, mine, theirs in zip(
+        *(list(of.parameters()) for of in (begun, wide.networks, narrow.networks)), strict=True
+    ):
+        moved += (mine - was).abs().sum().item()
+        apart += (mine - theirs).abs().sum().item()
+        assert theirs.dtype == torch.float32
+    assert apart < 0.1 * moved, (apart, moved)
+    assert narrow.engine.loss_scale is not None and narrow.engine.loss_scale.value == 64
+    steps = [{found.step for found in step.engine.moments().values()} for step in (wide, narrow)]
+    assert steps[0] == steps[1]
+
+
+def test_float16_finds_a_scale_for_networks_of_32():
+    """From 65,536 down, leaving out steps meanwhile."""
+    width = {"decoder_width": 16, "encoder_width": 16, "discriminator_width": 16}
+    config = replace(FIXED, model=replace(FIXED.model, **width), train=replace(FIXED.train, precision="float16"))
+    step = TrainStep(config)
+    advance(step, 16)
+    scale = step.engine.loss_scale
+    assert scale is not None and 1 <= scale.value < 65536 and scale.state_dict()["steps"] > 0
+    assert all(parameter.isfinite().all() for parameter in step.networks.parameters())
+    assert {"encoder", "decoder", "discriminator"} == {
+        name.split(".")[0] for name in step.engine.state_dict()["moments"]
+    }

@@ -1,0 +1,85 @@
+"""Every Adam that is to be had here against torch's plain one, and moments that pass from one to another."""
+
+import shutil
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from dcvae_fast.config import OptimConfig
+from dcvae_fast.errors import ConfigError
+from dcvae_fast.training.optim import adam, choose, read_moments, write_moments
+
+CPU = torch.device("cpu")
+
+
+def kinds() -> list:
+    """Those that can be imported, and compiled if need be."""
+    found: list = ["torch"]
+    if torch.cuda.is_available():
+        try:
+            import apex.optimizers  # type: ignore[import-not-found] # noqa: F401
+
+            found.append("apex")
+        except ImportError:
+            pass
+    if shutil.which("g++") is not None:
+        found.append(pytest.param("deepspeed", marks=pytest.mark.slow))  # compiles when first used
+    return found
+
+
+def parameters(device: torch.device) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 3), (5,), (2, 3, 3, 3))
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+
+
+def gradients(step: int, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step + 1)
+    return [torch.randn(p.shape, generator=generator).to(device) * 10.0 ** (-i) for i, p in enumerate(parameters(CPU))]
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("betas", [(0.0, 0.9), (0.5, 0.99)])
+def test_hundred_steps_are_those_of_plain_adam(kind: str, betas: tuple[float, float]):
+    """With c of equalised learning rate; half-way the moments are handed on to another one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = OptimConfig(lr=1e-2, betas=betas, fused=kind)  # type: ignore[arg-type]
+    mine, theirs = parameters(device), parameters(device)
+    scales = {mine[0]: 0.25, mine[2]: 0.25}
+    groups = [{"params": [p], "lr": 1e-2 * c, "eps": 1e-8 / c} for p, c in zip(theirs, (0.25, 1.0, 0.25), strict=True)]
+    plain = torch.optim.Adam(groups, betas=betas, fused=False, foreach=False)
+    ours = adam(mine, config, scales=scales)
+    for step in range(100):
+        for p, q, gradient in zip(mine, theirs, gradients(step, device), strict=True):
+            p.grad, q.grad = gradient.clone(), gradient
+        ours.step()
+        plain.step()
+        if step == 49:
+            old, ours = ours, adam(mine, config, scales=scales)
+            for before, after in zip(old.param_groups, ours.param_groups, strict=True):
+                for p in before["params"]:
+                    moments = read_moments(old, before, p)
+                    assert moments.step == 50
+                    write_moments(ours, after, p, moments)
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    (group,) = [group for group in ours.param_groups if len(group["params"]) == 2]
+    moments = read_moments(ours, group, mine[2])
+    assert moments.step == 100
+    torch.testing.assert_close(moments.exp_avg_sq, plain.state[theirs[2]]["exp_avg_sq"], rtol=1e-5, atol=1e-12)
+
+
+def test_auto_is_apex_on_a_gpu_where_it_is_nvidias(monkeypatch: pytest.MonkeyPatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # another project of that name
+    assert choose("auto", cuda) == choose("auto", CPU) == "torch"
+    with pytest.raises(ConfigError, match="not the package called apex"):
+        adam(parameters(CPU), OptimConfig(fused="apex"))
+    optimizers = ModuleType("apex.optimizers")
+    optimizers.FusedAdam = torch.optim.Adam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    assert choose("auto", cuda) == "apex" and choose("auto", CPU) == "torch"
+    assert choose("torch", cuda) == "torch"
