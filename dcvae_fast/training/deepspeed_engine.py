@@ -75,9 +75,8 @@ class DeepSpeedEngine(Engine):
         try:
             import deepspeed
         except ImportError as error:
-            raise ConfigError(
-                f"train.engine is deepspeed, which cannot be imported ({reason(error)}): pip install 'dcvae_fast[train]'."
-            ) from error
+            why = f"which cannot be imported ({reason(error)}): pip install 'dcvae_fast[train]'"
+            raise ConfigError(f"train.engine is deepspeed, {why}.") from error
         deepspeed.utils.logger.setLevel(logging.WARNING)
         # On CPUs it would first compile an all-reduce of its own, which takes a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -165,7 +164,7 @@ class _Unit:
 
 
 class _ZeroUnit(_Unit):
-    """The same from stage 1 on: Adam steps this rank's partition of each group's weights, laid out one after another."""
+    """The same from stage 1 on: Adam steps this rank's partition of each group's weights, laid one after another."""
 
     def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):
         zero = engine.optimizer

@@ -61,7 +61,7 @@ class LossScale:
     def __init__(self, config: OptimConfig):
         self.value, self._window, self._steps = config.loss_scale, config.loss_scale_window, 0
 
-    def unscale(self, gradients: Sequence[Tensor], ranks: Ranks) -> bool:
+    def unscale(self, gradients: list[Tensor], ranks: Ranks) -> bool:
         """Divide gradients by the scale, in place, and adapt it; whether all are finite, on all ranks. Waits for the
         device.
 

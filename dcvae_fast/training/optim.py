@@ -23,7 +23,7 @@ def adam(
     parameters: Iterable[nn.Parameter],
     config: OptimConfig,
     lr: float | None = None,
-    scales: Mapping[Tensor, float] | None = None,
+    scales: Mapping[Any, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The Adam that `optim.fused` asks for, over parameters that are always stepped together.
 
