@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, reason
-from dcvae_fast.training.engine import Engine, Parameters, Unit
+from dcvae_fast.training.engine import Engine, Parameters, TorchUnit, Unit
 from dcvae_fast.training.optim import Moments, read_moments, write_moments
-from dcvae_fast.training.ranks import Ranks
+from dcvae_fast.training.ranks import Ranks, connect
 from dcvae_fast.training.schedule import point, stages
 
 # What a user's JSON may say besides what is compared with the recipe: how DeepSpeed communicates and what it reports.
@@ -83,10 +83,7 @@ class DeepSpeedEngine(Engine):
         self._deepspeed, self._settings = deepspeed, settings
         super().__init__(*args, **kwargs)
         if not dist.is_initialized():  # DeepSpeed needs the others, even where there are none
-            cuda = torch.cuda.is_available()
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1
-            )
+            connect(store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # it reads this, too
 
     def describe(self) -> str:
@@ -122,7 +119,7 @@ class DeepSpeedEngine(Engine):
             config=settings,
             dist_init_required=False,
         )
-        kind = _ZeroUnit if zero["stage"] else _Unit
+        kind = _ZeroUnit if zero["stage"] else _DeepSpeedUnit
         return kind(engine, parameters, self._ranks, moments)
 
 
@@ -137,13 +134,12 @@ class _InnerProduct(nn.Module):
         return torch.stack([(p * g).sum() for p, g in zip(self.held, gradients, strict=True)]).sum()
 
 
-class _Unit:
+class _DeepSpeedUnit(TorchUnit):
     """An engine of DeepSpeed's, at stage 0: each rank has all moments."""
 
     def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):
-        self.parameters, self._engine, self._ranks = parameters, engine, ranks
-        if moments is not None:
-            self._load(moments)
+        self._engine, self._ranks = engine, ranks
+        super().__init__(parameters, engine.optimizer, moments)
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         self._engine.backward(self._engine(gradients))
@@ -151,19 +147,10 @@ class _Unit:
 
     def close(self) -> None:
         self._engine.destroy()
-        del self._engine
-
-    def moments(self) -> list[Moments]:
-        adam = self._engine.optimizer
-        return [read_moments(adam, _group_of(adam, parameter), parameter) for parameter in self.parameters]
-
-    def _load(self, moments: Sequence[Moments]) -> None:
-        adam = self._engine.optimizer
-        for parameter, found in zip(self.parameters, moments, strict=True):
-            write_moments(adam, _group_of(adam, parameter), parameter, found)
+        del self._engine, self._optimizer
 
 
-class _ZeroUnit(_Unit):
+class _ZeroUnit(_DeepSpeedUnit):
     """The same from stage 1 on: Adam steps this rank's partition of each group's weights, laid one after another."""
 
     def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):
@@ -179,7 +166,7 @@ class _ZeroUnit(_Unit):
         super().__init__(engine, parameters, ranks, moments)
 
     def moments(self) -> list[Moments]:
-        adam, step = self._engine.optimizer.optimizer, 0
+        adam, step = self._optimizer.optimizer, 0
         whole = {p: torch.zeros(2, p.numel(), device=p.device) for p in self.parameters}
         for group, parameter, here, there in self._fragments:
             (partition,) = group["params"]
@@ -191,7 +178,7 @@ class _ZeroUnit(_Unit):
         return [Moments(step, *(x.view(p.shape) for x in whole[p])) for p in self.parameters]
 
     def _load(self, moments: Sequence[Moments]) -> None:
-        adam, of = self._engine.optimizer.optimizer, dict(zip(self.parameters, moments, strict=True))
+        adam, of = self._optimizer.optimizer, dict(zip(self.parameters, moments, strict=True))
         for group in adam.param_groups:
             (partition,) = group["params"]
             zeros = torch.zeros_like(partition, requires_grad=False)
@@ -204,10 +191,6 @@ class _ZeroUnit(_Unit):
 
 def _range(address: Any) -> slice:
     return slice(address.start, address.start + address.numel)
-
-
-def _group_of(adam: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    return next(group for group in adam.param_groups if any(parameter is p for p in group["params"]))
 
 
 def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:

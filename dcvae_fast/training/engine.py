@@ -34,13 +34,12 @@ class Unit(Protocol):
 
 
 class TorchUnit:
-    """With gradients that are averages already."""
+    """With an optimizer of torch's kind, and gradients that are means already."""
 
-    def __init__(self, parameters: Parameters, optimizer: torch.optim.Optimizer, moments: Sequence[Moments] | None):
+    def __init__(self, parameters: Parameters, optimizer: Any, moments: Sequence[Moments] | None):
         self.parameters, self._optimizer = parameters, optimizer
-        self._group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-        for parameter, found in zip(parameters, moments or (), strict=False):
-            write_moments(optimizer, self._group_of[parameter], parameter, found)
+        if moments is not None:
+            self._load(moments)
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -49,7 +48,16 @@ class TorchUnit:
         self._optimizer.zero_grad()
 
     def moments(self) -> list[Moments]:
-        return [read_moments(self._optimizer, self._group_of[p], p) for p in self.parameters]
+        group_of = self._group_of()
+        return [read_moments(self._optimizer, group_of[p], p) for p in self.parameters]
+
+    def _load(self, moments: Sequence[Moments]) -> None:
+        group_of = self._group_of()
+        for parameter, found in zip(self.parameters, moments, strict=True):
+            write_moments(self._optimizer, group_of[parameter], parameter, found)
+
+    def _group_of(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {p: group for group in self._optimizer.param_groups for p in group["params"]}
 
     def close(self) -> None:
         pass
@@ -72,8 +80,9 @@ class LossScale:
         finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         if ranks.worst(int(not finite)):
             self.value, self._steps = self.value / 2, 0
-            if self.value < 2**-24:
-                raise DivergedError("the gradients are no finite numbers, at any loss scale.")
+            with ranks.together():
+                if self.value < 2**-24:
+                    raise DivergedError("the gradients are no finite numbers, at any loss scale.")
             return False
         self._steps += 1
         if self._steps % self._window == 0:

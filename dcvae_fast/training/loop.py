@@ -125,7 +125,8 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
 def grow(config: Config, images: ImageSet | EncodedSet, step: TrainStep, source: Source) -> None:
     """Go on at the next resolution: source, networks, and a queue of keys of images drawn in an order of their own."""
     to = step.point
-    say(f"Growing to {to.resolution}×{to.resolution}, {to.batch} images an iteration")
+    count = to.batch * step.ranks.count
+    say(f"Growing to {to.resolution}×{to.resolution}, {count} images an iteration")
     step.grow(to)
     source.set_resolution(to.resolution, to.batch)
     seed = derive_seed(config.train.seed, "refill", to.resolution)

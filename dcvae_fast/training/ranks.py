@@ -134,10 +134,15 @@ def join() -> Ranks:
         torch.cuda.set_device(local % torch.cuda.device_count())
     try:
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            connect()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"rank {rank} of {count} could not meet the others ({error}).") from error
     return Ranks(rank, count, local, local_count)
+
+
+def connect(**how: Any) -> None:
+    """Makes torch's process group: GPUs talk by NCCL, and processes, about everything else, by gloo."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
 
 
 def leave(code: int) -> None:
