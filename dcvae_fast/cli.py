@@ -6,29 +6,43 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dcvae_fast.config import Config, differences, recipe_path, recipes, to_dict
+from dcvae_fast.config import Config, recipe_path, recipes, to_dict
 from dcvae_fast.errors import ConfigError, RankError, RunError, UserError, reason
 from dcvae_pipelines import DataError
 
 SUMMARY_FILE = "summary.json"
+
+# Settings that may differ from rank to rank.
+OF_A_MACHINE = {"data.root", "data.threads", "train.device"}
 
 # What the libraries for collectives say where another rank is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (128 + the signal where one stopped it)."""
+    """Run a subcommand; returns the exit code (128 + the signal where one stopped it).
+
+    Training by several processes, or by DeepSpeed, ends this process instead.
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
-    code = _run(argv)
-    if argv[:1] == ["train"]:
-        from dcvae_fast.training.ranks import leave
+    if argv[:1] != ["train"]:
+        return _run(argv)
+    from dcvae_fast.training.ranks import leave, met
 
-        leave(code)
+    try:
+        code = _run(argv)
+    except Exception:
+        if not met():
+            raise
+        traceback.print_exc()
+        code = 1
+    leave(code)
     return code
 
 
@@ -169,10 +183,8 @@ def _train(argv: Sequence[str]) -> int:
     ranks = join()
     with ranks.together():
         config, folder, dry_run = parse_config(argv)
-    asked = ranks.all(to_dict(config))
-    with ranks.together():
-        if lines := differences(asked[0], config):
-            raise ConfigError(f"rank {ranks.rank} is asked for another run than rank 0 (there → here): {lines[0]}.")
+    settings = {f"{section}.{name}": x for section, some in to_dict(config).items() for name, x in some.items()}
+    ranks.check_same({"--dry-run": dry_run, **{name: x for name, x in settings.items() if name not in OF_A_MACHINE}})
     if dry_run:
         if ranks.first:
             _print_plan(config)

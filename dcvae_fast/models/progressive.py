@@ -117,13 +117,17 @@ def pixel_norm(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
 
 
+def stddev_group(images: int) -> int:
+    """How many neighbours of so many images share a minibatch standard deviation: 4, or fewer where 4 is no divisor."""
+    return next(n for n in (4, 3, 2, 1) if images % n == 0)
+
+
 def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
     """[B, C, H, W] → [B, 1, H, W]: how much the images of a group differ, one number a group, from float32 on.
 
     Groups are of 4 neighbours, or of the largest smaller number that divides the part; the batch's parts do not mix.
     """
-    per_part = len(x) // parts
-    size = next(n for n in (4, 3, 2, 1) if per_part % n == 0)
+    size = stddev_group(len(x) // parts)
     groups = widened(x).unflatten(0, (-1, size))
     deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
     per_image = deviation.repeat_interleave(size)

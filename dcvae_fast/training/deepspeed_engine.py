@@ -22,30 +22,28 @@ from dcvae_fast.training.schedule import point, stages
 
 # What a user's JSON may say besides what is compared with the recipe: how DeepSpeed communicates and what it reports.
 FREE = {
-    "allgather_bucket_size",
-    "communication_data_type",
-    "comms_logger",
-    "disable_allgather",
-    "dump_state",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
+    "allgather_bucket_size": int,
+    "comms_logger": dict,
+    "disable_allgather": bool,
+    "dump_state": bool,
+    "memory_breakdown": bool,
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "zero_allow_untested_optimizer": bool,
 }
 ZERO_FREE = {
-    "allgather_bucket_size",
-    "allgather_partitions",
-    "contiguous_gradients",
-    "ignore_unused_parameters",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "reduce_scatter",
-    "round_robin_gradients",
+    "allgather_bucket_size": int,
+    "allgather_partitions": bool,
+    "contiguous_gradients": bool,
+    "ignore_unused_parameters": bool,
+    "overlap_comm": bool,
+    "reduce_bucket_size": int,
+    "reduce_scatter": bool,
+    "round_robin_gradients": bool,
 }
 ELSEWHERE = {
     "optimizer": "Adam's settings are those of the recipe's section optim",
     "scheduler": "the learning rate is optim.lr and growth.lr",
-    "gradient_clipping": "the method clips no gradients",
     "amp": "precision is train.precision",
     "torch_autocast": "precision is train.precision",
     "activation_checkpointing": "that is train.checkpoint_activations",
@@ -72,6 +70,9 @@ class DeepSpeedEngine(Engine):
         Raises:
             ConfigError: DeepSpeed is not installed.
         """
+        networks = args[0]
+        if next(networks.parameters()).device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it would move the weights to a GPU, if there is one
         try:
             import deepspeed
         except ImportError as error:
@@ -80,14 +81,14 @@ class DeepSpeedEngine(Engine):
         deepspeed.utils.logger.setLevel(logging.WARNING)
         # On CPUs it would first compile an all-reduce of its own, which takes a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self._deepspeed, self._settings = deepspeed, settings
+        self._deepspeed, self.settings = deepspeed, settings
         super().__init__(*args, **kwargs)
         if not dist.is_initialized():  # DeepSpeed needs the others, even where there are none
             connect(store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # it reads this, too
 
     def describe(self) -> str:
-        stage = self._settings["zero_optimization"]["stage"]
+        stage = self.settings["zero_optimization"]["stage"]
         ranks = f"{self._ranks.count} rank{'s' if self._ranks.count > 1 else ''}"
         return f"DeepSpeed {self._deepspeed.__version__}, ZeRO stage {stage}, {ranks}"
 
@@ -109,8 +110,8 @@ class DeepSpeedEngine(Engine):
     def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:
         elements = sum(parameter.numel() for parameter in parameters)
         # Buckets are allocated whole: by default 2 GB for each unit.
-        zero = {"reduce_bucket_size": elements, **self._settings["zero_optimization"]}
-        settings = {**self._settings, "train_micro_batch_size_per_gpu": self._batch, "zero_optimization": zero}
+        zero = {"reduce_bucket_size": elements, **self.settings["zero_optimization"]}
+        settings = {**self.settings, "train_micro_batch_size_per_gpu": self._batch, "zero_optimization": zero}
         for parameter in parameters:  # DeepSpeed wants rows of stride 1, in 1×1 convolutions too
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         engine, *_ = self._deepspeed.initialize(
@@ -173,7 +174,8 @@ class _ZeroUnit(_DeepSpeedUnit):
             step, *averages = read_moments(adam, group, partition)
             for mine, average in zip(whole[parameter], averages, strict=True):
                 mine[here] = average[there]
-        self._ranks.sum_(list(whole.values()))
+        for x in whole.values():  # one by one, to hold little at a time
+            self._ranks.sum_([x])
         step = self._ranks.worst(step)  # a rank may have no part of any
         return [Moments(step, *(x.view(p.shape) for x in whole[p])) for p in self.parameters]
 
@@ -209,11 +211,11 @@ def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:
     if wanted == 3:
         raise ConfigError(f"{path}: zero_optimization.stage is 3; it must be 0, 1 or 2: {NO_STAGE_3}.")
     if wanted != "auto":
-        if wanted not in (0, 1, 2) or stage not in (None, wanted):
+        if isinstance(wanted, bool) or wanted not in (0, 1, 2) or stage not in (None, wanted):
             either = "0, 1 or 2" if stage is None else f"{stage}, as train.zero is"
             raise ConfigError(f"{path}: zero_optimization.stage is {wanted!r}; it must be {either}.")
         stage = wanted
-    _refuse_others(path, zero, ZERO_FREE, "zero_optimization.")
+    _check_rest(path, zero, ZERO_FREE, "zero_optimization.")
     zero = {**_without_auto(zero), "stage": stage or 0}
     if stage:
         zero["compute_grad_norm"] = False  # it would wait for the device
@@ -258,7 +260,8 @@ def _compare(path: str | None, user: dict[str, Any], config: Config, ranks: int)
             }
             where = f" at {stage.resolution}×{stage.resolution}" if config.model.grows else ""
             batches = "growth.batch" if config.model.grows else "train.batch"
-            agree({name: theirs}, name, ours[name], f"{batches} on {ranks} ranks, with train.micro_batch,{where}")
+            cut = "" if train.micro_batch is None else ", with train.micro_batch,"
+            agree({name: theirs}, name, ours[name], f"{batches} on {ranks} rank{'s'[: ranks > 1]}{cut}{where}")
     for section, precision in (("bf16", "bfloat16"), ("fp16", "float16")):
         theirs = user.pop(section, {})
         if not isinstance(theirs, dict):
@@ -268,15 +271,22 @@ def _compare(path: str | None, user: dict[str, Any], config: Config, ranks: int)
             agree(theirs, "loss_scale", 0, "the recipe's dynamic loss scale", "fp16.")
             agree(theirs, "initial_scale_power", math.log2(optim.loss_scale), "optim.loss_scale", "fp16.")
             agree(theirs, "loss_scale_window", optim.loss_scale_window, "optim.loss_scale_window", "fp16.")
-        _refuse_others(path, theirs, set(), f"{section}.")
-    _refuse_others(path, user, FREE)
+        _check_rest(path, theirs, {}, f"{section}.")
+    agree(user, "gradient_clipping", 0, "the method, which clips none,")
+    agree(user, "communication_data_type", "fp32", "the type of the gradients")
+    _check_rest(path, user, FREE)
 
 
-def _refuse_others(path: str | None, settings: dict[str, Any], known: set[str], prefix: str = "") -> None:
-    for name in settings:
+def _check_rest(path: str | None, settings: dict[str, Any], known: dict[str, type], prefix: str = "") -> None:
+    """Of what the recipe does not say, only this may be set."""
+    for name, value in settings.items():
         if name not in known:
             why = ELSEWHERE.get(name, "it would not be heeded, or change what the recipe computes")
             raise ConfigError(f"{path}: {prefix}{name} cannot be set here: {why}.")
+        kind = known[name]
+        if value != "auto" and (type(value) is not kind or (kind is int and value < 1)):
+            wanted = {int: "a number from 1 on", bool: "true or false", dict: "an object"}[kind]
+            raise ConfigError(f"{path}: {prefix}{name} is {value!r}; it must be {wanted}.")
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:

@@ -68,26 +68,35 @@ class LossScale:
 
     def __init__(self, config: OptimConfig):
         self.value, self._window, self._steps = config.loss_scale, config.loss_scale_window, 0
+        self._losses: list[Tensor] = []
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        self._losses.append(loss.detach())
+        return loss * self.value
 
     def unscale(self, gradients: list[Tensor], ranks: Ranks) -> bool:
         """Divide gradients by the scale, in place, and adapt it; whether all are finite, on all ranks. Waits for the
-        device.
+        device. Where a loss is not finite itself, the scale is not to blame.
 
         Raises:
             DivergedError: gradients overflow whatever the scale.
         """
         torch._foreach_mul_(gradients, 1 / self.value)
+        sound = torch.stack(self._losses).isfinite().all()
         finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-        if ranks.worst(int(not finite)):
+        self._losses = []
+        worst = ranks.worst(0 if finite else 1 if sound else 2)
+        if worst == 0:
+            self._steps += 1
+            if self._steps % self._window == 0:
+                self.value *= 2
+            return True
+        if worst == 1:
             self.value, self._steps = self.value / 2, 0
             with ranks.together():
                 if self.value < 2**-24:
-                    raise DivergedError("the gradients are no finite numbers, at any loss scale.")
-            return False
-        self._steps += 1
-        if self._steps % self._window == 0:
-            self.value *= 2
-        return True
+                    raise DivergedError("the gradients are no finite numbers in float16, at any loss scale.")
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "steps": self._steps}
@@ -104,6 +113,9 @@ class Engine:
     step leaves out a part of it. So an optimizer that steps whole units, filling in zeros for missing gradients, as
     DeepSpeed's do, is right too.
     """
+
+    settings: Mapping[str, Any] = {}
+    """of the library that does it"""
 
     def __init__(
         self,
@@ -140,7 +152,7 @@ class Engine:
     def backward(self, loss: Tensor, groups: Iterable[str]) -> None:
         """Add the gradient of loss to the parameters of these groups, and to no others."""
         if self.loss_scale is not None:
-            loss = loss * self.loss_scale.value
+            loss = self.loss_scale.scaled(loss)
         self._differentiate(loss, [parameter for name in groups for parameter in self.groups[name]])
 
     def _differentiate(self, loss: Tensor, parameters: Parameters) -> None:

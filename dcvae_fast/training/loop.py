@@ -24,7 +24,7 @@ from dcvae_fast.training.ranks import ALONE, Ranks
 from dcvae_fast.training.schedule import point
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
-from dcvae_pipelines import DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
+from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
 from dcvae_pipelines.pixels import resize
 
 # Held-out images in the grids.
@@ -62,6 +62,9 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
         RankError: another rank raises one of these.
     """
     with ranks.together():
+        if config.data.download and ranks.first:  # before the others look for it
+            open_data(config, "train")
+    with ranks.together():
         device = pick_device(config.train.device, ranks)
         held_out = first_images(config, "test", GRID_IMAGES).images if ranks.first else None
         images = training_images(config)
@@ -70,16 +73,19 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
         step, source = TrainStep(config, device, ranks), open_source(config, images, device, ranks)
         if ranks.first:
             prepare_run(folder, config)  # only now: a folder is bound to settings that work
+    ranks.check_same({f"the number of images in {images.name}": len(images), "DeepSpeed's part": step.engine.settings})
     with ExitStack() as stack:
         with ranks.together():
             if ranks.first:
                 stack.enter_context(locked(folder))
         received = stack.enter_context(stop_signals())
-        if state := _load(folder, ranks):
-            step.load_state_dict(state["step"])
-            positions = state["sources"]
-            source.load_state_dict(positions[ranks.rank if len(positions) == ranks.count else 0])
-            source.set_resolution(step.resolution, step.point.batch)
+        state = _load(folder, ranks)
+        with ranks.together():
+            if state is not None:
+                step.load_state_dict(state["step"])
+                positions = state["sources"]
+                source.load_state_dict(positions[ranks.rank if len(positions) == ranks.count else 0])
+                source.set_resolution(step.resolution, step.point.batch)
         start, total, intervals = step.images, config.train.images, config.log
         if start >= total:
             return Outcome(start, trained=False)
@@ -110,8 +116,10 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
             if finished or _crossed(before, step.images, intervals.checkpoint_every):
                 _save(config, folder, step, source.state_dict())
                 saved = step.images
-            if held_out is not None and (finished or _crossed(before, step.images, intervals.grids_every)):
-                write_grids(log, step, held_out)
+            if finished or _crossed(before, step.images, intervals.grids_every):
+                with ranks.together():
+                    if held_out is not None:
+                        write_grids(log, step, held_out)
         if step.images > saved:
             _save(config, folder, step, position)
     if problem is not None:
@@ -132,7 +140,15 @@ def grow(config: Config, images: ImageSet | EncodedSet, step: TrainStep, source:
     seed = derive_seed(config.train.seed, "refill", to.resolution)
     fresh = open_source(config, images, step.device, step.ranks, seed)
     fresh.set_resolution(to.resolution, to.batch)
-    step.refill(iter(fresh))
+
+    def batches() -> Iterator[Batch]:
+        drawn = iter(fresh)
+        while True:
+            with step.ranks.together():
+                batch = next(drawn)
+            yield batch
+
+    step.refill(batches())
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
@@ -148,11 +164,13 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
             raise ConfigError(
                 f"the device is {name!r}, but of {ranks.count} ranks each takes its own: --train.device cuda."
             )
-        if ranks.local_count > torch.cuda.device_count():
+        # Slurm may show each process its own GPU only.
+        own = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        if ranks.local_count > torch.cuda.device_count() and not own:
             raise ConfigError(
                 f"{ranks.local_count} ranks on this machine, but it has {torch.cuda.device_count()} GPUs."
             )
-        name = f"cuda:{ranks.local}"
+        name = f"cuda:{0 if own else ranks.local}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -329,7 +347,8 @@ def _load(folder: Path, ranks: Ranks) -> dict[str, Any] | None:
 
 def _save(config: Config, folder: Path, step: TrainStep, position: dict[str, Any]) -> None:
     ranks = step.ranks
-    norms = torch._foreach_norm(tuple(step.networks.parameters()))
+    values = [*step.networks.parameters(), *(x for x in step.networks.buffers() if x.is_floating_point())]
+    norms = torch._foreach_norm(values)
     state = {"config": to_dict(config), "step": step.state_dict(), "sources": ranks.all(position)}
     with ranks.together():
         if not torch.stack(norms).isfinite().all():

@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -63,6 +63,18 @@ class Ranks:
         values: list[Any] = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ConfigError: one of these named values is another on this rank than on the first.
+            RankError: another rank has another.
+        """
+        theirs = self.from_first(values)
+        with self.together():
+            for name, value in values.items():
+                if value != theirs[name]:
+                    raise ConfigError(f"{name} is {value!r} on rank {self.rank}, but {theirs[name]!r} on rank 0.")
 
     def sum_(self, tensors: Sequence[Tensor], divisor: int = 1) -> None:
         """Replaces tensors of one type by their sums over all ranks, divided by a number; one collective."""
@@ -122,14 +134,18 @@ def join() -> Ranks:
     Raises:
         ConfigError: the environment does not say which of how many, or they could not be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return ALONE
+    local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"  # torchrun, DeepSpeed
     try:
-        rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        # The one is torchrun's name for it, the other DeepSpeed's.
-        local_count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+        rank, count, local, local_count = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
+        )
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"WORLD_SIZE is set, but {error} is not; start the run by torchrun or deepspeed.") from error
+        raise ConfigError(
+            f"WORLD_SIZE asks for several processes, but the rest of the environment is not as torchrun or deepspeed"
+            f" set it ({error})."
+        ) from error
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     try:
@@ -145,10 +161,15 @@ def connect(**how: Any) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
 
 
+def met() -> bool:
+    """Whether this process has met others, or DeepSpeed."""
+    return dist.is_initialized()
+
+
 def leave(code: int) -> None:
     """Ends this process with an exit code if it has met others. Threads of the collectives, to which libraries hold on,
     would now and then abort it in the end."""
-    if dist.is_initialized():
+    if met():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

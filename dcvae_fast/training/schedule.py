@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.models.progressive import stddev_group
 
 
 class Point(NamedTuple):
@@ -75,17 +76,27 @@ def sampled(config: Config, ranks: int = 1) -> int | None:
 def check_batches(config: Config, ranks: int) -> None:
     """
     Raises:
-        ConfigError: the ranks cannot share a batch, or cannot cut their shares into micro-batches.
+        ConfigError: the ranks cannot share a batch, or not so that statistics of a minibatch stay the same, or cannot
+            cut their shares into micro-batches.
     """
     sampled(config, ranks)
     for stage in stages(config):
         batch, micro = point(config, stage.begin, ranks).batch, config.train.micro_batch
-        if batch < 2 and not config.model.grows:
-            raise ConfigError(f"train.batch leaves {batch} image for each of {ranks} ranks; it must leave 2.")
-        if micro is not None and batch > micro and not batch % 4 == micro % 4 == 0:  # statistics are of four neighbours
+        if not config.model.grows:
+            if batch < 2:
+                raise ConfigError(f"train.batch leaves {batch} image for each of {ranks} ranks; it must leave 2.")
+            continue
+        setting = f"growth.batch[{stage.resolution}]"
+        if not config.train.batch_per_rank and stddev_group(batch) != stddev_group(batch * ranks):
             raise ConfigError(
-                f"train.micro_batch is {micro}, but at {stage.resolution}×{stage.resolution} each of {ranks} ranks has"
-                f" {batch} images; both must be multiples of 4."
+                f"{setting} leaves {batch} images for each of {ranks} ranks, too few for minibatch statistics of"
+                f" {stddev_group(batch * ranks)} neighbours; choose a multiple of {4 * ranks}, or let it be each rank's"
+                " own: --train.batch_per_rank true."
+            )
+        if micro is not None and batch > micro and not batch % 4 == micro % 4 == 0:
+            raise ConfigError(
+                f"train.micro_batch is {micro}, but {setting} leaves {batch} images for each rank; both must be"
+                " multiples of 4."
             )
 
 

@@ -119,6 +119,9 @@ def test_one_rank_says_what_is_wrong_and_none_hangs(tmp_path: Path):
         "adam": {"optimizer": {"type": "AdamW"}},
         "clip": {"gradient_clipping": 1},
     }
+    files |= {"kind": {"zero_optimization": {"overlap_comm": "yes"}}, "half": {"communication_data_type": "fp16"}}
+    growing = ["--recipe", "faces-small", "--model.resolution", "8", "--contrast.layers", "[final]", *tiny[2:]]
+    growing += ["--data.root", str(tmp_path)]
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text("{" if content is None else json.dumps(content))
 
@@ -129,7 +132,9 @@ def test_one_rank_says_what_is_wrong_and_none_hangs(tmp_path: Path):
         ([*tiny, "--train.batch", "9"], "train.batch is 9, which 2 ranks cannot share"),
         ([*tiny, "--train.sampled_batch", "7"], "train.sampled_batch is 7, which 2 ranks cannot share"),
         ([*tiny, "--train.batch", "2"], "train.batch leaves 1 image for each of 2 ranks"),
-        ([tiny, other], "rank 1 is asked for another run than rank 0"),
+        ([tiny, other], "data.mirror is False on rank 1, but True on rank 0"),
+        ([tiny, [*tiny, "--train.images", "48"]], "train.images is 48 on rank 1, but 32 on rank 0"),
+        ([tiny, [*tiny, "--log.every", "16"]], "log.every is 16 on rank 1, but 32 on rank 0"),
         ([tiny, [*tiny, "--train.batch", "x"]], "train.batch"),
         (
             [*tiny, "--data.name", "folder", "--data.root", str(tmp_path)],
@@ -141,7 +146,11 @@ def test_one_rank_says_what_is_wrong_and_none_hangs(tmp_path: Path):
         (json_file("batch"), "train_batch_size is 16, but train.batch on 2 ranks"),
         (json_file("bf16"), "bf16.enabled is True, but train.precision float32 makes it False"),
         (json_file("adam"), "optimizer cannot be set here: Adam's settings are those of the recipe's section optim"),
-        (json_file("clip"), "gradient_clipping cannot be set here: the method clips no gradients"),
+        (json_file("clip"), "gradient_clipping is 1, but the method, which clips none, makes it 0"),
+        (json_file("kind"), "zero_optimization.overlap_comm is 'yes'; it must be true or false"),
+        (json_file("half"), "communication_data_type is 'fp16', but the type of the gradients makes it 'fp32'"),
+        ([*growing, "--growth.batch", "{4: 4, 8: 6}"], "growth.batch[4] leaves 2 images for each of 2 ranks, too few"),
+        ([*growing, "--growth.batch", "{4: 8, 8: 12}", "--train.micro_batch", "4"], "growth.batch[8] leaves 6 images"),
         ([*tiny, "--train.device", "cuda:0"], "the device is 'cuda:0', but of 2 ranks each takes its own"),
     ]
     for (settings, message), (first, second) in zip(cases, run_all([case for case, _ in cases]), strict=True):
@@ -160,7 +169,7 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path: Path):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(40):
-        Image.new("L", (32, 32), 6 * i).save(images / f"{i:02d}.png")
+        Image.effect_noise((32, 32), 50 + i).save(images / f"{i:02d}.png")
     (images / "21.png").write_bytes(b"damaged")
     damaged = ["--data.name", "folder", "--data.root", str(images), "--train.n_critic", "1"]
     whole, broken = tiny(tmp_path / "run", 64), tiny(tmp_path / "broken", 800, *damaged)
