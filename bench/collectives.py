@@ -168,6 +168,7 @@ def count(recipe: str, config: Config, engine: str, ranks: Ranks) -> list[dict[s
         rows.append(row)
         if ranks.first:
             print(recipe, stage.resolution, engine, row["collectives"], flush=True)
+    step.engine.reset(step.point.lr, step.point.batch)  # DeepSpeed's hooks would keep all that this engine held
     return rows
 
 

@@ -30,6 +30,9 @@ from dcvae_pipelines.pixels import resize
 # Held-out images in the grids.
 GRID_IMAGES = 32
 
+# Within which a repeated signal is the same one.
+SAME_SIGNAL_SECONDS = 5
+
 # What a rank says before an iteration: the others do as the worst off.
 GO, STOP, FAILED = range(3)
 
@@ -314,13 +317,20 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
+    """Inside, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it, unless it
+    follows at once: launchers and schedulers may both pass the same one on."""
     received: list[int] = []
     previous: dict[int, Any] = {}
+    first: dict[int, float] = {}
 
     def note(number: int, frame: object) -> None:
+        if number in first:
+            if time.monotonic() - first[number] > SAME_SIGNAL_SECONDS:
+                signal.signal(number, previous[number])
+                signal.raise_signal(number)
+            return
+        first[number] = time.monotonic()
         received.append(number)
-        signal.signal(number, previous[number])
         say(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping")
 
     if threading.current_thread() is threading.main_thread():

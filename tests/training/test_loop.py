@@ -15,6 +15,7 @@ from PIL import Image
 
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
+from dcvae_fast.training import loop
 from dcvae_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dcvae_fast.training.loop import open_data, open_source, train
 from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet
@@ -163,6 +164,17 @@ def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_a_signal_that_is_repeated_at_once_is_one_signal(monkeypatch: pytest.MonkeyPatch):
+    with loop.stop_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGINT, signal.SIGTERM]
+        monkeypatch.setattr(loop, "SAME_SIGNAL_SECONDS", -1)
+        with pytest.raises(KeyboardInterrupt):  # as without us
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number, tmp_path):
     folder = tmp_path / "run"
