@@ -163,7 +163,6 @@ def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
     assert [json.loads(line)["images"] for line in lines] == [32, 64, 96, 128, 160]
 
 
-@pytest.mark.multiprocess
 def test_a_signal_that_is_repeated_at_once_is_one_signal(monkeypatch: pytest.MonkeyPatch):
     with loop.stop_signals() as received:
         signal.raise_signal(signal.SIGINT)
@@ -175,6 +174,7 @@ def test_a_signal_that_is_repeated_at_once_is_one_signal(monkeypatch: pytest.Mon
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number, tmp_path):
     folder = tmp_path / "run"
