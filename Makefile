@@ -44,6 +44,10 @@ test-oldest: .venv/.installed ## Run the ops' tests with the oldest torch and Tr
 gpu: .venv/.installed ## Run the tests and benchmarks that need a GPU, in eight minutes
 	@$(VENV_PYTHON) bench/gpu.py $(ARGS)
 
+.PHONY: gpu-step
+gpu-step: .venv/.installed ## Benchmark training iterations on a GPU, in another eight minutes
+	@$(VENV_PYTHON) bench/gpu.py --only step $(ARGS)
+
 .PHONY: gpu-compare
 gpu-compare: .venv/.installed ## Fail if something has become slower than this GPU's committed results
 	@$(VENV_PYTHON) bench/compare.py $(ARGS)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pipelines_targets
 import records
+import step_targets
 from targets import MODE, fastest_us, floor_us, median, ratio
 
 READMES = (records.ROOT / "README.md", records.ROOT / "kernels" / "README.md")
@@ -166,6 +167,40 @@ def share(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any], 
     return f"{found:.0%}" if found else "–"
 
 
+def step_shape(row: dict[str, Any]) -> str:
+    size = row["resolution"]
+    gflop = number(row["flops"]["ours"] / 1e9)
+    return f"{row['recipe']} at {size}×{size}, batch {row['batch']}, {row['precision']}, {gflop} GFLOP"
+
+
+def per_iteration(row: dict[str, Any], cell: dict[str, Any]) -> str:
+    time = median(cell, "wall")
+    return (
+        "–"
+        if not time
+        else f"{number(row['batch'] / time * 1e6)} ({number(row['flops'][cell['peer']] / time / 1e3)} GFLOP/s)"
+    )
+
+
+def faster(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    found = ratio(median(cells["baseline"], "wall"), median(cells["ours"], "wall"))
+    return f"{number(found)}×" if found else "–"
+
+
+def matrix_rate(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    found = step_targets.matrix_share(document, row["name"])
+    return f"{found:.0%}" if found else "–"
+
+
+def step_memory(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    peaks = [cells[peer]["peak_bytes"] for peer in ("ours", "baseline")]
+    return " / ".join("–" if peak is None else f"{number(peak / 1e6)} MB" for peak in peaks)
+
+
+def step_launches(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    return " / ".join(str(cells[peer]["launches"] or "–") for peer in ("ours", "baseline"))
+
+
 OP_UNIT = "Forward and backward in µs, median: called from Python / replayed from a CUDA graph."
 
 ABOUT_INFO_NCE = """\
@@ -182,6 +217,11 @@ ABOUT_PIPELINES = """\
 All use the same cores, and
 files come from the page cache. Waiting is the share of a training iteration on the GPU that goes into getting its
 images; at 128×128 and above, the iteration is a stand-in, matrix products of as many FLOPs."""
+
+ABOUT_STEP = """\
+The baseline is the
+authors' iteration in plain PyTorch: eager, float32, each step with passes of its own. An iteration's GFLOP are ours;
+memory is what an iteration needs beyond networks and moments."""
 
 OP_SPEEDS: dict[str, Column] = {
     "ours": lambda document, row, cells: times(cells["ours"]),
@@ -227,6 +267,22 @@ KINDS = {
             "`torchvision.io`, GPU": lambda document, row, cells: images_per_second(row, cells["torchvision gpu"]),
         },
         {"waiting, ours / `DataLoader`": waiting},
+    ),
+    "step": Kind(
+        "Images per second that training takes, median, and what arithmetic it achieves.",
+        ABOUT_STEP,
+        step_shape,
+        step_targets.MODE,
+        {
+            "ours": lambda document, row, cells: per_iteration(row, cells["ours"]),
+            "baseline": lambda document, row, cells: per_iteration(row, cells["baseline"]),
+            "faster": faster,
+        },
+        {
+            "matrix rate": matrix_rate,
+            "memory, ours / baseline": step_memory,
+            "launches an iteration, ours / baseline": step_launches,
+        },
     ),
 }
 

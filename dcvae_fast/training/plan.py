@@ -179,7 +179,7 @@ def iteration_flops(step: TrainStep, batch: Batch) -> float:
         kind = (iteration % n_critic == 0, iteration % penalty_every == 0)
         if kind not in measured:
             step.images, step.iterations = images, iteration
-            with _flop_counter() as counter:
+            with flop_counter() as counter:
                 step(batch)
             measured[kind] = counter.get_total_flops()
         total += measured[kind]
@@ -206,7 +206,8 @@ class _NoModules(ModuleTracker):
         pass
 
 
-def _flop_counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """Inside, counts floating-point operations, those of penalties' gradients too."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()
     return counter
@@ -219,7 +220,7 @@ def count_parameters(network: nn.Module) -> int:
 @torch.no_grad()
 def forward_flops(network: nn.Module, network_input: Tensor) -> int:
     """Floating-point operations of one forward pass: two for each multiply-add of convolutions and matrix products."""
-    with _flop_counter() as counter:
+    with flop_counter() as counter:
         network(network_input)
     return counter.get_total_flops()
 

@@ -150,8 +150,9 @@ def test_a_bare_machine_has_what_the_rows_need():
 
 
 def test_all_parts_take_eight_minutes_at_most():
-    benchmarks = [seconds + gpu.OVERTIME + gpu.BENCHMARK_GRACE for seconds in gpu.BENCHMARKS.values()]
-    assert gpu.TESTS_SECONDS + gpu.TESTS_GRACE + sum(benchmarks) <= 480
+    benchmarks = {name: seconds + gpu.OVERTIME + gpu.BENCHMARK_GRACE for name, seconds in gpu.BENCHMARKS.items()}
+    assert benchmarks.pop(gpu.BY_ITSELF) <= 480
+    assert gpu.TESTS_SECONDS + gpu.TESTS_GRACE + sum(benchmarks.values()) <= 480
 
 
 def test_what_the_targets_need_comes_first():

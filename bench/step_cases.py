@@ -1,0 +1,165 @@
+"""What the benchmark of training iterations poses: networks, resolution and batch; and what must come out."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import harness
+from baselines import Baseline
+from dcvae_fast.config import Config, ContrastConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.training.plan import flop_counter
+from dcvae_fast.training.schedule import stages
+from dcvae_fast.training.step import TrainStep
+from dcvae_pipelines import Batch
+from harness import Unavailable
+
+# As the files have them, which take more packages to read than a machine with a GPU may have.
+RECIPES = {
+    "cifar10": Config(),
+    "celebahq512": Config(
+        model=ModelConfig("progressive", 512, latent_dim=512),
+        loss=LossConfig(adversarial="wgan_gp"),
+        contrast=ContrastConfig(layers=("low", "final")),
+        optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
+        train=TrainConfig(sampled_batch=None, n_critic=1),
+    ),
+}
+NARROW = {
+    "latent_dim": 8,
+    "encoder_width": 8,
+    "decoder_width": 8,
+    "discriminator_width": 8,
+    "base_channels": 256,
+    "max_channels": 16,
+}
+PEERS = ("ours", "baseline")
+# Of the first iteration's loss. Ours computes in bfloat16 on a GPU, in other orders everywhere.
+TOLERANCE = 5e-2 if harness.ON_GPU else 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """Iterations of a recipe at a resolution, all its layers faded in, on images that lie on the device."""
+
+    name: str
+    recipe: str
+    resolution: int
+    batch: int
+    narrow: bool = False
+
+    def shrunk(self) -> "Row":
+        """For a rehearsal."""
+        return replace(
+            self, resolution=min(32 if self.recipe == "cifar10" else 16, self.resolution), batch=4, narrow=True
+        )
+
+    @functools.cached_property
+    def config(self) -> Config:
+        config = RECIPES[self.recipe]
+        model, train, growth = config.model, config.train, config.growth
+        model = replace(model, resolution=self.resolution, **(NARROW if self.narrow else {}))
+        train = replace(train, precision="bfloat16" if harness.ON_GPU else "float32", batch=self.batch)
+        if train.sampled_batch is not None:
+            train = replace(train, sampled_batch=2 * self.batch)
+        growth = replace(growth, batch={**growth.batch, self.resolution: self.batch})
+        return replace(config, model=model, train=train, growth=growth)
+
+    @property
+    def iterations(self) -> int:
+        """From one step of the autoencoder to the next."""
+        return self.config.train.n_critic
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "recipe": self.recipe,
+            "resolution": self.resolution,
+            "batch": self.batch,
+            "precision": self.config.train.precision,
+            "flops": flops(self),
+        }
+
+
+ROWS_ON_GPU = (
+    Row("cifar10-64", "cifar10", 32, 64),
+    Row("cifar10-256", "cifar10", 32, 256),
+    Row("faces64", "celebahq512", 64, 16),
+    Row("faces128", "celebahq512", 128, 16),
+    Row("faces256", "celebahq512", 256, 14),
+    Row("faces512", "celebahq512", 512, 6),
+)
+ROWS_ON_CPU = (
+    Row("cifar10-8", "cifar10", 32, 8),
+    Row("faces16", "celebahq512", 16, 4),
+)
+
+
+def begin(row: Row) -> int:
+    """Images shown before the row's iterations: all layers of the resolution are faded in."""
+    return next(x.begin for x in stages(row.config) if x.resolution == row.resolution and not x.fades)
+
+
+def images(row: Row, device: torch.device | str = harness.DEVICE) -> Batch:
+    shape = (row.batch, row.config.model.image_channels, row.resolution, row.resolution)
+    if torch.device(device).type == "meta":
+        return Batch(torch.empty(shape, device="meta"), torch.empty(row.batch, dtype=torch.int64, device="meta"))
+    generator = torch.Generator().manual_seed(0)
+    return Batch((torch.rand(shape, generator=generator) * 2 - 1).to(device), torch.arange(row.batch, device=device))
+
+
+def ours(row: Row, device: torch.device | str = harness.DEVICE) -> Callable[[], dict[str, torch.Tensor]]:
+    """What makes an iteration, and returns its losses on the device."""
+    step, batch = TrainStep(row.config, device), images(row, device)
+    step.images = begin(row)
+    step.grow(step.point)
+    return lambda: step(batch)
+
+
+def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Callable[[], dict[str, torch.Tensor]]:
+    plain, batch = Baseline(row.config, device), images(row, device)
+    plain.images = begin(row)
+    plain.grow(plain.point)
+    return lambda: plain.iterate(batch.images, batch.ids)
+
+
+MAKERS = {"ours": ours, "baseline": baseline}
+
+
+def flops(row: Row) -> dict[str, float]:
+    """Floating-point operations of an iteration, on average over those that step the autoencoder and the others."""
+    found = {}
+    for peer, make in MAKERS.items():
+        iterate = make(row, "meta")
+        with flop_counter() as counter:
+            for _ in range(row.iterations):
+                iterate()
+        found[peer] = counter.get_total_flops() / row.iterations
+    return found
+
+
+@functools.cache
+def first_loss(row: Row) -> float:
+    """The baseline's."""
+    return baseline(row)()["loss/discriminator"].item()
+
+
+def errors(row: Row, found: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far the first iteration's loss is from the baseline's.
+
+    Raises:
+        Unavailable: more than rounding explains; or, of cifar10, where ours iterates spectral norms less often, it is
+            no number.
+    """
+    loss = found["loss/discriminator"].item()
+    if not row.config.model.grows:
+        if not math.isfinite(loss):
+            raise Unavailable(f"its loss is {loss}")
+        return {}
+    error = abs(loss - first_loss(row)) / max(1.0, abs(first_loss(row)))
+    if not error <= TOLERANCE:
+        raise Unavailable(f"its first loss is {loss:.5g}, and the baseline's {first_loss(row):.5g}")
+    return {"loss_error": float(f"{error:.3g}")}

@@ -1,0 +1,93 @@
+"""The benchmark of training iterations judges right: its rehearsal, wrong losses, recipes, targets, the table."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import gpu
+import records
+import step_cases
+import tables
+from dcvae_fast.cli import parse_config
+from dcvae_fast.training.plan import iteration_flops
+from dcvae_fast.training.step import TrainStep
+from harness import Unavailable
+from step_cases import NARROW, ROWS_ON_CPU, ROWS_ON_GPU, errors, first_loss, flops
+from step_targets import MODE, targets
+
+SMALL = [row.shrunk() for row in ROWS_ON_CPU]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    path, status = gpu.run_benchmark("step", tmp_path_factory.mktemp("results"), rehearsal=True)
+    assert path is not None and status == 0
+    return records.read(path)
+
+
+@pytest.mark.multiprocess
+def test_rehearsal_times_both(rehearsal):
+    assert rehearsal["rehearsal"] is True and [row["name"] for row in rehearsal["rows"]] == ["cifar10-8", "faces16"]
+    for row in rehearsal["rows"]:
+        assert 0 < row["flops"]["ours"] < row["flops"]["baseline"]
+        for cell in row["cells"]:
+            assert cell["reason"] is None and cell["wall"]["median_us"] > 0 and cell["mode"] == MODE
+    errors = {cell["peer"]: cell["errors"] for cell in rehearsal["rows"][1]["cells"]}
+    assert errors["baseline"] == {"loss_error": 0.0} and errors["ours"]["loss_error"] < 1e-5
+    assert all(target["measured"] is None for target in rehearsal["targets"])
+    text = tables.table(rehearsal)
+    assert "cifar10-8: cifar10 at 32×32, batch 4, float32" in text and "GFLOP/s" in text
+
+
+def test_recipes_are_those_of_the_files():
+    for row in ROWS_ON_GPU:
+        config, ours = parse_config(["--recipe", row.recipe])[0], step_cases.RECIPES[row.recipe]
+        for section in ("model", "loss", "contrast", "optim"):
+            assert getattr(config, section) == getattr(ours, section), (row, section)
+        for setting in ("sampled_batch", "n_critic", "average"):
+            assert getattr(config.train, setting) == getattr(ours.train, setting)
+        assert row.config.model == replace(config.model, resolution=row.resolution)
+        images = config.growth.batch[row.resolution] if config.model.grows else row.batch
+        assert row.batch == images
+    assert row.config.train.precision == "float32"  # on a CPU
+
+
+def test_iterations_are_fully_faded_in_and_cost_what_the_plan_says():
+    faces = SMALL[1]
+    assert faces.config.model.max_channels == NARROW["max_channels"]
+    step_cases.ours(faces)  # at its resolution, or its images would not fit
+    cifar = ROWS_ON_GPU[0]
+    step = TrainStep(cifar.config, "meta")
+    found = flops(cifar)
+    assert found["ours"] == iteration_flops(step, step_cases.images(cifar, "meta"))
+    assert found["baseline"] / 1e12 == pytest.approx(2.0, abs=0.01)  # the authors'
+
+
+def test_wrong_losses_are_not_timed():
+    cifar, faces = SMALL
+    good = {"loss/discriminator": torch.tensor(first_loss(faces))}
+    assert errors(faces, good) == {"loss_error": 0.0}
+    with pytest.raises(Unavailable, match="its first loss is"):
+        errors(faces, {"loss/discriminator": good["loss/discriminator"] + 0.1})
+    assert errors(cifar, good) == {}
+    with pytest.raises(Unavailable, match="its loss is nan"):
+        errors(cifar, {"loss/discriminator": torch.tensor(float("nan"))})
+
+
+def document(device: str, names: list[str], ours: float, baseline: float) -> dict[str, Any]:
+    times = {"ours": ours, "baseline": baseline}
+    cells = [{"peer": peer, "mode": MODE, "wall": {"median_us": time}} for peer, time in times.items()]
+    rows = [{"name": name, "flops": {"ours": 3e12, "baseline": 4e12}, "cells": cells} for name in names]
+    return {"device": device, "rehearsal": False, "device_rates": {"bfloat16": 750.0}, "rows": rows}
+
+
+def test_targets():
+    (on_cpu,) = targets(document("cpu", [row.name for row in ROWS_ON_CPU], 2e6, 3e6))
+    assert (on_cpu["row"], on_cpu["measured"], on_cpu["met"]) == ("cifar10-8", 1.5, True)
+    # 3 TFLOP in 10 ms are 300 TFLOP/s, 40 % of 750.
+    found = {(t["row"], t["required"]): t for t in targets(document("H100", [r.name for r in ROWS_ON_GPU], 1e4, 5e4))}
+    assert found["cifar10-64", 6]["measured"] == 5 and found["cifar10-64", 6]["met"] is False
+    assert found["faces512", 3]["met"] is True
+    assert found["cifar10-256", 0.4]["measured"] == 0.4 and found["faces512", 0.3]["met"] is True
