@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAVY = ["deepspeed", "nvidia.dali", "torchvision", "torch_fidelity", "sklearn", "PIL", "jsonargparse", "tensorboard"]
+HEAVY += ["torch._dynamo"]  # seconds, which only those who compile need
 
 
 @pytest.mark.multiprocess

@@ -1,18 +1,26 @@
 """Which implementation takes an operation's inputs."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 Impl = Literal["auto", "triton", "torch"]
+F = TypeVar("F", bound=Callable)
 
 DATA = (Tensor, nn.Parameter, nn.Buffer)
 TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def constant(function: F) -> F:
+    """Does what torch.compiler.assume_constant_result does, which would import the compiler: seconds, for everybody."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def check_impl(impl: str) -> None:
@@ -32,7 +40,7 @@ def obstacle_to_triton(device: torch.device) -> str | None:
     return f"it needs a GPU, or TRITON_INTERPRET=1 in the environment before the import, not {device}"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _triton_runs_on(index: int) -> bool:
     return TRITON_INSTALLED and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcvae_kernels.choice import constant
+
 SMALLEST_SQUARE = 1e-24  # F.normalize's eps, squared
 UNKNOWN_ID = -1  # equal to no identity, not even to itself
 
@@ -21,7 +23,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into it
+@constant  # torch 2.11's compiler cannot look into it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
