@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dcvae_fast.config import Config, recipe_path, recipes, to_dict
 from dcvae_fast.errors import ConfigError, RankError, RunError, UserError, reason
@@ -133,8 +134,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
-    """Options of `dcvae train` → configuration, run folder, dry run or not.
+class Options(NamedTuple):
+    """Those of `dcvae train`."""
+
+    config: Config
+    run: Path
+    dry_run: bool
+    profile: bool
+
+
+def parse_config(argv: Sequence[str]) -> Options:
+    """The command line of `dcvae train`.
 
     Raises:
         ConfigError: an unknown setting, or a value that has no meaning.
@@ -149,6 +159,7 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     parser.add_argument("--recipe", action=jsonargparse.ActionConfigFile, help="a recipe's name, or a .yaml file")
     parser.add_argument("--run", type=str | None, default=None, help="run folder (default: runs/RECIPE)")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done and what it costs, then stop")
+    parser.add_argument("--profile", action="store_true", help="profile a few iterations, into RUN/profile")
     parser.add_class_arguments(Config)
 
     # What the launchers of several processes put in, and what users of DeepSpeed are used to.
@@ -174,7 +185,7 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     if config.train.engine == "auto" and (chosen.deepspeed or chosen.local_rank is not None):
         config = replace(config, train=replace(config.train, engine="deepspeed"))
     run = f"runs/{Path(str(recipe)).stem}" if parsed.run is None else parsed.run
-    return config, Path(run), parsed.dry_run
+    return Options(config, Path(run), parsed.dry_run, parsed.profile)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -182,7 +193,7 @@ def _train(argv: Sequence[str]) -> int:
 
     ranks = join()
     with ranks.together():
-        config, folder, dry_run = parse_config(argv)
+        config, folder, dry_run, profile = parse_config(argv)
     settings = {f"{section}.{name}": x for section, some in to_dict(config).items() for name, x in some.items()}
     ranks.check_same({"--dry-run": dry_run, **{name: x for name, x in settings.items() if name not in OF_A_MACHINE}})
     if dry_run:
@@ -192,7 +203,7 @@ def _train(argv: Sequence[str]) -> int:
     from dcvae_fast.training.loop import train
 
     began = time.perf_counter()
-    outcome = train(config, folder, ranks)
+    outcome = train(config, folder, ranks, profile)
     if outcome.signal:
         if ranks.first:
             print(f"Stopped after {outcome.images:,} of {config.train.images:,} images; the same command goes on.")
@@ -227,7 +238,7 @@ def _data(argv: Sequence[str]) -> int:
     arguments, settings = parser.parse_known_args(argv)
     if arguments.n < 1:
         raise UserError(f"--n is {arguments.n}; it must be at least 1.")
-    config, _, _ = parse_config(["--recipe", arguments.recipe, *settings])
+    config = parse_config(["--recipe", arguments.recipe, *settings]).config
     import torch
 
     from dcvae_fast.training.loop import open_source, pick_device, training_images

@@ -276,6 +276,9 @@ class TrainConfig:
         checkpoint_activations: progressive: keep less for the backward pass and compute it again
         precision: of the networks' arithmetic where it does no harm (autocast); float16 scales the losses, for GPUs
             without bfloat16. Weights, and everything else, are float32
+        compile: whether torch compiles the networks, which takes a minute or two at each resolution; null for: on GPUs
+        graphs: whether whole iterations become CUDA graphs, so that the processor has next to nothing to do; null for:
+            on a single GPU, unless DeepSpeed, float16 or another Adam than torch's is asked for
         engine: what averages gradients over processes and steps: torch, or deepspeed; auto is deepspeed where its
             launcher started the run, or one of the next two settings asks for it
         zero: DeepSpeed's ZeRO stage: what is cut up among processes; 0 nothing, 1 Adam's moments, 2 gradients too
@@ -293,6 +296,8 @@ class TrainConfig:
     micro_batch: int | None = None
     checkpoint_activations: bool = field(default=False, metadata=_MAY_CHANGE)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool | None = field(default=None, metadata=_MAY_CHANGE)
+    graphs: bool | None = field(default=None, metadata=_MAY_CHANGE)
     engine: Literal["auto", "torch", "deepspeed"] = field(default="auto", metadata=_MAY_CHANGE)
     zero: Literal[0, 1, 2] | None = field(default=None, metadata=_MAY_CHANGE)
     deepspeed_config: str | None = field(default=None, metadata=_MAY_CHANGE)

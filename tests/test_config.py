@@ -49,21 +49,23 @@ def test_the_official_recipe_is_their_code():
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_parses(recipe):
-    config, folder, dry_run = parse_config(["--recipe", recipe])
+    config, folder, dry_run, profile = parse_config(["--recipe", recipe])
     assert str(folder) == f"runs/{recipe}"
-    assert not dry_run
+    assert not dry_run and not profile
     assert config.model.image_channels == (1 if config.data.name in ("digits", "mnist") else 3)
 
 
 def test_overrides(tmp_path):
     argv = "--recipe=mnist --optim.lr 1e-4 --train.images 12345 --optim.betas [0.5,0.99] --contrast.layers [b1,b4]"
-    config, folder, dry_run = parse_config(f"{argv} --data.root /somewhere --run elsewhere --dry-run".split())
+    config, folder, dry_run, profile = parse_config(
+        f"{argv} --data.root /somewhere --run elsewhere --dry-run --profile".split()
+    )
     assert (config.optim.lr, config.optim.betas, config.train.images) == (1e-4, (0.5, 0.99), 12345)
     assert (config.contrast.layers, config.data.root) == (("b1", "b4"), "/somewhere")
-    assert (str(folder), dry_run) == ("elsewhere", True)
+    assert (str(folder), dry_run, profile) == ("elsewhere", True, True)
     own = tmp_path / "mine.yaml"
     own.write_text("data: {name: digits}\noptim: {lr: 5e-3}\n")
-    config, folder, _ = parse_config(["--recipe", str(own)])
+    config, folder, *_ = parse_config(["--recipe", str(own)])
     assert (config.data.name, config.optim.lr, str(folder)) == ("digits", 5e-3, "runs/mine")
 
 

@@ -28,8 +28,13 @@ class Phase(NamedTuple):
     """What the networks compute at a point of their growth."""
 
     resolution: int
-    alpha: float = 1.0
-    """share of this resolution's layers in the blend with those of half of it"""
+    alpha: float | Tensor = 1.0
+    """share of this resolution's layers in the blend with those of half of it; a tensor, of shape [], may change
+    without a new phase"""
+
+    @property
+    def fades(self) -> bool:
+        return self.resolution > BOTTOM and (isinstance(self.alpha, Tensor) or self.alpha < 1)
 
 
 class Widths(NamedTuple):
@@ -111,6 +116,11 @@ def act(x: Tensor) -> Tensor:
     return F.leaky_relu(x, SLOPE)
 
 
+def blend(coarse: Tensor, own: Tensor, alpha: float | Tensor) -> Tensor:
+    """(1 − alpha) · coarse + alpha · own."""
+    return torch.lerp(coarse, own, alpha.to(own.dtype) if isinstance(alpha, Tensor) else alpha)
+
+
 def pixel_norm(x: Tensor) -> Tensor:
     """Each position's vector of channels (dim 1) divided by its root mean square; computed in float32 at least."""
     wide = widened(x)
@@ -154,7 +164,7 @@ class Generator(nn.Module):
             self.to_images[str(r)] = EqualizedConv2d(width, image_channels, 1, gain=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        resolution, alpha = self.phase
+        resolution = self.phase.resolution
         x = self.linear(pixel_norm(latents)).unflatten(1, (self.bottom_width, BOTTOM, BOTTOM))
         x = pixel_norm(act(x + self.linear_bias[:, None, None]))
         x = previous = pixel_norm(act(self.conv(x)))
@@ -162,9 +172,9 @@ class Generator(nn.Module):
             previous = x
             x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
         images = self.to_images[str(resolution)](x)
-        if alpha < 1 and resolution > BOTTOM:
+        if self.phase.fades:
             coarse = self.to_images[str(resolution // 2)](previous)
-            images = torch.lerp(F.interpolate(coarse, scale_factor=2.0), images, alpha)
+            images = blend(F.interpolate(coarse, scale_factor=2.0), images, self.phase.alpha)
         return images
 
     def _block(self, x: Tensor, r: int) -> Tensor:
@@ -199,7 +209,7 @@ class Trunk(nn.Module):
         Returns:
             `low` [B, W, 16, 16] from 16×16 on, `final` [B, W].
         """
-        resolution, alpha = self.phase
+        resolution = self.phase.resolution
         x = act(self.from_images[str(resolution)](images))
         features = {}
         for r in reversed(resolutions(resolution)):
@@ -208,9 +218,9 @@ class Trunk(nn.Module):
             if r == BOTTOM:
                 break
             x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
-            if r == resolution and alpha < 1:
+            if r == resolution and self.phase.fades:
                 coarse = act(self.from_images[str(r // 2)](F.avg_pool2d(images, 2)))
-                x = torch.lerp(coarse, x, alpha)
+                x = blend(coarse, x, self.phase.alpha)
         if self.stddev:
             extra = minibatch_stddev(x, stddev_parts) if stddev_parts else torch.zeros_like(x[:, :1])
             x = torch.cat([x, extra], dim=1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dcvae_fast.config import Config, OptimConfig
 from dcvae_fast.errors import DivergedError
-from dcvae_fast.training.optim import Moments, adam, read_moments, write_moments
+from dcvae_fast.training.optim import Moments, adam, choose, read_moments, write_moments
 from dcvae_fast.training.ranks import ALONE, Ranks
 
 Parameters = Sequence[nn.Parameter]
@@ -136,17 +136,24 @@ class Engine:
         self._config, self._scales, self._ranks = config.optim, scales, ranks
         self.loss_scale = LossScale(config.optim) if config.train.precision == "float16" else None
         self._units: list[Unit] = []
+        self.layout = 0  # changes with the units
         self.reset(config.optim.lr, config.train.batch)
 
     def describe(self) -> str:
         """What it is, in words."""
         return "torch" if self._ranks.count == 1 else f"torch, averaged over {self._ranks.count} ranks"
 
+    @property
+    def adam(self) -> str:
+        """Whose Adam: see `choose`."""
+        return choose(self._config.fused, next(iter(self._names)).device)
+
     def reset(self, lr: float, batch: int) -> None:
         """Forget all moments, and go on with this learning rate, and batch on each rank."""
         for unit in self._units:
             unit.close()
         self._units, self._lr, self._batch = [], lr, batch
+        self.layout += 1
         self._loaded: dict[nn.Parameter, Moments] = {}  # moments of parameters that are in no unit yet
 
     def backward(self, loss: Tensor, groups: Iterable[str]) -> None:
@@ -196,7 +203,9 @@ class Engine:
         for step, pairs in new.items():
             parameters, moments = zip(*pairs, strict=True)
             found.append(self._make(parameters, None if step is None else moments))
-        self._units = found
+        if len(found) != len(self._units):  # units are only cut or added
+            self._units = found
+            self.layout += 1
         return [unit for unit in found if unit.parameters[0] in stepped]
 
     def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:

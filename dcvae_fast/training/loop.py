@@ -18,8 +18,9 @@ from dcvae_fast.errors import ConfigError, DivergedError, RankError
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
+from dcvae_fast.training.compiled import uncompiled
 from dcvae_fast.training.log import Log, say
-from dcvae_fast.training.optim import choose
+from dcvae_fast.training.profile import Profiler
 from dcvae_fast.training.ranks import ALONE, Ranks
 from dcvae_fast.training.schedule import point
 from dcvae_fast.training.seeding import derive_seed
@@ -52,12 +53,15 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
+def train(config: Config, folder: Path, ranks: Ranks = ALONE, profiled: bool = False) -> Outcome:
     """Train in the run folder until `train.images` images were shown, or until SIGINT or SIGTERM.
 
     Continues from the newest intact checkpoint, whatever the number of ranks that wrote it. On a CPU, with the same
     number of threads and ranks, the weights are bitwise those of an uninterrupted run. Of several ranks, only the first
     uses the folder.
+
+    Args:
+        profiled: whether a few iterations of the first rank are profiled, into RUN/profile.
 
     Raises:
         UserError: a setting, the data or the folder is not usable, or training diverged; the message says which.
@@ -93,16 +97,21 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
         if start >= total:
             return Outcome(start, trained=False)
         say(f"{'Continuing' if start else 'Training'} in {folder} on {device}, from {start:,} to {total:,} images")
-        say(f"Gradients by {step.engine.describe()}; Adam by {choose(config.optim.fused, device)}")
+        say(f"Gradients by {step.engine.describe()}; Adam by {step.engine.adam}")
 
         batches, saved, status, problem = iter(source), start, GO, None
         log = stack.enter_context(closing(Log(folder, start, total, ranks)))
+        profiler = None
+        if profiled and ranks.first:
+            profiler = stack.enter_context(closing(Profiler(folder, config, device)))
         while step.images < total:
             if step.point.resolution != step.resolution:
                 if step.images > saved:  # to go back to, should anything fail on the way
                     _save(config, folder, step, source.state_dict())
                     saved = step.images
                 grow(config, images, step, source)
+            if profiler is not None:
+                profiler.before()
             before, position, asked = step.images, source.state_dict(), time.perf_counter()
             try:
                 batch = next(batches)
@@ -113,6 +122,8 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE) -> Outcome:
             if status != GO:
                 break
             log.add(step(batch), waited)
+            if profiler is not None:
+                profiler.after(step.images - before)
             finished = step.images >= total
             if finished or _crossed(before, step.images, intervals.every):
                 log.write(step.images)
@@ -302,7 +313,7 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
     generator = torch.Generator().manual_seed(derive_seed(config.train.seed, "grids"))
     chosen = torch.arange(GRID_IMAGES) % len(held_out)  # over again where there are few
     images = resize(held_out, step.resolution)[chosen].to(device).float() / 127.5 - 1
-    with evaluating(step.networks):
+    with evaluating(step.networks), uncompiled():
         model = current_model(config, step)
         reconstructions = model.reconstruct(images, sample_posterior=False)
         pairs = torch.stack([images, reconstructions], dim=1)  # original above reconstruction, 8 a row

@@ -43,7 +43,8 @@ def adam(
     device = groups[0]["params"][0].device
     kind = choose(config.fused, device)
     if kind == "torch":
-        return torch.optim.Adam(groups, betas=config.betas, fused=device.type != "meta")
+        on_gpu = device.type == "cuda"  # where a CUDA graph may hold it
+        return torch.optim.Adam(groups, betas=config.betas, fused=device.type != "meta", capturable=on_gpu)
     try:
         return _other(kind)(groups, betas=config.betas, adam_w_mode=False)
     except Exception as error:  # a compiler that is missing or fails, a device it is not for

@@ -6,6 +6,7 @@ Nothing here waits for the device: metrics are tensors on it, detached.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,10 @@ from dcvae_fast.models.build import build_autoencoder, build_discriminator, lear
 from dcvae_fast.models.dcvae import Posterior
 from dcvae_fast.models.layers import copy_buffers, frozen, update_average, widened
 from dcvae_fast.models.progressive import LOW, Phase, checkpoint_activations, set_phase
+from dcvae_fast.training.compiled import compile_forward, compiling, forget_compiled, uncompiled, uses_compile
 from dcvae_fast.training.deepspeed_engine import DeepSpeedEngine, deepspeed_settings
 from dcvae_fast.training.engine import Engine
+from dcvae_fast.training.graphs import Graphs, uses_graphs
 from dcvae_fast.training.ranks import ALONE, Ranks
 from dcvae_fast.training.schedule import Point, check_batches, point, sampled
 from dcvae_fast.training.seeding import derive_seed
@@ -46,6 +49,28 @@ class Reconstruction(NamedTuple):
 
 # Given a part of the batch.
 Reconstruct = Callable[[slice], Reconstruction]
+
+
+class Draws(NamedTuple):
+    """All that is random in an iteration, this rank's share; None where it takes none."""
+
+    posterior: Tensor  # [B, Z], of the reconstruction
+    prior: Tensor | None  # [B, Z], samples for the discriminator
+    between: Tensor | None  # [2, B, 1, 1, 1], where gradients are penalised
+    generated: Tensor | None  # [B', Z], samples for the autoencoder
+    again: Tensor | None  # [B, Z], of the reconstruction once the autoencoder has been stepped
+    location: Tensor | None  # [1], of the local patches
+
+
+class Kind(NamedTuple):
+    """What an iteration does: those of one kind launch the same work."""
+
+    autoencoder: bool
+    """whether the autoencoder is stepped"""
+    r1: bool
+    """whether the discriminator's gradient is penalised at real images"""
+    local: bool
+    """whether local patches are contrasted"""
 
 
 class Keys(NamedTuple):
@@ -98,7 +123,16 @@ class TrainStep:
         self.networks = Networks(config).to(self.device).to(memory_format=torch.channels_last).train()
         if config.train.checkpoint_activations:
             checkpoint_activations(self.networks)
-        discriminator = self.networks.discriminator
+        discriminator, contrast = self.networks.discriminator, self.networks.contrast
+        self.compiles = uses_compile(config, self.device)
+        if self.compiles:
+            modules = [self.networks.encoder.trunk, self.networks.decoder, discriminator.critic]
+            compile_forward(modules if contrast is None else [*modules, contrast.momentum.critic])
+        self._compiled_for: tuple[int, bool] | None = None
+        self._alpha = torch.empty((), device=self.device)
+        self.graphs = Graphs() if uses_graphs(config, self.device, ranks) else None
+        if self.graphs is not None:  # which hold no other Adam
+            config = replace(config, optim=replace(config.optim, fused="torch"))
         groups = {
             "encoder": self.networks.encoder.parameters(),
             "decoder": self.networks.decoder.parameters(),
@@ -153,8 +187,13 @@ class TrainStep:
 
     def _set_phase(self, to: Point) -> None:
         self.resolution, self.alpha = to.resolution, to.alpha
+        fades = to.alpha < 1
         if self.config.model.grows:
-            set_phase(self.networks, Phase(to.resolution, to.alpha))
+            self._alpha.fill_(to.alpha)
+            set_phase(self.networks, Phase(to.resolution, self._alpha if fades else 1.0))
+        if self.compiles and (to.resolution, fades) != self._compiled_for:
+            forget_compiled()
+            self._compiled_for = (to.resolution, fades)
 
     def _shown(self, batch: Batch) -> Batch:
         """The batch as networks that are fading in see it."""
@@ -169,41 +208,90 @@ class TrainStep:
 
     def __call__(self, batch: Batch) -> Metrics:
         """Train on images [B, C, R, R] of the present resolution, this rank's share; returns scalars, of its share too,
-        those of the autoencoder only where it was stepped."""
-        train, loss = self.config.train, self.config.loss
-        self._set_phase(self.point)
-        batch = self._shown(batch)
-        self.generator.manual_seed(derive_seed(train.seed, self.images))
-        steps_autoencoder = not loss.has_gan or self.iterations % train.n_critic == 0
+        those of the autoencoder only where it was stepped.
 
-        metrics: Metrics = {}
-        reconstruct = None
-        if loss.has_gan:
-            # The discriminator's step leaves the autoencoder as it is, so the reconstruction serves again after it.
-            reconstruct = self._reconstruct_once(batch.images, steps_autoencoder)
-            metrics |= self._discriminator_step(batch.images, reconstruct)
-            if steps_autoencoder and loss.order == "sequential":
-                metrics |= self._autoencoder_step(len(batch.images), reconstruct)
-                reconstruct = None  # the autoencoder has changed
-        if steps_autoencoder:
-            metrics |= self._instance_step(batch, reconstruct or self._reconstruct_once(batch.images, True))
-            update_average(self.networks.decoder_average, self.networks.decoder, train.average)
-        copy_buffers(self.networks.decoder_average, self.networks.decoder)
+        Raises:
+            ConfigError: the networks are to be compiled, and cannot be.
+        """
+        self._set_phase(self.point)
+        batch, kind = self._shown(batch), self._kind()
+        draws = self._draws(len(batch.images), kind)
+        with compiling() if self.compiles else nullcontext():
+            if self.graphs is None:
+                metrics = self._iterate(batch, draws, kind)
+            else:
+                metrics = self._replayed(self.graphs, batch, draws, kind)
         self.images += len(batch.images) * self.ranks.count
         self.iterations += 1
         return metrics
+
+    def _kind(self) -> Kind:
+        loss, local = self.config.loss, self.config.contrast.local_start_images
+        autoencoder = not loss.has_gan or self.iterations % self.config.train.n_critic == 0
+        r1 = loss.has_gan and loss.adversarial == "logistic_r1" and self.iterations % loss.penalty_every == 0
+        local = autoencoder and loss.instance == "contrast" and local is not None and self.images >= local
+        return Kind(autoencoder, r1, local)
+
+    def _draws(self, n: int, kind: Kind) -> Draws:
+        """Those of an iteration on n images."""
+        config, loss = self.config, self.config.loss
+        self.generator.manual_seed(derive_seed(config.train.seed, self.images))
+        adversarial = loss.has_gan and kind.autoencoder
+        posterior = self._noise(n)
+        prior = self._noise(n) if loss.has_gan else None
+        between = None
+        if loss.has_gan and loss.adversarial == "wgan_gp":
+            shape = (2, n * self.ranks.count, 1, 1, 1)
+            between = self.ranks.own(torch.rand(shape, device=self.device, generator=self.generator), dim=1)
+        generated = self._noise(sampled(config, self.ranks.count) or n) if adversarial else None
+        again = self._noise(n) if adversarial and loss.order == "sequential" else None
+        location = torch.rand(1, device=self.device, generator=self.generator) if kind.local else None
+        return Draws(posterior, prior, between, generated, again, location)
 
     def _noise(self, n: int) -> Tensor:
         """[n, Z]: this rank's share."""
         shape = (n * self.ranks.count, self.config.model.latent_dim)
         return self.ranks.own(torch.randn(shape, device=self.device, generator=self.generator))
 
+    def _replayed(self, graphs: Graphs, batch: Batch, draws: Draws, kind: Kind) -> Metrics:
+        """What `_iterate` does, by a graph of its kind."""
+        drawn = {name: x for name, x in draws._asdict().items() if x is not None}
+        nothing = dict.fromkeys(Draws._fields)
+
+        def work(inputs: list[Tensor]) -> Metrics:
+            images, ids, *rest = inputs
+            return self._iterate(Batch(images, ids), Draws(**{**nothing, **dict(zip(drawn, rest, strict=True))}), kind)
+
+        setting = (self.resolution, self.alpha < 1, self.engine.layout)
+        return graphs.run(setting, kind, work, [batch.images, batch.ids, *drawn.values()])
+
+    def _iterate(self, batch: Batch, draws: Draws, kind: Kind) -> Metrics:
+        """An iteration on the device. What it launches depends on the kind, the shapes and the phase alone."""
+        loss, n = self.config.loss, len(batch.images)
+        metrics: Metrics = {}
+        reconstruct = None
+        if loss.has_gan:
+            # The discriminator's step leaves the autoencoder as it is, so the reconstruction serves again after it.
+            reconstruct = self._reconstruct_once(batch.images, draws.posterior, kind.autoencoder)
+            metrics |= self._discriminator_step(batch.images, reconstruct, draws, kind.r1)
+            if kind.autoencoder and loss.order == "sequential":
+                metrics |= self._autoencoder_step(n, reconstruct, draws)
+                reconstruct = None  # the autoencoder has changed
+        if kind.autoencoder:
+            if reconstruct is None:
+                noise = draws.posterior if draws.again is None else draws.again
+                reconstruct = self._reconstruct_once(batch.images, noise, True)
+            metrics |= self._instance_step(batch, reconstruct, draws)
+            update_average(self.networks.decoder_average, self.networks.decoder, self.config.train.average)
+        copy_buffers(self.networks.decoder_average, self.networks.decoder)
+        return metrics
+
     def _parts(self, n: int) -> list[slice]:
         """The batch, or the micro-batches that it is cut into."""
         size = self.config.train.micro_batch or n
         return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
 
-    def _reconstruct_once(self, images: Tensor, trained: bool) -> Reconstruct:
+    def _reconstruct_once(self, images: Tensor, noise: Tensor, trained: bool) -> Reconstruct:
         """What gives the reconstruction of a part of the batch, always the same one.
 
         It is computed now, or, of micro-batches, each time again: otherwise all their activations would be held.
@@ -211,7 +299,6 @@ class TrainStep:
         Args:
             trained: whether gradients are wanted.
         """
-        noise = self._noise(len(images))
         if self.config.train.micro_batch is not None:
             return lambda part: self._reconstruct(images[part], noise[part])
         with torch.set_grad_enabled(trained):
@@ -224,23 +311,21 @@ class TrainStep:
             posterior = Posterior(widened(mean), widened(logvar))
             return Reconstruction(widened(self.networks.decoder(posterior.at(noise))), posterior)
 
-    def _discriminator_step(self, images: Tensor, reconstruct: Reconstruct) -> Metrics:
+    def _discriminator_step(self, images: Tensor, reconstruct: Reconstruct, draws: Draws, r1: bool) -> Metrics:
         """Real images against as many prior samples and reconstructions; steps trunk and score head."""
-        noise = self._noise(len(images))
-        between = None
-        if self.config.loss.adversarial == "wgan_gp":
-            shape = (2, len(images) * self.ranks.count, 1, 1, 1)
-            between = self.ranks.own(torch.rand(shape, device=self.device, generator=self.generator), dim=1)
+        prior, between = draws.prior, draws.between
+        assert prior is not None
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
             with self._autocast(), torch.no_grad():
-                rec, fake = reconstruct(part).images.detach(), widened(self.networks.decoder(noise[part]))
-            return self._discriminator_loss(images[part], fake, rec, None if between is None else between[:, part])
+                rec, fake = reconstruct(part).images.detach(), widened(self.networks.decoder(prior[part]))
+            places = None if between is None else between[:, part]
+            return self._discriminator_loss(images[part], fake, rec, places, r1)
 
         return self._update(loss, len(images), "trunk", "score")
 
     def _discriminator_loss(
-        self, images: Tensor, fake: Tensor, rec: Tensor, between: Tensor | None
+        self, images: Tensor, fake: Tensor, rec: Tensor, between: Tensor | None, r1: bool
     ) -> tuple[Tensor, Metrics]:
         config = self.config.loss
         with self._autocast():
@@ -259,7 +344,7 @@ class TrainStep:
             penalty = lipschitz_penalty(self._gradient_norms(points))
             metrics["loss/penalty"] = penalty.detach()
             loss = loss + config.penalty * penalty
-        elif config.adversarial == "logistic_r1" and self.iterations % config.penalty_every == 0:
+        elif r1:
             penalty = r1_penalty(self._gradient_norms(images))
             metrics["loss/penalty"] = penalty.detach()
             loss = loss + config.penalty_every * config.penalty * penalty
@@ -268,7 +353,8 @@ class TrainStep:
     def _gradient_norms(self, images: Tensor) -> Tensor:
         """Of the score in each image, [B]; in float32, for the gradients of single pixels are small."""
         images = images.detach().requires_grad_()
-        scores = self.networks.discriminator(images).score
+        with uncompiled():
+            scores = self.networks.discriminator(images).score
         return gradient_norm(scores, images)
 
     def _adversarial_loss(self, rec: Tensor, noise: Tensor) -> Tensor:
@@ -279,9 +365,10 @@ class TrainStep:
         fake_score, rec_score = scores.split([len(fake), len(rec)])
         return autoencoder_loss(fake_score, rec_score, self.config.loss.adversarial)
 
-    def _autoencoder_step(self, n: int, reconstruct: Reconstruct) -> Metrics:
+    def _autoencoder_step(self, n: int, reconstruct: Reconstruct, draws: Draws) -> Metrics:
         """The adversarial loss of the autoencoder, and KL; steps encoder and decoder."""
-        noise = self._noise(sampled(self.config, self.ranks.count) or n)
+        noise = draws.generated
+        assert noise is not None
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
             rec = reconstruct(part)
@@ -291,15 +378,14 @@ class TrainStep:
 
         return self._update(loss, n, "encoder", "decoder")
 
-    def _instance_step(self, batch: Batch, reconstruct: Reconstruct) -> Metrics:
+    def _instance_step(self, batch: Batch, reconstruct: Reconstruct, draws: Draws) -> Metrics:
         """The reconstruction loss and KL, with the adversarial loss where the order is joint.
 
         Steps encoder and decoder, and for InfoNCE the trunk and the contrastive heads.
         """
-        config, n, noise = self.config, len(batch.images), None
-        if config.loss.has_gan and config.loss.order == "joint":
-            noise = self._noise(sampled(config, self.ranks.count) or n)
-        keys = self._new_keys(batch) if config.loss.instance == "contrast" else None
+        config, n = self.config, len(batch.images)
+        noise = draws.generated if config.loss.order == "joint" else None
+        keys = self._new_keys(batch, draws.location) if config.loss.instance == "contrast" else None
 
         def loss(part: slice) -> tuple[Tensor, Metrics]:
             rec = reconstruct(part)
@@ -333,17 +419,15 @@ class TrainStep:
         layers = tuple(layer for layer in self.config.contrast.layers if layer in real.features)
         return feature_loss(real.features, fake.features, layers)
 
-    def _new_keys(self, batch: Batch) -> Keys:
+    def _new_keys(self, batch: Batch, location: Tensor | None) -> Keys:
         """Moves C′ towards C, and makes the keys of the batch."""
         contrast = self.networks.contrast
         assert contrast is not None
         contrast.update(self.networks.discriminator)
         with self._autocast():
             made = [contrast.keys(batch.images[part]) for part in self._parts(len(batch.images))]
-        keys, location, patches = torch.cat([keys for keys, _ in made], dim=1), None, None
-        start = self.config.contrast.local_start_images
-        if contrast.local_queue is not None and start is not None and self.images >= start:
-            location = torch.rand(1, device=self.device, generator=self.generator)
+        keys, patches = torch.cat([keys for keys, _ in made], dim=1), None
+        if location is not None:
             patches = torch.cat([contrast.local_patches(critique, location) for _, critique in made], dim=1)
         return Keys(keys, location, patches)
 

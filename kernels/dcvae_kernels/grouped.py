@@ -153,8 +153,6 @@ def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -
     norms = torch.stack(torch._foreach_norm(vectors))
     directions = torch._foreach_div(vectors, norms.clamp_min(eps).unbind())
     known = norms > 0
-    if norms.device.type == "cpu" and known.all():  # elsewhere that question would wait for the device
-        return directions, norms
     return [torch.where(*triple) for triple in zip(known.unbind(), directions, previous, strict=True)], norms
 
 

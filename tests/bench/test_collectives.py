@@ -79,7 +79,7 @@ def stepped(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.multiprocess
 def test_counted_are_the_parameters_and_the_keys(recipe, counted, monkeypatch):
-    config, _, _ = parse_config(["--recipe", str(recipe)])
+    config = parse_config(["--recipe", str(recipe)]).config
     sizes = stepped(config, monkeypatch)
     for engine, row in counted.items():
         calls, size = total(row, "gradients")

@@ -186,7 +186,7 @@ def assert_equal(ours: Any, expected: Any) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-PHASES = [Phase(4), Phase(8), Phase(8, 0.3), Phase(16, 0.0), Phase(32, 0.75), Phase(32)]
+PHASES = [Phase(4), Phase(8), Phase(8, 0.3), Phase(16, 0.0), Phase(32, torch.tensor(0.75)), Phase(32)]
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -198,7 +198,7 @@ def test_networks_are_progressive_gans_at_every_phase(phase: Phase):
             if "bias" in name:
                 nn.init.normal_(parameter, std=0.1)
         set_phase(network, phase)
-    r, alpha = phase
+    r, alpha = phase.resolution, float(phase.alpha)
     z, images = noise(4, Z, dtype=torch.float64), noise(4, 3, r, r, dtype=torch.float64)
     assert_equal(g(z), plain_generator(g, z, r, alpha))
 

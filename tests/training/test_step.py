@@ -230,13 +230,15 @@ def test_vae_gan_compares_features_and_leaves_the_discriminator_alone():
     batch = batches(1)[0]
     metrics = step(batch)
     # The same state just before the instance step: one discriminator's and one autoencoder's step on.
-    generator = plain.generator.manual_seed(derive_seed(0, 0))
-    reconstruct = plain._reconstruct_once(batch.images, True)
-    plain._discriminator_step(batch.images, reconstruct)
-    plain._autoencoder_step(B, reconstruct)
+    kind = plain._kind()
+    draws = plain._draws(B, kind)
+    reconstruct = plain._reconstruct_once(batch.images, draws.posterior, True)
+    plain._discriminator_step(batch.images, reconstruct, draws, kind.r1)
+    plain._autoencoder_step(B, reconstruct, draws)
+    assert draws.again is not None
     networks = plain.networks
     mean, logvar = networks.encoder(batch.images)
-    rec = networks.decoder(mean + torch.exp(0.5 * logvar) * torch.randn(B, Z, generator=generator))
+    rec = networks.decoder(mean + torch.exp(0.5 * logvar) * draws.again)
     real, fake = networks.discriminator(batch.images).features, networks.discriminator(rec).features
     loss = (real["b2"].detach() - fake["b2"]).square().mean() / 2 + (
         real["final"].detach() - fake["final"]
@@ -255,7 +257,7 @@ def test_local_patches_of_one_location_add_to_the_contrast():
     noise = replace(CONFIG.contrast, queue_start="noise")
     local = replace(noise, local_layers=("b1",), local_start_images=0)
     batch = batches(1)[0]
-    losses, locations = {}, []
+    losses, locations, location = {}, [], torch.tensor([0.4])
     for name, contrast in (("without", noise), ("with", local)):
         step = TrainStep(replace(CONFIG, contrast=contrast))
         module = step.networks.contrast
@@ -266,7 +268,9 @@ def test_local_patches_of_one_location_add_to_the_contrast():
             of(critique, location),
         )[1]
         rec = torch.rand(B, 1, 32, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
-        losses[name], metrics = step._contrast(rec, step._new_keys(batch), batch.ids, slice(0, B))
+        losses[name], metrics = step._contrast(
+            rec, step._new_keys(batch, location if name == "with" else None), batch.ids, slice(0, B)
+        )
         if name == "with":
             torch.testing.assert_close(losses["with"], losses["without"] + metrics["loss/contrast_local"])
             assert metrics["loss/contrast_local"] > 0

@@ -1,0 +1,138 @@
+"""Compiled iterations compute what eager ones do, and the fast path (bfloat16, compiled, from graphs) nearly so."""
+
+import functools
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcvae_fast.config import Config, OptimConfig
+from dcvae_fast.errors import ConfigError
+from dcvae_fast.training.log import Log
+from dcvae_fast.training.loop import write_grids
+from dcvae_fast.training.step import TrainStep
+from test_graphs import GROWING, SMALL, advance, batch_of, with_graphs
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """All of torch.compile but the last step, which needs a C++ compiler and a minute; counts what it compiles."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    # Otherwise what is compiled too often runs eagerly from then on.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield counters
+    torch._dynamo.reset()
+
+
+def compiled(config: Config, **settings: Any) -> Config:
+    return replace(config, train=replace(config.train, compile=True, **settings))
+
+
+def assert_equal(ours: TrainStep, eager: TrainStep, iterations: int) -> None:
+    for found, expected in zip(advance(ours, iterations), advance(eager, iterations), strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-3), name
+
+
+def test_compiled_iterations_are_the_eager_ones(compiler: Any, tmp_path: Path):
+    ours = TrainStep(compiled(SMALL))
+    assert_equal(ours, TrainStep(SMALL), 6)
+    known = compiler["stats"]["unique_graphs"]
+    assert known >= 9 and not compiler["graph_break"]
+    log = Log(tmp_path, 0, 100)
+    write_grids(log, ours, torch.zeros(9, 1, 32, 32, dtype=torch.uint8))  # other sizes, in evaluation mode
+    log.close()
+    assert compiler["stats"]["unique_graphs"] == known
+
+
+def test_networks_that_grow_are_compiled_once_for_each_phase(compiler: Any):
+    """The second derivatives of the gradient penalty are not."""
+    ours, eager = TrainStep(compiled(GROWING)), TrainStep(GROWING)
+    compilations = []
+    for iterations in (8, 2, 6, 2, 6, 2):  # 4×4; 8×8 fading; 8×8; 16×16 fading, without its end
+        assert_equal(ours, eager, iterations)
+        compilations.append(compiler["stats"]["unique_graphs"])
+    at_4, begun, fading, whole, still, at_16 = compilations
+    assert at_4 < begun == fading < whole == still < at_16 and not compiler["graph_break"]
+
+
+def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def backend(*_: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    step = TrainStep(compiled(SMALL))
+    with pytest.raises(ConfigError, match=r"cannot be compiled here \(.*C\+\+.*\); --train.compile false does without"):
+        step(batch_of(step, 0))
+
+
+SLOWLY = replace(SMALL, optim=OptimConfig(lr=2e-4))
+
+# How far the mean over 200 iterations may be from that in float32: of its size, or in all. Adversarial training takes
+# small differences further and further, hence the width of some.
+BOUNDS = {
+    "loss/contrast": (0.02, 0.0),
+    "pixel_mse": (0.02, 0.0),
+    "loss/discriminator": (0.1, 0.1),
+    "loss/adversarial": (0.1, 0.1),
+    "contrast/top1_final": (0.0, 0.1),
+}
+
+
+def assert_near(fast: TrainStep, eager: TrainStep) -> None:
+    found, expected = defaultdict(list), defaultdict(list)
+    for ours, theirs in zip(advance(fast, 200), advance(eager, 200), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in BOUNDS.keys() & theirs.keys():
+            found[name].append(ours[name])
+            expected[name].append(theirs[name])
+    for name, (share, most) in BOUNDS.items():
+        mine, plain = torch.stack(found[name]).mean().item(), torch.stack(expected[name]).mean().item()
+        assert mine == pytest.approx(plain, rel=share, abs=most), name
+
+
+def test_the_fast_path_stays_near_float32(compiler: Any):
+    fast, recorders = with_graphs(compiled(SLOWLY, precision="bfloat16"))
+    assert_near(fast, TrainStep(SLOWLY))
+    assert recorders[0].replays > 180
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("config", [SMALL, GROWING], ids=["32", "growing"])
+def test_compiled_to_machine_code(config: Config):
+    assert_equal(TrainStep(compiled(config)), TrainStep(config), 26 if config.model.grows else 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [SLOWLY, GROWING], ids=["32", "growing"])
+def test_the_fast_path_on_a_gpu(config: Config):
+    plain = replace(config, train=replace(config.train, compile=False, graphs=False))
+    fast = TrainStep(compiled(config, precision="bfloat16", graphs=True), "cuda")
+    assert_near(fast, TrainStep(plain, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [SMALL, GROWING], ids=["32", "growing"])
+def test_graphs_on_a_gpu(config: Config):
+    """In float32, uncompiled: as they run eagerly, up to rounding."""
+    eager = replace(config, train=replace(config.train, compile=False, graphs=False))
+    with_graphs = replace(eager, train=replace(eager.train, graphs=True))
+    ours, theirs = TrainStep(with_graphs, "cuda"), TrainStep(eager, "cuda")
+    assert ours.graphs is not None and theirs.graphs is None
+    for found, expected in zip(advance(ours, 20), advance(theirs, 20), strict=True):
+        for name, value in expected.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-2, abs=1e-2), name

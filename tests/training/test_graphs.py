@@ -1,0 +1,193 @@
+"""Iterations from graphs are those that run eagerly; here with a stand-in for CUDA graphs, and with these on a GPU."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.errors import ConfigError
+from dcvae_fast.training.graphs import WARM_UPS, Graphs, uses_graphs
+from dcvae_fast.training.ranks import Ranks
+from dcvae_fast.training.step import Metrics, TrainStep
+from dcvae_pipelines import Batch
+from recorder import CpuRecorder
+
+SMALL = Config(
+    model=ModelConfig(
+        image_channels=1, latent_dim=5, decoder_width=8, encoder_width=4, discriminator_width=4, contrast_dim=3
+    ),
+    contrast=ContrastConfig(negatives=50, momentum=0.9),
+    optim=OptimConfig(lr=1e-3),
+    train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, average=0.9),
+)
+# Iterations: 8 at 4×4; 8 that fade in 8×8 and 8 at it; 8 that fade in 16×16 and then 16×16.
+GROWING = Config(
+    model=ModelConfig(
+        architecture="progressive",
+        resolution=16,
+        image_channels=1,
+        latent_dim=6,
+        base_channels=64,
+        max_channels=8,
+        contrast_dim=5,
+    ),
+    growth=GrowthConfig(fade_images=64, stable_images=64, batch={4: 8, 8: 8, 16: 8}),
+    loss=LossConfig(adversarial="wgan_gp"),
+    contrast=ContrastConfig(negatives=20, layers=("low", "final")),
+    optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
+    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+)
+
+
+def batch_of(step: TrainStep, seed: int, n: int | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    n, r = n or step.point.batch, step.point.resolution
+    images = torch.rand(n, 1, r, r, generator=generator) * 2 - 1
+    return Batch(images.to(step.device), torch.randint(30, (n,), generator=generator).to(step.device))
+
+
+def state_of(step: TrainStep) -> Sequence[Tensor]:
+    """All that an iteration writes to."""
+    networks = [*step.networks.parameters(), *step.networks.buffers()]
+    optimizers = [unit._optimizer for unit in step.engine._units]  # type: ignore[attr-defined]
+    moments = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
+    return networks + moments
+
+
+def with_graphs(config: Config) -> tuple[TrainStep, list[CpuRecorder]]:
+    """An iteration on the CPU that records graphs, and the recorders it has used."""
+    step, recorders = TrainStep(config), []
+
+    def make() -> CpuRecorder:
+        recorders.append(CpuRecorder(lambda: state_of(step)))
+        return recorders[-1]
+
+    step.graphs = Graphs(make)
+    return step, recorders
+
+
+def advance(step: TrainStep, iterations: int, sizes: Sequence[int | None] = (None,)) -> Iterator[Metrics]:
+    """Train, growing where it is time."""
+    for i in range(iterations):
+        if step.point.resolution != step.resolution:
+            step.grow(step.point)
+            step.refill([batch_of(step, 1000 + j) for j in range(3)])
+        yield step(batch_of(step, i, sizes[i % len(sizes)]))
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def with_loss(**settings: Any) -> Config:
+    return replace(SMALL, loss=replace(SMALL.loss, **settings))
+
+
+CASES = {
+    "sequential": (SMALL, 16),
+    "joint": (with_loss(order="joint"), 16),
+    "log": (with_loss(adversarial="log"), 12),
+    "r1": (with_loss(adversarial="logistic_r1", penalty_every=3), 26),
+    "vae": (with_loss(objective="vae"), 6),
+    "vae_gan": (with_loss(objective="vae_gan"), 12),
+    "vae_contrastive": (with_loss(objective="vae_contrastive"), 6),
+    "local": (replace(SMALL, contrast=replace(SMALL.contrast, local_start_images=40)), 26),
+    "growing": (GROWING, 44),
+    "micro": (replace(GROWING, train=replace(GROWING.train, micro_batch=4, checkpoint_activations=True)), 24),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_iterations_are_the_eager_ones(case: str):
+    """Bit for bit: weights, averages, queue, moments, and all metrics."""
+    config, iterations = CASES[case]
+    (ours, recorders), eager = with_graphs(config), TrainStep(config)
+    for found, expected in zip(advance(ours, iterations), advance(eager, iterations), strict=True):
+        assert_equal(found, expected)
+    assert_equal(dict(ours.networks.state_dict()), dict(eager.networks.state_dict()))
+    assert_equal(ours.engine.state_dict(), eager.engine.state_dict())
+    replays = sum(recorder.replays for recorder in recorders)
+    assert replays >= iterations // 4, "most of the iterations ran eagerly"
+
+
+def test_graphs_are_recorded_once_for_each_kind_and_anew_where_the_networks_grow():
+    step, recorders = with_graphs(replace(SMALL, train=replace(SMALL.train, n_critic=4)))
+    list(advance(step, 4 * (WARM_UPS + 4)))
+    (recorder,) = recorders
+    with_autoencoder, discriminator_alone = recorder.operations[::-1]  # the rarer kind is recorded last
+    assert len(recorder.operations) == 2 and with_autoencoder > 2 * discriminator_alone
+
+    step, recorders = with_graphs(GROWING)
+    list(advance(step, 44))
+    assert [len(recorder.operations) for recorder in recorders] == [1] * 5  # 4; 8 fading; 8; 16 fading; 16
+
+
+def test_batches_of_another_size_are_a_kind_of_their_own():
+    """The last batch of an epoch may be smaller."""
+    (ours, recorders), eager = with_graphs(with_loss(objective="vae")), TrainStep(with_loss(objective="vae"))
+    sizes = (None, None, 3)
+    for found, expected in zip(advance(ours, 18, sizes), advance(eager, 18, sizes), strict=True):
+        assert_equal(found, expected)
+    assert len(recorders[0].operations) == 2
+
+
+def test_metrics_outlive_the_next_iteration():
+    step, recorders = with_graphs(with_loss(objective="vae"))
+    seen = list(advance(step, 8))
+    assert recorders[0].replays > 2
+    assert len({metrics["pixel_mse"].item() for metrics in seen}) == len(seen)
+
+
+def test_a_state_that_is_loaded_is_gone_on_from():
+    """What was recorded holds the moments of the optimizers there were."""
+    config = with_loss(objective="vae_contrastive")
+    (ours, recorders), eager = with_graphs(config), TrainStep(config)
+    for step in (ours, eager):
+        list(advance(step, 6))
+    stored = eager.state_dict()
+    saved = {**stored, "networks": {name: x.clone() for name, x in stored["networks"].items()}}
+    moments = {name: {k: v for k, v in found.items()} for name, found in stored["optimizers"]["moments"].items()}
+    for found in moments.values():
+        found.update({name: found[name].clone() for name in ("exp_avg", "exp_avg_sq")})
+    saved["optimizers"] = {**stored["optimizers"], "moments": moments}
+    list(advance(ours, 3))
+    for step in (ours, eager):
+        step.load_state_dict(saved)
+    for found, expected in zip(advance(ours, 8), advance(eager, 8), strict=True):
+        assert_equal(found, expected)
+    assert_equal(dict(ours.networks.state_dict()), dict(eager.networks.state_dict()))
+    assert len(recorders) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "obstacle"),
+    [
+        ({}, None),
+        ({"train.precision": "float16"}, "float16"),
+        ({"train.zero": 1}, "DeepSpeed"),
+        ({"optim.fused": "apex"}, "optim.fused is apex"),
+        ({"device": "cpu"}, "the device is cpu"),
+    ],
+)
+def test_graphs_are_used_where_there_can_be_any(settings: dict[str, Any], obstacle: str | None):
+    def configured(graphs: bool | None) -> Config:
+        config = replace(Config(), train=replace(Config().train, graphs=graphs))
+        for name, value in settings.items():
+            section, _, setting = name.partition(".")
+            if setting:
+                config = replace(config, **{section: replace(getattr(config, section), **{setting: value})})
+        return config
+
+    device = torch.device(settings.get("device", "cuda"))
+    assert uses_graphs(configured(None), device) is (obstacle is None)
+    assert not uses_graphs(configured(False), device)
+    assert not uses_graphs(configured(None), device, Ranks(count=2))
+    if obstacle is None:
+        assert uses_graphs(configured(True), device) and uses_graphs(configured(True), device, Ranks(count=2))
+        return
+    with pytest.raises(ConfigError, match=f"train.graphs is true, but {obstacle}"):
+        uses_graphs(configured(True), device)

@@ -1,0 +1,44 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dcvae_fast.cli import main
+from dcvae_fast.training.profile import busy_seconds
+
+TINY = ["--recipe", str(Path(__file__).parents[1] / "tiny.yaml")]
+
+
+def test_a_trace_and_a_table_of_two_steps_of_the_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """2 iterations a step: 10 until all is recorded, then 4 that are profiled."""
+    assert main(["train", *TINY, "--run", str(tmp_path), "--train.images", "120", "--profile"]) == 0
+    table = (tmp_path / "profile" / "top20.txt").read_text()
+    assert table.startswith("4 iterations, 32 images, ") and table in capsys.readouterr().out
+    rows = [line for line in table.splitlines() if "us " in line or "ms " in line]
+    assert len(rows) == 20
+    assert any("convolution" in row for row in rows)
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    steps = [e for e in events if e.get("name", "").startswith("Optimizer.step#Adam")]
+    # Trunk and score; with the autoencoder itself, then itself, trunk and heads.
+    assert len(steps) == 4 * 2 + 2 * (1 + 3)
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_too_short_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", *TINY, "--run", str(tmp_path), "--train.images", "16", "--profile"]) == 0
+    assert "Nothing was profiled: that takes 14 iterations." in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists()
+
+
+def test_the_gpu_is_busy_while_anything_runs_on_it():
+    def event(start: float, end: float, device: Any = torch.autograd.DeviceType.CUDA, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            device_type=device, is_user_annotation=annotation, time_range=SimpleNamespace(start=start, end=end)
+        )
+
+    on_cpu = event(0, 1000, torch.autograd.DeviceType.CPU)
+    events = [event(10, 20), event(15, 30), event(16, 18), event(40, 41), on_cpu, event(0, 99, annotation=True)]
+    assert busy_seconds(SimpleNamespace(events=lambda: events)) == pytest.approx(21e-6)  # type: ignore[arg-type]
