@@ -48,6 +48,10 @@ gpu: .venv/.installed ## Run the tests and benchmarks that need a GPU, in eight 
 gpu-step: .venv/.installed ## Benchmark training iterations on a GPU, in another eight minutes
 	@$(VENV_PYTHON) bench/gpu.py --only step $(ARGS)
 
+.PHONY: gpu-switches
+gpu-switches: .venv/.installed ## Benchmark what makes iterations fast on a GPU, in another eight minutes
+	@$(VENV_PYTHON) bench/gpu.py --only switches $(ARGS)
+
 .PHONY: gpu-compare
 gpu-compare: .venv/.installed ## Fail if something has become slower than this GPU's committed results
 	@$(VENV_PYTHON) bench/compare.py $(ARGS)

@@ -1,5 +1,5 @@
-"""Everything that needs a GPU: its tests, the benchmarks, what came of them. Within eight minutes, and training
-iterations (`--only step`) within another eight.
+"""Everything that needs a GPU: its tests, the benchmarks, what came of them. Within eight minutes; training iterations
+(`--only step`) and what makes them fast (`--only switches`) within another eight each.
 
 Works from a plain checkout: Python 3.11, torch, Triton, pytest and pytest-benchmark are enough, nothing is installed
 and nothing fetched. Other implementations are measured where they are installed, by `pip install -e ".[bench]"`. Fails
@@ -23,8 +23,8 @@ from typing import Any
 import records
 import tables
 
-# Seconds, 480 in all, "step" apart. When its time is over, a benchmark starts no further measurement, and has its
-# overtime to finish the last one. What then goes on is told to stop, and after the grace it is ended.
+# Seconds, 480 in all, but those by themselves. When its time is over, a benchmark starts no further measurement, and
+# has its overtime to finish the last one. What then goes on is told to stop, and after the grace it is ended.
 TESTS_SECONDS, TESTS_GRACE = 170, 10
 # Side by side, for most of their time goes into compiling, on one core each.
 TESTS = {
@@ -33,8 +33,8 @@ TESTS = {
     "tests of the ops, all else": ["tests/kernels", "--ignore=tests/kernels/test_info_nce.py"],
     "tests of the project, all else": ["tests", "--ignore=tests/kernels"],
 }
-BENCHMARKS = {"info_nce": 130, "spectral_norm": 45, "pipelines": 50, "step": 420}
-BY_ITSELF = "step"
+BENCHMARKS = {"info_nce": 130, "spectral_norm": 45, "pipelines": 50, "step": 420, "switches": 420}
+BY_THEMSELVES = ("step", "switches")
 OVERTIME, BENCHMARK_GRACE = 20, 5
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
 
@@ -44,11 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for <device>/<benchmark>.json; default: bench/results")
     parts = ("tests", *BENCHMARKS)
     parser.add_argument(
-        "--only", choices=parts, nargs="+", metavar="PART", help=f"of {', '.join(parts)}; default: all but {BY_ITSELF}"
+        "--only",
+        choices=parts,
+        nargs="+",
+        metavar="PART",
+        help=f"of {', '.join(parts)}; default: all but {' and '.join(BY_THEMSELVES)}",
     )
     parser.add_argument("--cpu-rehearsal", action="store_true", help="on the CPU, small; writes only where --out says")
     options = parser.parse_args(arguments)
-    options.only = options.only or [part for part in parts if part != BY_ITSELF]
+    options.only = options.only or [part for part in parts if part not in BY_THEMSELVES]
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
@@ -182,7 +186,7 @@ def summarised(document: dict[str, Any]) -> list[str]:
     for row in document["rows"]:
         *speeds, last = tables.filled(document, row, kind.speeds)
         lines.append(f"{row['name']:13}{''.join(f'{speed:>22}' for speed in speeds)}  {last}")
-    lines.append("targets:")
+    lines += ["targets:"] if document["targets"] else []
     for target in document["targets"]:
         what, required, measured, verdict = tables.target_columns(target)
         lines.append(f"{verdict:>13}  {what}: {required}, measured {measured}")

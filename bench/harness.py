@@ -142,8 +142,35 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def reset_peak() -> None:
+    """Forget what memory was needed until now, and give back what nobody refers to."""
+    free_memory()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_since_reset() -> int | None:
+    """The most memory that was allocated since, in bytes, with what already was. None on a CPU."""
+    return torch.cuda.max_memory_allocated() if ON_GPU else None
+
+
 def launches(call: Callable[[], Any]) -> int | None:
     """How many kernels, copies and fills one call puts on the device. None on a CPU, or without a working profiler."""
+    events = device_events(call)
+    return None if events is None else len(events)
+
+
+def waiting_share(call: Callable[[], Any], wall_us: float) -> float | None:
+    """Share of the time in which the device has nothing to do, if one call takes `wall_us` unprofiled, and works in one
+    stream. None on a CPU, or without a working profiler."""
+    events = device_events(call)
+    if events is None:
+        return None
+    return float(f"{max(0.0, 1 - sum(e.time_range.elapsed_us() for e in events) / wall_us):.3g}")
+
+
+def device_events(call: Callable[[], Any]) -> list[Any] | None:
+    """Kernels, copies and fills of one call. None on a CPU, or without a working profiler."""
     if not ON_GPU:
         return None
     events = []
@@ -157,7 +184,7 @@ def launches(call: Callable[[], Any]) -> int | None:
     except (AssertionError, RuntimeError):  # where torch was built, or runs, without its tracing library
         return None
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    return len(on_device) or None
+    return on_device or None
 
 
 def device_rates() -> dict[str, float] | None:

@@ -11,11 +11,12 @@ import torch
 import harness
 from baselines import Baseline
 from dcvae_fast.config import Config, ContrastConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.training.graphs import WARM_UPS
 from dcvae_fast.training.plan import flop_counter
 from dcvae_fast.training.schedule import stages
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
-from harness import Unavailable
+from harness import Absent, Unavailable
 
 # As the files have them, which take more packages to read than a machine with a GPU may have.
 RECIPES = {
@@ -59,6 +60,7 @@ class Row:
 
     @functools.cached_property
     def config(self) -> Config:
+        """With the settings that train fastest."""
         config = RECIPES[self.recipe]
         model, train, growth = config.model, config.train, config.growth
         model = replace(model, resolution=self.resolution, **(NARROW if self.narrow else {}))
@@ -69,8 +71,8 @@ class Row:
         return replace(config, model=model, train=train, growth=growth)
 
     @property
-    def iterations(self) -> int:
-        """From one step of the autoencoder to the next."""
+    def period(self) -> int:
+        """Iterations from one step of the autoencoder to the next."""
         return self.config.train.n_critic
 
     def description(self) -> dict[str, Any]:
@@ -84,13 +86,14 @@ class Row:
         }
 
 
+# Those that there are targets for come first.
 ROWS_ON_GPU = (
     Row("cifar10-64", "cifar10", 32, 64),
     Row("cifar10-256", "cifar10", 32, 256),
+    Row("faces512", "celebahq512", 512, 6),
     Row("faces64", "celebahq512", 64, 16),
     Row("faces128", "celebahq512", 128, 16),
     Row("faces256", "celebahq512", 256, 14),
-    Row("faces512", "celebahq512", 512, 6),
 )
 ROWS_ON_CPU = (
     Row("cifar10-8", "cifar10", 32, 8),
@@ -111,19 +114,65 @@ def images(row: Row, device: torch.device | str = harness.DEVICE) -> Batch:
     return Batch((torch.rand(shape, generator=generator) * 2 - 1).to(device), torch.arange(row.batch, device=device))
 
 
-def ours(row: Row, device: torch.device | str = harness.DEVICE) -> Callable[[], dict[str, torch.Tensor]]:
-    """What makes an iteration, and returns its losses on the device."""
-    step, batch = TrainStep(row.config, device), images(row, device)
+# What makes an iteration, and returns its losses on the device.
+Iterate = Callable[[], dict[str, torch.Tensor]]
+
+
+def ours(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
+    return iterations(TrainStep(row.config, device), row)
+
+
+def iterations(step: TrainStep, row: Row) -> Iterate:
+    """From where all layers of the row's resolution are faded in."""
+    batch = images(row, step.device)
     step.images = begin(row)
     step.grow(step.point)
     return lambda: step(batch)
 
 
-def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Callable[[], dict[str, torch.Tensor]]:
+class Contiguous(TrainStep):
+    """With channels first, as torch has them if nobody says otherwise."""
+
+    memory_format = torch.contiguous_format
+
+
+# What makes iterations fast besides doing less: settings, and whether channels are last.
+NOTHING: dict[str, Any] = {"precision": "float32", "compile": False, "graphs": False, "channels_last": False}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "none": NOTHING,
+    "channels last": {**NOTHING, "channels_last": True},
+    "bfloat16": {**NOTHING, "precision": "bfloat16"},
+    "compile": {**NOTHING, "compile": True},
+    "graphs": {**NOTHING, "graphs": True},
+    "ours": {"precision": "bfloat16", "compile": True, "graphs": True, "channels_last": True},
+}
+
+
+def switched(row: Row, name: str) -> Iterate:
+    """Ours with some of the switches.
+
+    Raises:
+        Absent: a switch is for GPUs.
+    """
+    settings = dict(SWITCHES[name])
+    if settings["graphs"] and not harness.ON_GPU:
+        raise Absent("there are no CUDA graphs on a CPU")
+    make = TrainStep if settings.pop("channels_last") else Contiguous
+    return iterations(make(replace(row.config, train=replace(row.config.train, **settings)), harness.DEVICE), row)
+
+
+def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
     plain, batch = Baseline(row.config, device), images(row, device)
     plain.images = begin(row)
     plain.grow(plain.point)
     return lambda: plain.iterate(batch.images, batch.ids)
+
+
+def warm_up(row: Row, iterate: Iterate) -> None:
+    """After a first iteration, until every kind of them is recorded as a graph, where they are. The next one steps the
+    autoencoder again."""
+    for _ in range((WARM_UPS + 1) * row.period - 1):
+        iterate()
 
 
 MAKERS = {"ours": ours, "baseline": baseline}
@@ -131,13 +180,13 @@ MAKERS = {"ours": ours, "baseline": baseline}
 
 def flops(row: Row) -> dict[str, float]:
     """Floating-point operations of an iteration, on average over those that step the autoencoder and the others."""
-    found = {}
+    found: dict[str, float] = {}
     for peer, make in MAKERS.items():
         iterate = make(row, "meta")
         with flop_counter() as counter:
-            for _ in range(row.iterations):
+            for _ in range(row.period):
                 iterate()
-        found[peer] = counter.get_total_flops() / row.iterations
+        found[peer] = counter.get_total_flops() / row.period
     return found
 
 

@@ -12,7 +12,7 @@ import records
 import step_targets
 from targets import MODE, fastest_us, floor_us, median, ratio
 
-READMES = (records.ROOT / "README.md", records.ROOT / "kernels" / "README.md")
+READMES = tuple(records.ROOT / name for name in ("README.md", "kernels/README.md", "docs/speed.md"))
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 NOTHING = "No GPU measurement is committed yet; `make gpu` on a machine with a GPU takes one.\n"
 
@@ -88,7 +88,8 @@ def table(document: dict[str, Any]) -> str:
     for row in document["rows"]:
         columns = [f"{row['name']}: {kind.shape(row)}", *filled(document, row, kind.speeds | kind.columns)]
         lines.append(f"| {' | '.join(columns)} |")
-    lines += ["", "| target | required | measured | |", "|---|---|---|---|"]
+    if document["targets"]:
+        lines += ["", "| target | required | measured | |", "|---|---|---|---|"]
     for target in document["targets"]:
         lines.append(f"| {' | '.join(target_columns(target))} |")
     return "\n".join(lines) + "\n"
@@ -192,6 +193,25 @@ def matrix_rate(document: dict[str, Any], row: dict[str, Any], cells: dict[str, 
     return f"{found:.0%}" if found else "–"
 
 
+def step_waiting(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+    shares = [cells[peer].get("waiting_share") for peer in ("ours", "baseline")]
+    return " / ".join("–" if share is None else f"{share:.1%}" for share in shares)
+
+
+def gain(name: str) -> Column:
+    """Images per second with a switch alone, and how many times as many that is."""
+
+    def column(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
+        found = ratio(median(cells["none"], "wall"), median(cells[name], "wall"))
+        return f"{images_per_second(row, cells[name])} ({number(found)}×)" if found else "–"
+
+    return column
+
+
+def switches_shape(row: dict[str, Any]) -> str:
+    return f"{row['recipe']} at {row['resolution']}×{row['resolution']}, batch {row['batch']}"
+
+
 def step_memory(document: dict[str, Any], row: dict[str, Any], cells: dict[str, Any]) -> str:
     peaks = [cells[peer]["peak_bytes"] for peer in ("ours", "baseline")]
     return " / ".join("–" if peak is None else f"{number(peak / 1e6)} MB" for peak in peaks)
@@ -221,7 +241,11 @@ images; at 128×128 and above, the iteration is a stand-in, matrix products of a
 ABOUT_STEP = """\
 The baseline is the
 authors' iteration in plain PyTorch: eager, float32, each step with passes of its own. An iteration's GFLOP are ours;
-memory is what an iteration needs beyond networks and moments."""
+memory is the most that was allocated, and waiting the share of the time in which the GPU has nothing to do."""
+
+ABOUT_SWITCHES = """\
+All of them do the same arithmetic. None is eager, float32, channels
+first; then each switch alone, and all of them together, with how many times as many images."""
 
 OP_SPEEDS: dict[str, Column] = {
     "ours": lambda document, row, cells: times(cells["ours"]),
@@ -282,7 +306,20 @@ KINDS = {
             "matrix rate": matrix_rate,
             "memory, ours / baseline": step_memory,
             "launches an iteration, ours / baseline": step_launches,
+            "waiting, ours / baseline": step_waiting,
         },
+    ),
+    "switches": Kind(
+        "Images per second that training takes, median.",
+        ABOUT_SWITCHES,
+        switches_shape,
+        step_targets.MODE,
+        {
+            "none": lambda document, row, cells: images_per_second(row, cells["none"]),
+            **{name: gain(name) for name in ("channels last", "bfloat16", "compile", "graphs")},
+            "all": gain("ours"),
+        },
+        {},
     ),
 }
 

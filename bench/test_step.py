@@ -14,7 +14,7 @@ import pytest
 
 import harness
 import suite
-from step_cases import MAKERS, PEERS, ROWS_ON_CPU, ROWS_ON_GPU, Row, errors
+from step_cases import MAKERS, PEERS, ROWS_ON_CPU, ROWS_ON_GPU, Row, errors, warm_up
 from step_targets import MODE, targets
 
 pytestmark = pytest.mark.benchmark(timer=harness.timer, disable_gc=True)
@@ -31,21 +31,21 @@ def test_step(row: Row, peer: str, mode: str, timing: str, fill: Callable[..., N
 
 def measure(row: Row, peer: str, mode: str, timing: str, benchmark: Any) -> dict[str, Any]:
     """What belongs into the cell of the result file: times are those of an iteration."""
-    harness.free_memory()
+    harness.reset_peak()
     iterate = MAKERS[peer](row)
     found = errors(row, iterate())
-    for _ in range(row.iterations - 1):  # the next one steps the autoencoder again
-        iterate()
+    warm_up(row, iterate)
 
     def period() -> None:
-        for _ in range(row.iterations):
+        for _ in range(row.period):
             iterate()
 
-    wall = harness.measure(benchmark, period, row.iterations, min_batches=3)
-    launches = harness.launches(period)
+    wall = harness.measure(benchmark, period, row.period, min_batches=3)
+    peak, launches = harness.peak_since_reset(), harness.launches(period)
     return {
         "wall": wall,
         "errors": found,
-        "peak_bytes": harness.peak_bytes(period),
-        "launches": None if launches is None else round(launches / row.iterations),
+        "peak_bytes": peak,
+        "launches": None if launches is None else round(launches / row.period),
+        "waiting_share": harness.waiting_share(period, wall["median_us"] * row.period),
     }

@@ -13,7 +13,7 @@ import tables
 from dcvae_fast.cli import parse_config
 from dcvae_fast.training.plan import iteration_flops
 from dcvae_fast.training.step import TrainStep
-from harness import Unavailable
+from harness import Absent, Unavailable
 from step_cases import NARROW, ROWS_ON_CPU, ROWS_ON_GPU, errors, first_loss, flops
 from step_targets import MODE, targets
 
@@ -76,9 +76,49 @@ def test_wrong_losses_are_not_timed():
         errors(cifar, {"loss/discriminator": torch.tensor(float("nan"))})
 
 
+@pytest.mark.parametrize(("switch", "last"), [("none", False), ("channels last", True)])
+def test_a_switch_changes_no_arithmetic(switch: str, last: bool, monkeypatch: pytest.MonkeyPatch):
+    row, made = SMALL[1], []
+    begin = step_cases.iterations
+    monkeypatch.setattr(step_cases, "iterations", lambda step, row: (made.append(step), begin(step, row))[1])
+    assert errors(row, step_cases.switched(row, switch)())["loss_error"] < 1e-5
+    (step,) = made
+    weight = step.networks.decoder.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) is last
+    assert weight.is_contiguous() is not last
+
+
+def test_switches_for_gpus_are_absent_from_a_cpu():
+    for name, settings in step_cases.SWITCHES.items():
+        if settings["graphs"]:
+            with pytest.raises(Absent, match="no CUDA graphs on a CPU"):
+                step_cases.switched(SMALL[0], name)
+    assert set(step_cases.SWITCHES) >= set(suite_peers())
+
+
+def suite_peers() -> list[str]:
+    """Those that the table of switches names."""
+    return ["none", "channels last", "bfloat16", "compile", "graphs", "ours"]
+
+
+def test_table_of_switches():
+    times = dict(zip(suite_peers(), (8e3, 4e3, 5e3, 6.4e3, None, 1e3), strict=True))
+    cells = [{"peer": p, "mode": MODE, "wall": t and {"median_us": t}} for p, t in times.items()]
+    row = {"name": "cifar10-64", "recipe": "cifar10", "resolution": 32, "batch": 64, "cells": cells}
+    known = dict.fromkeys(("driver", "cuda", "torch", "triton", "python"))
+    text = tables.table(
+        {**known, "device": "H100", "date": "2026-01-01", "commit": "c", "dirty": False, "benchmark": "switches"}
+        | {"rows": [row], "targets": []}
+    )
+    assert "| 8,000 | 16,000 (2×) | 12,800 (1.6×) | 10,000 (1.25×) | – | 64,000 (8×) |" in text
+    assert "target" not in text
+
+
 def document(device: str, names: list[str], ours: float, baseline: float) -> dict[str, Any]:
     times = {"ours": ours, "baseline": baseline}
-    cells = [{"peer": peer, "mode": MODE, "wall": {"median_us": time}} for peer, time in times.items()]
+    cells = [
+        {"peer": peer, "mode": MODE, "wall": {"median_us": time}, "waiting_share": 0.02} for peer, time in times.items()
+    ]
     rows = [{"name": name, "flops": {"ours": 3e12, "baseline": 4e12}, "cells": cells} for name in names]
     return {"device": device, "rehearsal": False, "device_rates": {"bfloat16": 750.0}, "rows": rows}
 
@@ -90,4 +130,5 @@ def test_targets():
     found = {(t["row"], t["required"]): t for t in targets(document("H100", [r.name for r in ROWS_ON_GPU], 1e4, 5e4))}
     assert found["cifar10-64", 6]["measured"] == 5 and found["cifar10-64", 6]["met"] is False
     assert found["faces512", 3]["met"] is True
+    assert found["cifar10-64", 0.97]["measured"] == 0.98 and found["faces512", 0.97]["met"] is True
     assert found["cifar10-256", 0.4]["measured"] == 0.4 and found["faces512", 0.3]["met"] is True
