@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
-# What a graph cannot hold: numbers that the processor asks for, and random ones drawn as the seed of the time says.
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
+# What a graph cannot hold: numbers that the processor asks for or brings along, and random ones drawn as the seed of
+# the time says.
+NO_PART_OF_A_GRAPH = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh")
 
 
 class Noted(TorchDispatchMode):
@@ -23,7 +24,7 @@ class Noted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        assert name not in WAITS and torch.Tag.nondeterministic_seeded not in func.tags, name
+        assert name not in NO_PART_OF_A_GRAPH and torch.Tag.nondeterministic_seeded not in func.tags, name
         result = func(*args, **(kwargs or {}))
         self.operations.append((func, tuple(args), kwargs or {}, result))
         return result
