@@ -150,8 +150,8 @@ def reset_peak() -> None:
 
 
 def peak_since_reset() -> int | None:
-    """The most memory that was allocated since, in bytes, with what already was. None on a CPU."""
-    return torch.cuda.max_memory_allocated() if ON_GPU else None
+    """The most memory that was taken from the device since, in bytes, with what already was. None on a CPU."""
+    return torch.cuda.max_memory_reserved() if ON_GPU else None
 
 
 def launches(call: Callable[[], Any]) -> int | None:

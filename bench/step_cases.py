@@ -171,7 +171,7 @@ def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
 def warm_up(row: Row, iterate: Iterate) -> None:
     """After a first iteration, until every kind of them is recorded as a graph, where they are. The next one steps the
     autoencoder again."""
-    for _ in range((WARM_UPS + 1) * row.period - 1):
+    for _ in range((WARM_UPS + 2) * row.period - 1):
         iterate()
 
 

@@ -241,7 +241,7 @@ images; at 128×128 and above, the iteration is a stand-in, matrix products of a
 ABOUT_STEP = """\
 The baseline is the
 authors' iteration in plain PyTorch: eager, float32, each step with passes of its own. An iteration's GFLOP are ours;
-memory is the most that was allocated, and waiting the share of the time in which the GPU has nothing to do."""
+memory is the most that was taken from the device, waiting the share of the time in which the GPU has nothing to do."""
 
 ABOUT_SWITCHES = """\
 All of them do the same arithmetic. None is eager, float32, channels

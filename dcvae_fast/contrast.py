@@ -40,10 +40,15 @@ class InstanceContrast(nn.Module):
         """Move C′ towards C."""
         update_average(self.momentum, discriminator, self.config.momentum)
 
+    def critique(self, discriminator: Discriminator, images: Tensor, local: bool = False) -> Critique:
+        """Features of images [B, C, H, W], of all contrasted layers, those of local patches too if wanted; no more."""
+        layers = (*self.layers, *self.config.local_layers) if local else self.layers
+        return discriminator(images, stddev_parts=0, layers=tuple(dict.fromkeys(layers)), scored=False)
+
     @torch.no_grad()
-    def keys(self, images: Tensor) -> tuple[Tensor, Critique]:
-        """Keys of images [B, C, H, W]: embeddings [S, B, D] of the contrasted layers, and all of C′'s features."""
-        critique = self.momentum(images, stddev_parts=0)
+    def keys(self, images: Tensor, local: bool = False) -> tuple[Tensor, Critique]:
+        """Keys of images [B, C, H, W]: embeddings [S, B, D] of the contrasted layers, and C′'s features."""
+        critique = self.critique(self.momentum, images, local)
         return self.embed(self.momentum, critique), critique
 
     def embed(self, discriminator: Discriminator, critique: Critique) -> Tensor:

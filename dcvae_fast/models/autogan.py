@@ -17,6 +17,7 @@ BOTTOM = 4  # height and width of the decoder's first feature map
 
 # Positions in the feature map after each residual block, for images of 32×32.
 POSITIONS = {"b1": 16 * 16, "b2": 8 * 8, "b3": 8 * 8, "b4": 8 * 8}
+LAYERS = (*POSITIONS, "final")
 
 
 class Cell(nn.Module):
@@ -106,13 +107,14 @@ class Trunk(nn.Module):
         self.linear = nn.Linear(width, out_features, bias=False)
         init_weights(self)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps `b1` [B, W, 16, 16], `b2` … `b4` [B, W, 8, 8], and `final` [B, out_features]."""
-        b1 = self.b1(images)
-        b2 = self.b2(b1)
-        b3 = self.b3(b2)
-        b4 = self.b4(b3)
-        return {"b1": b1, "b2": b2, "b3": b3, "b4": b4, "final": self.linear(F.relu(b4).sum((2, 3)))}
+    def forward(self, images: Tensor, layers: Sequence[str] = LAYERS) -> dict[str, Tensor]:
+        """Of these layers: feature maps `b1` [B, W, 16, 16], `b2` … `b4` [B, W, 8, 8], and `final` [B, out_features].
+        What lies beyond them is not computed."""
+        features, h = {}, images
+        for name in LAYERS[: 1 + max(map(LAYERS.index, layers))]:
+            h = self.linear(F.relu(h).sum((2, 3))) if name == "final" else self.get_submodule(name)(h)
+            features[name] = h
+        return {name: features[name] for name in layers}
 
 
 class Encoder(nn.Module):
@@ -123,7 +125,7 @@ class Encoder(nn.Module):
         self.trunk = spectral_norm(Trunk(image_channels, width, 2 * latent_dim))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.trunk(images)["final"].chunk(2, dim=1)
+        mean, logvar = self.trunk(images, ("final",))["final"].chunk(2, dim=1)
         return mean, logvar
 
 
@@ -135,9 +137,10 @@ class Critic(nn.Module):
         self.trunk = Trunk(image_channels, width, contrast_dim)
         self.score = nn.Linear(contrast_dim, 1)
 
-    def forward(self, images: Tensor) -> Critique:
-        features = self.trunk(images)
-        return Critique(self.score(features["final"]).squeeze(1), features)
+    def forward(self, images: Tensor, layers: tuple[str, ...] = LAYERS, scored: bool = True) -> Critique:
+        features = self.trunk(images, (*layers, "final") if scored else layers)
+        score = self.score(features["final"]).squeeze(1) if scored else images.new_empty(0)
+        return Critique(score, {name: features[name] for name in layers})
 
 
 class Discriminator(nn.Module):
@@ -151,9 +154,17 @@ class Discriminator(nn.Module):
         self.critic = spectral_norm(Critic(image_channels, width, contrast_dim))
         self.heads = nn.ModuleDict({b: ContrastHead(width, n, contrast_dim) for b, n in POSITIONS.items()})
 
-    def forward(self, images: Tensor, stddev_parts: int = 1) -> Critique:
-        """What `stddev_parts` is for the networks that grow: these have no statistics of the minibatch."""
-        return self.critic(images)
+    def forward(
+        self, images: Tensor, stddev_parts: int = 1, layers: tuple[str, ...] = LAYERS, scored: bool = True
+    ) -> Critique:
+        """
+        Args:
+            images: [B, C, 32, 32].
+            stddev_parts: for the networks that grow; these have no statistics of the minibatch.
+            layers: whose features are wanted.
+            scored: whether the score is.
+        """
+        return self.critic(images, layers, scored)
 
     def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
         """Queries or keys [S, B, D] of S layers: block outputs through their heads, `final` as it is."""

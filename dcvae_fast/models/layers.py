@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 class Critique(NamedTuple):
     """What the discriminator makes of a batch."""
 
-    score: Tensor  # [B]: high for real
-    features: dict[str, Tensor]  # by layer: feature maps [B, W, H, H], and `final` [B, …]
+    score: Tensor  # [B]: high for real; [0] where it was not asked for
+    features: dict[str, Tensor]  # by layer, those asked for: feature maps [B, W, H, H], and `final` [B, …]
 
 
 def init_weights(network: nn.Module) -> None:

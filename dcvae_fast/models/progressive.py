@@ -200,21 +200,24 @@ class Trunk(nn.Module):
         self.conv = EqualizedConv2d(width + stddev, width, 3)
         self.linear = EqualizedLinear(width * BOTTOM**2, width)
 
-    def forward(self, images: Tensor, stddev_parts: int = 1) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, stddev_parts: int = 1, layers: Sequence[str] = ("final",)) -> dict[str, Tensor]:
         """
         Args:
             images: [B, C, R, R].
             stddev_parts: into how many the batch is cut for the minibatch standard deviation; 0 puts zeros there.
+            layers: some of those there are: `low`, from 16×16 on, and `final`. What lies beyond is not computed.
 
         Returns:
-            `low` [B, W, 16, 16] from 16×16 on, `final` [B, W].
+            By layer: `low` [B, W, 16, 16], `final` [B, W].
         """
         resolution = self.phase.resolution
         x = act(self.from_images[str(resolution)](images))
         features = {}
         for r in reversed(resolutions(resolution)):
-            if r == LOW:
+            if r == LOW and "low" in layers:
                 features["low"] = x
+                if "final" not in layers:
+                    return features
             if r == BOTTOM:
                 break
             x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
@@ -252,9 +255,10 @@ class Critic(nn.Module):
         self.trunk = Trunk(resolution, widths, image_channels, stddev=True)
         self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, wide=True)
 
-    def forward(self, images: Tensor, stddev_parts: int) -> Critique:
-        features = self.trunk(images, stddev_parts)
-        return Critique(self.score(features["final"]).squeeze(1), features)
+    def forward(self, images: Tensor, stddev_parts: int, layers: tuple[str, ...], scored: bool) -> Critique:
+        features = self.trunk(images, stddev_parts, (*layers, "final") if scored else layers)
+        score = self.score(features["final"]).squeeze(1) if scored else images.new_empty(0)
+        return Critique(score, {name: features[name] for name in layers})
 
 
 class Discriminator(nn.Module):
@@ -272,14 +276,20 @@ class Discriminator(nn.Module):
         if resolution >= LOW:
             self.heads["low"] = ContrastHead(widths.at(LOW), LOW**2, contrast_dim)
 
-    def forward(self, images: Tensor, stddev_parts: int = 1) -> Critique:
+    def forward(
+        self, images: Tensor, stddev_parts: int = 1, layers: tuple[str, ...] | None = None, scored: bool = True
+    ) -> Critique:
         """
         Args:
             images: [B, C, R, R].
             stddev_parts: into how many the batch is cut for the minibatch standard deviation. 0 puts zeros there: for
                 contrast, since statistics of the batch tell which reconstruction belongs to which image.
+            layers: whose features are wanted: `low`, from 16×16 on, and `final`; None for all there are.
+            scored: whether the score is wanted.
         """
-        return self.critic(images, stddev_parts)
+        if layers is None:
+            layers = ("low", "final") if self.critic.trunk.phase.resolution >= LOW else ("final",)
+        return self.critic(images, stddev_parts, layers, scored)
 
     def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
         """Queries or keys [S, B, D] of S layers through their heads."""

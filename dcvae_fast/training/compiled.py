@@ -19,6 +19,11 @@ def uses_compile(config: Config, device: torch.device) -> bool:
 def compile_forward(modules: Iterable[nn.Module]) -> None:
     """Compiles what these modules compute, but not the hooks on them, when first called; for each kind of input, and of
     parameters with or without gradients, anew."""
+    import torch._dynamo.config  # not before it is wanted, for that takes a while
+
+    # A version for each batch size, for parameters with and without gradients, for C and C′; of 8, torch's limit, more
+    # would run eagerly.
+    torch._dynamo.config.recompile_limit = 64
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=False)
 

@@ -17,6 +17,9 @@ Results = dict[str, Tensor]
 # Iterations of a kind that run as they are before it is recorded: they make optimizers, compile, choose algorithms.
 WARM_UPS = 3
 
+# Iterations for which the first kind to be ready waits for the others: what runs as it is cannot use a graph's memory.
+PATIENCE = 64
+
 
 class Recorder(Protocol):
     """Records what `work` launches: its result, and what launches it again, on the same memory, and fills the result
@@ -28,14 +31,16 @@ class Recorder(Protocol):
 class CudaRecorder:
     """By CUDA graphs; the memory of all of them is shared, for they run one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which decode images, may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, which decode images, may allocate meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = work()
         return result, graph.replay
 
 
@@ -48,7 +53,7 @@ class Graph(NamedTuple):
 class Graphs:
     """Runs iterations, and records each kind of them after a few."""
 
-    def __init__(self, recorder: Callable[[], Recorder] = CudaRecorder):
+    def __init__(self, recorder: Callable[[], Recorder]):
         """
         Args:
             recorder: makes one, with memory of its own.
@@ -79,7 +84,8 @@ class Graphs:
         kind = (kind, tuple(x.shape for x in inputs))
         if kind not in self._graphs:
             self._seen[kind] += 1
-            if self._seen[kind] <= WARM_UPS:
+            seen = self._seen.values()
+            if self._seen[kind] <= WARM_UPS or (min(seen) < WARM_UPS and sum(seen) < PATIENCE):
                 return work(inputs)
             self._graphs[kind] = self._recorded(work, inputs)
         graph = self._graphs[kind]
@@ -103,7 +109,7 @@ def uses_graphs(config: Config, device: torch.device, ranks: Ranks = ALONE) -> b
         ConfigError: it asks for them where there can be none.
     """
     wanted, train = config.train.graphs, config.train
-    if wanted is False:
+    if wanted is False or device.type == "meta":
         return False
     obstacle = None
     if device.type != "cuda":

@@ -190,6 +190,8 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither")
         torch.empty(0, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # or libraries would take the first
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the device is {name!r}, which cannot be used here; auto and cpu always can.") from error
     return device

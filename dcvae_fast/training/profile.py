@@ -16,7 +16,10 @@ ROWS = 20
 
 
 class Profiler:
-    """Looks on from the iteration where all is compiled and recorded as a graph, over two steps of the autoencoder."""
+    """Looks on over two steps of the autoencoder, once what iterations usually do is compiled and recorded as a graph.
+
+    Rarer kinds of them, and growth, may fall into that time.
+    """
 
     def __init__(self, folder: Path, config: Config, device: torch.device):
         """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from dcvae_fast.models.progressive import LOW, Phase, checkpoint_activations, se
 from dcvae_fast.training.compiled import compile_forward, compiling, forget_compiled, uncompiled, uses_compile
 from dcvae_fast.training.deepspeed_engine import DeepSpeedEngine, deepspeed_settings
 from dcvae_fast.training.engine import Engine
-from dcvae_fast.training.graphs import Graphs, uses_graphs
+from dcvae_fast.training.graphs import CudaRecorder, Graphs, uses_graphs
 from dcvae_fast.training.ranks import ALONE, Ranks
 from dcvae_fast.training.schedule import Point, check_batches, point, sampled
 from dcvae_fast.training.seeding import derive_seed
@@ -132,8 +133,10 @@ class TrainStep:
             compile_forward(modules if contrast is None else [*modules, contrast.momentum.critic])
         self._compiled_for: tuple[int, bool] | None = None
         self._alpha = torch.empty((), device=self.device)
-        self.graphs = Graphs() if uses_graphs(config, self.device, ranks) else None
-        if self.graphs is not None:  # which hold no other Adam
+        self.graphs = None
+        if uses_graphs(config, self.device, ranks):
+            self.graphs = Graphs(partial(CudaRecorder, self.device))
+            # No other Adam can be part of one.
             config = replace(config, optim=replace(config.optim, fused="torch"))
         groups = {
             "encoder": self.networks.encoder.parameters(),
@@ -179,7 +182,7 @@ class TrainStep:
             return
         missing = self.config.contrast.negatives
         for batch in batches:
-            with self._autocast():
+            with self._autocast(), compiling() if self.compiles else nullcontext():
                 keys, _ = contrast.keys(self._shown(batch).images)
             ids = self.ranks.gathered(batch.ids)
             contrast.queue.enqueue(self.ranks.gathered(keys, dim=1), ids)
@@ -331,7 +334,9 @@ class TrainStep:
     ) -> tuple[Tensor, Metrics]:
         config = self.config.loss
         with self._autocast():
-            scores = widened(self.networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3).score)
+            scores = widened(
+                self.networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3, layers=()).score
+            )
         real_score, fake_score, rec_score = scores.chunk(3)
         loss = discriminator_loss(real_score, fake_score, rec_score, config.adversarial, config.drift)
         metrics = {
@@ -356,14 +361,14 @@ class TrainStep:
         """Of the score in each image, [B]; in float32, for the gradients of single pixels are small."""
         images = images.detach().requires_grad_()
         with uncompiled():
-            scores = self.networks.discriminator(images).score
+            scores = self.networks.discriminator(images, layers=()).score
         return gradient_norm(scores, images)
 
     def _adversarial_loss(self, rec: Tensor, noise: Tensor) -> Tensor:
         """How well prior samples and the reconstructions pass for real; no gradient for the discriminator."""
         with self._autocast(), frozen(self.networks.discriminator):
             fake = widened(self.networks.decoder(noise))
-            scores = widened(self.networks.discriminator(torch.cat([fake, rec]), stddev_parts=2).score)
+            scores = widened(self.networks.discriminator(torch.cat([fake, rec]), stddev_parts=2, layers=()).score)
         fake_score, rec_score = scores.split([len(fake), len(rec)])
         return autoencoder_loss(fake_score, rec_score, self.config.loss.adversarial)
 
@@ -415,10 +420,10 @@ class TrainStep:
         return metrics
 
     def _feature_loss(self, images: Tensor, rec: Tensor) -> Tensor:
-        discriminator = self.networks.discriminator
+        discriminator, low = self.networks.discriminator, not self.config.model.grows or self.resolution >= LOW
+        layers = tuple(layer for layer in self.config.contrast.layers if low or layer != "low")
         with self._autocast(), frozen(discriminator):
-            real, fake = discriminator(images, stddev_parts=0), discriminator(rec, stddev_parts=0)
-        layers = tuple(layer for layer in self.config.contrast.layers if layer in real.features)
+            real, fake = (discriminator(x, stddev_parts=0, layers=layers, scored=False) for x in (images, rec))
         return feature_loss(real.features, fake.features, layers)
 
     def _new_keys(self, batch: Batch, location: Tensor | None) -> Keys:
@@ -427,7 +432,7 @@ class TrainStep:
         assert contrast is not None
         contrast.update(self.networks.discriminator)
         with self._autocast():
-            made = [contrast.keys(batch.images[part]) for part in self._parts(len(batch.images))]
+            made = [contrast.keys(batch.images[part], location is not None) for part in self._parts(len(batch.images))]
         keys, patches = torch.cat([keys for keys, _ in made], dim=1), None
         if location is not None:
             patches = torch.cat([contrast.local_patches(critique, location) for _, critique in made], dim=1)
@@ -438,7 +443,7 @@ class TrainStep:
         contrast, discriminator = self.networks.contrast, self.networks.discriminator
         assert contrast is not None
         with self._autocast():
-            critique = discriminator(rec, stddev_parts=0)
+            critique = contrast.critique(discriminator, rec, keys.location is not None)
             queries = contrast.embed(discriminator, critique)
         loss, metrics = contrast.loss(queries, keys.embeddings[:, part], ids[part])
         if keys.location is not None and keys.patches is not None:

@@ -58,6 +58,16 @@ def test_compiled_iterations_are_the_eager_ones(compiler: Any, tmp_path: Path):
     assert compiler["stats"]["unique_graphs"] == known
 
 
+def test_what_no_loss_uses_is_left_alone(compiler: Any):
+    """The compiler would give zeros to layers beyond the last that is contrasted, and Adam would step them."""
+    config = replace(SMALL, contrast=replace(SMALL.contrast, layers=("b1",)))
+    ours, eager = TrainStep(compiled(config)), TrainStep(config)
+    assert_equal(ours, eager, 3)
+    found, expected = (step.engine.state_dict()["moments"] for step in (ours, eager))
+    assert {name: x["step"] for name, x in found.items()} == {name: x["step"] for name, x in expected.items()}
+    assert {x["step"] for x in expected.values()} == {2, 3, 4, 5}
+
+
 def test_networks_that_grow_are_compiled_once_for_each_phase(compiler: Any):
     """The second derivatives of the gradient penalty are not."""
     ours, eager = TrainStep(compiled(GROWING)), TrainStep(GROWING)

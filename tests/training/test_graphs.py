@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.training.graphs import WARM_UPS, Graphs, uses_graphs
+from dcvae_fast.training.graphs import PATIENCE, WARM_UPS, Graphs, uses_graphs
 from dcvae_fast.training.ranks import Ranks
 from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
@@ -95,6 +95,7 @@ CASES = {
     "vae": (with_loss(objective="vae"), 6),
     "vae_gan": (with_loss(objective="vae_gan"), 12),
     "vae_contrastive": (with_loss(objective="vae_contrastive"), 6),
+    "no final": (replace(SMALL, contrast=replace(SMALL.contrast, layers=("b1",))), 12),
     "local": (replace(SMALL, contrast=replace(SMALL.contrast, local_start_images=40)), 26),
     "growing": (GROWING, 44),
     "micro": (replace(GROWING, train=replace(GROWING.train, micro_batch=4, checkpoint_activations=True)), 24),
@@ -135,6 +136,32 @@ def test_batches_of_another_size_are_a_kind_of_their_own():
     assert len(recorders[0].operations) == 2
 
 
+def test_no_kind_is_recorded_while_another_still_needs_memory_but_none_waits_forever():
+    recorded = []
+
+    def record(work: Any) -> Any:
+        result = work()
+        return result, lambda: None
+
+    graphs, x = Graphs(lambda: record), [torch.zeros(1)]
+
+    def run(kind: str) -> None:
+        graphs.run("setting", kind, lambda inputs: {"kind": inputs[0]}, x)
+        recorded.append(len(graphs._graphs))
+
+    for kind in ["often"] * 2 + ["seldom"] + ["often"] * 5 + ["seldom"] * 2 + ["often", "seldom"]:
+        run(kind)
+    assert recorded == [0] * 10 + [1, 2]
+    run("once")
+    run("often")
+    assert recorded[-1] == 2
+    graphs.forget()
+    recorded.clear()
+    for kind in ["once"] + ["often"] * PATIENCE:
+        run(kind)
+    assert recorded == [0] * (PATIENCE - 1) + [1, 1]
+
+
 def test_metrics_outlive_the_next_iteration():
     step, recorders = with_graphs(with_loss(objective="vae"))
     seen = list(advance(step, 8))
@@ -161,6 +188,11 @@ def test_a_state_that_is_loaded_is_gone_on_from():
         assert_equal(found, expected)
     assert_equal(dict(ours.networks.state_dict()), dict(eager.networks.state_dict()))
     assert len(recorders) == 2
+
+
+def test_a_plan_is_made_of_runs_with_graphs_too():
+    """On the meta device."""
+    assert TrainStep(replace(SMALL, train=replace(SMALL.train, graphs=True)), "meta").graphs is None
 
 
 @pytest.mark.parametrize(
