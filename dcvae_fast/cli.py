@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dcvae_fast.config import Config, recipe_path, recipes, to_dict
+from dcvae_fast.config import Config, DataConfig, recipe_path, recipes, to_dict
 from dcvae_fast.errors import ConfigError, RankError, RunError, UserError, reason
-from dcvae_pipelines import DataError
+from dcvae_pipelines import DataError, load_dataset
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE, EVALUATION_FILE = "summary.json", "evaluation.json"
 
 # Settings that may differ from rank to rank.
 OF_A_MACHINE = {"data.root", "data.threads", "train.device"}
@@ -62,7 +62,8 @@ def _run(argv: list[str]) -> int:
             raise
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: pip install 'dcvae_fast[train]'"
+        extra = "eval" if error.name in ("torch_fidelity", "torchvision") else "train"
+        message = f"{error.name} is not installed: pip install 'dcvae_fast[{extra}]'"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             message = f"out of memory ({reason(error)}); a smaller batch, width or number of images needs less"
@@ -124,6 +125,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("start", metavar="IMAGE1", type=Path)
     sub.add_argument("end", metavar="IMAGE2", type=Path)
     sub.add_argument("--steps", type=int, default=8, help="decoded images, both ends included (default: 8)")
+
+    text = "Measure a model as the paper does: a table, and RUN/evaluation.json."
+    sub = command("evaluate", _evaluate, text)
+    sub.add_argument("model", metavar="RUN", help="a run folder, a saved model, or a name on the Hugging Face hub")
+    metrics = "fid, is (Inception score), kid, prc (precision, recall), pixel, perceptual, ppl (path length), probe"
+    sub.add_argument("--metrics", default="fid,is,pixel,perceptual", help=f"of {metrics} (default: %(default)s)")
+    text = "paper (default), or official: clamped samples, reconstructions from draws, as in the authors' code"
+    sub.add_argument("--protocol", default="paper", help=text)
+    sub.add_argument("--data.name", dest="data_name", metavar="NAME", help="data set (default: the run's)")
+    sub.add_argument("--data.root", dest="data_root", metavar="DIR", help="its folder (default: the run's)")
+    text = "samples, and test images at most (default: 50,000); ppl takes twice as many pairs"
+    sub.add_argument("-n", "--images", type=int, default=50_000, help=text)
+    sub.add_argument("--batch", type=int, help="images at once (default: what needs little memory)")
+    sub.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
+    sub.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+    sub.add_argument("--weights", type=Path, metavar="DIR", help="folder with Inception's, VGG16's and LPIPS's weights")
+    text = "folder for features of training images (default: ~/.cache/dcvae_fast)"
+    sub.add_argument("--cache", type=Path, metavar="DIR", default=Path("~/.cache/dcvae_fast"), help=text)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="what to write (default: evaluation.json in RUN)")
 
     model_command("export", _export, "Save a run's model as safetensors, config.json and a model card.", "exported")
 
@@ -324,24 +344,26 @@ def _summary(config: Config, folder: Path, images: int) -> str:
 
 
 def _measure(config: Config, folder: Path) -> dict[str, float]:
-    from dcvae_fast.evaluation.perceptual import mean_image_error, pixel_error
-    from dcvae_fast.evaluation.probe import linear_probe
+    from dcvae_fast.evaluation.images import reconstructions
+    from dcvae_fast.evaluation.perceptual import images_at_once, mean_image_error, pixel_error
+    from dcvae_fast.evaluation.probe import linear_probe, posterior_means
     from dcvae_fast.models.dcvae import DCVAE
     from dcvae_fast.training.loop import first_images, pick_device
 
     model = DCVAE.from_pretrained(folder, device=pick_device(config.train.device))
     # A few thousand tell enough at the end of a run; `evaluate` measures on all.
     resolution = model.config.resolution
-    few = 32**2 / resolution**2  # as many pixels at every resolution
+    few, at_once = 32**2 / resolution**2, images_at_once(resolution)  # as many pixels at every resolution
     train_set = first_images(config, "train", max(64, int(5000 * few)), resolution)
     held_out = first_images(config, "test", max(64, int(2000 * few)), resolution)
     measured = {
         "held_out": len(held_out),
-        "pixel_error": pixel_error(model, held_out.images),
+        "pixel_error": pixel_error(reconstructions(model, [held_out], at_once))[0],
         "mean_image_error": mean_image_error(held_out.images, train_set.images),
     }
-    if train_set.labels is not None:
-        measured["probe_accuracy"] = linear_probe(model, train_set, held_out)
+    if train_set.labels is not None and held_out.labels is not None:
+        latents = [posterior_means(model, [images], at_once) for images in (train_set, held_out)]
+        measured["probe_accuracy"] = 1 - linear_probe(*latents, device=model.device).mean().item()
     return measured
 
 
@@ -403,6 +425,68 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     model = _load_model(arguments)
     start, end = _load_images(model, [arguments.start, arguments.end]).split(1)
     return _write_sheet(arguments.out, interpolate(model, start, end, arguments.steps)[0], columns=arguments.steps + 2)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dcvae_fast.evaluation import Measurement, evaluate
+    from dcvae_fast.evaluation.measurement import describe, read, store, table
+
+    metrics = [metric for metric in arguments.metrics.split(",") if metric]
+    if arguments.weights is not None and not arguments.weights.is_dir():
+        raise UserError(f"--weights {arguments.weights} is no folder.")
+    folder = Path(arguments.model)
+    out = arguments.out or (folder if folder.is_dir() else Path()) / EVALUATION_FILE
+    read(out)  # hours later would be too late to find that it is something else
+    model = _load_model(arguments)
+    data, images = _data_of(arguments, needed=metrics != ["ppl"])
+    head = describe(model, images)
+    counters: dict[str, Callable[[int, int], None]] = {}
+
+    def report(measurement: Measurement) -> None:
+        store(out, head, measurement)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in counters:
+            counters[what] = _counter(what)
+        counters[what](done, total)
+
+    measured = evaluate(
+        model,
+        data,
+        metrics,
+        protocol=arguments.protocol,
+        images=arguments.images,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        weights=arguments.weights,
+        cache=arguments.cache.expanduser(),
+        report=report,
+        progress=progress,
+    )
+    print(table(measured))
+    print(out)
+    return 0
+
+
+def _data_of(arguments: argparse.Namespace, needed: bool):
+    """The data set that the options or the run's own settings name, and how many images the run has been shown."""
+    from dcvae_fast.evaluation import Splits
+    from dcvae_fast.training.checkpoint import is_run, load_checkpoint
+
+    data, images, folder = None, None, Path(arguments.model)
+    if is_run(folder) and (state := load_checkpoint(folder)):
+        data, images = DataConfig(**state["config"]["data"]), state["step"]["images"]
+    name, root = arguments.data_name, arguments.data_root
+    if name is not None and (data is None or name != data.name):
+        data = DataConfig(name=name)
+    if not needed:
+        return None, images
+    if data is None:
+        raise UserError(f"--data.name is missing: {folder} is no run, which would know its data set.")
+    if root is not None:
+        data = replace(data, root=root)
+    train, test = (load_dataset(data.name, data.root, split, data.download) for split in ("train", "test"))
+    return Splits(train, test, data.on_corrupt), images
 
 
 def _export(arguments: argparse.Namespace) -> int:

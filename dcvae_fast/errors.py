@@ -13,6 +13,10 @@ class RunError(UserError):
     """A run folder cannot be used as asked: no checkpoint, another configuration, a full disk."""
 
 
+class EvaluationError(UserError):
+    """A measurement cannot be made as asked: a metric that is none, too few images, weights that are missing."""
+
+
 class DivergedError(UserError):
     """A loss or a weight is no longer a finite number."""
 
