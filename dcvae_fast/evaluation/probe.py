@@ -10,7 +10,7 @@ from dcvae_fast.models.dcvae import DCVAE
 from dcvae_pipelines import ImageSet
 from dcvae_pipelines.pixels import normalize
 
-STEPS, BATCH, LEARNING_RATE = 2000, 512, 0.05
+STEPS, BATCH, LEARNING_RATE = 1000, 512, 0.05
 
 
 @torch.no_grad()
