@@ -62,8 +62,9 @@ def _run(argv: list[str]) -> int:
             raise
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
     except ModuleNotFoundError as error:
-        extra = "eval" if error.name in ("torch_fidelity", "torchvision") else "train"
-        message = f"{error.name} is not installed: pip install 'dcvae_fast[{extra}]'"
+        package = str(error.name).split(".")[0]
+        extra = "eval" if package == "torch_fidelity" else "train"
+        message = f"{package} is not installed: pip install 'dcvae_fast[{extra}]'"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             message = f"out of memory ({reason(error)}); a smaller batch, width or number of images needs less"
@@ -431,7 +432,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dcvae_fast.evaluation import Measurement, evaluate
     from dcvae_fast.evaluation.measurement import describe, read, store, table
 
-    metrics = [metric for metric in arguments.metrics.split(",") if metric]
+    metrics = [metric.strip() for metric in arguments.metrics.split(",") if metric.strip()]
     if arguments.weights is not None and not arguments.weights.is_dir():
         raise UserError(f"--weights {arguments.weights} is no folder.")
     folder = Path(arguments.model)

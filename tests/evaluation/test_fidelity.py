@@ -26,7 +26,7 @@ def values(measured):
 def by_scipy(features, real):
     moments = [(x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False)) for x in (features, real)]
     (mean, covariance), (real_mean, real_covariance) = moments
-    root = scipy.linalg.sqrtm(covariance @ real_covariance).real
+    root = np.real(np.asarray(scipy.linalg.sqrtm(covariance @ real_covariance)))
     return ((mean - real_mean) ** 2).sum() + np.trace(covariance + real_covariance - 2 * root)
 
 

@@ -126,7 +126,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
     torch.save({"lin0": Harm()}, path)
     with pytest.raises(UserError, match="cannot be read as weights"):
         read_weights(path)
-    path.write_bytes(pickle.dumps([1]))
+    path.write_bytes(pickle.dumps(Harm(), protocol=2))
     with pytest.raises(UserError, match="cannot be read as weights"):
         read_weights(path)
     assert not (tmp_path / "harm").exists()

@@ -70,9 +70,8 @@ def test_vgg16_ends_at_relu4_3(tmp_path, monkeypatch):
     assert extractor.name == "vgg16 relu4_3"
     images = torch.randn(2, 3, 32, 32)
     expected, convolutions = images, 0
-    for layer in whole:
+    for index, layer in whole.named_children():
         if isinstance(layer, nn.Conv2d):
-            index = [name for name, each in whole.named_children() if each is layer][0]
             kernel, bias = (weights[f"features.{index}.{name}"] for name in ("weight", "bias"))
             expected = torch.relu(torch.conv2d(expected, kernel, bias, padding=1))
             convolutions += 1
@@ -124,14 +123,15 @@ class Painter(nn.Module):
 
 def test_path_length_of_a_linear_decoder_is_its_analytic_one(lpips):
     model = DCVAE(ModelConfig(latent_dim=6, decoder_width=4, encoder_width=4)).eval()
-    model.decoder = Painter(6)
+    painter = Painter(6)
+    model.decoder = painter  # pyright: ignore[reportAttributeAccessIssue]
     (one,) = evaluate(model, None, ["ppl"], images=60, batch=16, seed=3, lpips=lpips)
     assert (one.metric, one.of, one.count, one.extractor) == ("ppl", "samples", 120, "a square, not LPIPS")
     lengths = torch.cat(list(path_lengths(model, lpips, 120, 16, 3)))
     assert one.value == pytest.approx(trimmed_mean(lengths))
     assert torch.cat(list(path_lengths(model, lpips, 120, 7, 3))) == pytest.approx(lengths, rel=1e-2)
 
-    weight = model.decoder.layer.weight.detach().double().unflatten(0, (3, 32, 32))[:, 12:28, 8:24].flatten(0, 2) / 2
+    weight = painter.layer.weight.detach().double().unflatten(0, (3, 32, 32))[:, 12:28, 8:24].flatten(0, 2) / 2
     rows = torch.randn(1024, 13, generator=torch.Generator().manual_seed(3))[:120].double()
     for row, length in zip(rows, lengths, strict=True):
         begin, end = row[:6] / row[:6].norm(), row[6:12] / row[6:12].norm()

@@ -1,0 +1,111 @@
+"""`dcvae evaluate` as a user meets it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dcvae_fast import DCVAE
+from dcvae_fast.cli import main
+from dcvae_fast.config import ModelConfig
+from dcvae_fast.evaluation import fidelity
+
+TINY = str(Path(__file__).parents[1] / "tiny.yaml")
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    torch.manual_seed(0)
+    small = DCVAE(ModelConfig(image_channels=1, latent_dim=4, decoder_width=4, encoder_width=4))
+    small.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_run_knows_its_data_and_keeps_what_was_measured(tmp_path, features, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--recipe", TINY, "--train.images", "16", "--run", str(run)]) == 0
+    pixel_error = json.loads((run / "summary.json").read_text())["pixel_error"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--metrics", "pixel"]) == 0
+    printed = capsys.readouterr()
+    assert "360 / 360 pixels" in printed.err
+    assert printed.out.splitlines()[-1] == str(run / "evaluation.json")
+    stored = json.loads((run / "evaluation.json").read_text())
+    assert stored["images"] == 16 and stored["device"] == "cpu"
+    assert stored["measurements"][0]["value"] == pytest.approx(pixel_error, rel=1e-5)
+
+    monkeypatch.setattr(fidelity, "load_features", lambda weights: features)
+    command = ["evaluate", str(run), "--metrics", "fid, is", "-n", "64", "--cache", str(tmp_path / "cache")]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "1,437 / 1,437 training images" in printed.err and "64 / 64 samples" in printed.err
+    assert printed.out.count("random, not Inception") == 4 and "inception" not in printed.out
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    measured = json.loads((run / "evaluation.json").read_text())["measurements"]
+    assert [one["metric"] for one in measured] == "pixel_mse pixel_squares pixel_rmse fid is fid is".split()
+    assert {one["extractor"] for one in measured} == {None, "random, not Inception"}
+
+    assert main([*command, "--protocol", "official"]) == 0
+    again = json.loads((run / "evaluation.json").read_text())["measurements"]
+    assert again[: len(measured)] == measured and len(again) == len(measured) + 4
+
+
+def test_a_saved_model_is_told_its_data(saved, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(220):
+        pixels = torch.randint(256, (40, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    data = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
+    out = tmp_path / "results" / "pixel.json"
+    assert main(["evaluate", str(saved), "--metrics", "pixel", *data, "--out", str(out)]) == 0
+    stored = json.loads(out.read_text())
+    assert stored["images"] is None and stored["measurements"][0]["count"] == 11
+    assert not (saved / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metrics", "pixel"], "--data.name is missing"),
+        (["--metrics", "pixel", "--data.name", "digitz"], "unknown data set 'digitz'"),
+        (["--metrics", "pixel", "--data.name", "mnist"], "data.root is not set"),
+        (["--metrics", "pixel", "--data.name", "folder", "--data.root", "{tmp}/nowhere"], "{tmp}/nowhere"),
+        (["--metrics", "fld", "--data.name", "digits"], "metrics has fld"),
+        (["--metrics", ",", "--data.name", "digits"], "metrics is empty"),
+        (["--protocol", "x", "--data.name", "digits"], "protocol is 'x'"),
+        (["-n", "0", "--data.name", "digits"], "images is 0"),
+        (["--batch", "-1", "--data.name", "digits"], "batch is -1"),
+        (["--seed", "-1", "--data.name", "digits"], "seed is -1"),
+        (["--device", "tpu", "--data.name", "digits"], "the device is 'tpu'"),
+        (["--weights", "{tmp}/nowhere", "--data.name", "digits"], "--weights {tmp}/nowhere is no folder"),
+        (["--weights", "{tmp}", "--data.name", "digits"], "{tmp}/weights-inception-2015-12-05-6726825d.pth"),
+        (["--weights", "{tmp}", "--metrics", "pixel,perceptual", "--data.name", "digits"], "{tmp}/vgg16-397923af.pth"),
+        (["--weights", "{tmp}", "--metrics", "ppl"], "{tmp}/weights-vgg16-lpips.pth"),
+        (["--out", "{tmp}/model/config.json", "--data.name", "digits"], "config.json is no file of measurements"),
+        (["--out", "{tmp}", "--data.name", "digits"], "{tmp} is no file of measurements"),
+    ],
+)
+@pytest.mark.usefixtures("saved")
+def test_a_mistake_gives_one_line_and_exit_code_1(options, message, tmp_path, capsys):
+    argv = ["evaluate", str(tmp_path / "model"), *(option.format(tmp=tmp_path) for option in options)]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dcvae: error: ") and error.count("\n") == 1
+    assert message.format(tmp=tmp_path) in error
+    assert not (tmp_path / "model" / "evaluation.json").exists()
+
+
+def test_what_is_not_installed_is_named(saved, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    assert main(["evaluate", str(saved), "--data.name", "digits"]) == 1
+    assert "torch_fidelity is not installed: pip install 'dcvae_fast[eval]'" in capsys.readouterr().err
+
+
+def test_a_data_set_of_other_channels_is_refused(tmp_path, capsys):
+    DCVAE(ModelConfig(latent_dim=4, decoder_width=4, encoder_width=4)).save_pretrained(tmp_path / "colour")
+    assert main(["evaluate", str(tmp_path / "colour"), "--metrics", "pixel", "--data.name", "digits"]) == 1
+    assert "digits has images of [1, 32, 32], but the model's are [3, 32, 32]" in capsys.readouterr().err
