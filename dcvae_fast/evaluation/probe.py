@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcvae_fast.errors import EvaluationError
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_pipelines import ImageSet
 from dcvae_pipelines.pixels import normalize
@@ -18,17 +19,27 @@ def posterior_means(model: DCVAE, parts: Iterable[ImageSet], batch: int) -> tupl
     """Images in parts → posterior means float32 [N, Z] of those with a label, and the labels int64 [N]; on the CPU.
 
     Raises:
-        ValueError: a part has no labels.
+        EvaluationError: a part has no labels.
     """
     means, labels = [], []
     for part in parts:
-        if part.labels is None:
-            raise ValueError("a linear probe needs labels")
-        known = part.labels >= 0
-        labels.append(part.labels[known])
+        of_part = check_labels(part)
+        known = of_part >= 0
+        labels.append(of_part[known])
         for pixels in part.images[known].split(batch):
             means.append(model.encode(normalize(pixels.to(model.device))).mean.cpu())
     return torch.cat(means), torch.cat(labels)
+
+
+def check_labels(images: ImageSet) -> Tensor:
+    """The labels.
+
+    Raises:
+        EvaluationError: there are none.
+    """
+    if images.labels is None:
+        raise EvaluationError(f"a probe needs labels, which {images.name} does not have.")
+    return images.labels
 
 
 def linear_probe(

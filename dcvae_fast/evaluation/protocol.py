@@ -90,7 +90,7 @@ def evaluate(
 
     Args:
         model: the autoencoder.
-        data: its data set; ppl, and is of samples, do without.
+        data: its data set; only ppl does without.
         metrics: some of `METRICS`.
         protocol: paper or official.
         images: samples, and test images at most.
@@ -98,7 +98,8 @@ def evaluate(
         seed: of all noise.
         weights: folder with the published weights of Inception, VGG16 and LPIPS; None to have them downloaded.
         cache: folder for the training split's features, kept under a hash of its content; None not to keep them.
-        features, vgg16, lpips: other networks to look at images, by whose names measurements go.
+        features, vgg16, lpips: other networks to look at images, whose names the measurements give; features come from
+            `fidelity.registered_features`.
         report: called with each measurement as soon as it is there.
         progress: called now and then with what is going on, how far it is, and how far it goes.
 
@@ -155,9 +156,13 @@ def _check(
         if set(metrics) != {"ppl"}:
             raise EvaluationError("data is missing; of all metrics, only ppl does without.")
         return
-    for split in (data.train, data.test):
-        if len(split) < fidelity.FEWEST:
-            raise EvaluationError(f"{split.name} has {len(split)} images in a split; {fidelity.FEWEST} are needed.")
+    for split, name in ((data.train, "training"), (data.test, "test")):
+        if len(split) < fidelity.FEWEST and set(metrics) & set(fidelity.FEATURE_METRICS):
+            needed = f"fid, is, kid and prc need {fidelity.FEWEST}"
+            raise EvaluationError(f"{split.name} has {len(split)} {name} images; {needed}.")
+        first = next(parts(split, evenly(len(split), fidelity.FEWEST), model.config, data.on_corrupt))
+        if "probe" in metrics:
+            probe.check_labels(first)
 
 
 def _beside(model: DCVAE, extractor: Extractor) -> Extractor:
@@ -265,11 +270,7 @@ def _probe(work: _Work) -> Iterator[Measurement]:
     latents = []
     for split, name in ((data.train, "training latents"), (data.test, "test latents")):
         images = parts(split, torch.arange(len(split)), model.config, data.on_corrupt)
-        counted = work.counted(images, name, len(split), len)
-        try:
-            latents.append(probe.posterior_means(model, counted, work.batch))
-        except ValueError as error:
-            raise EvaluationError(f"probe needs labels, which {split.name} has none of.") from error
+        latents.append(probe.posterior_means(model, work.counted(images, name, len(split), len), work.batch))
     errors = 100 * probe.linear_probe(*latents, seed=work.seed, device=model.device)
     yield Measurement(
         "probe_error",

@@ -14,6 +14,7 @@ from dcvae_fast.evaluation import METRICS, Measurement, evaluate
 from dcvae_fast.evaluation.fidelity import load_features, load_lpips
 from dcvae_fast.evaluation.measurement import describe, hash_weights, store, table
 from dcvae_fast.evaluation.pretrained import find_weights, read_weights
+from dcvae_pipelines import ImageSet
 
 FID = Measurement("fid", "samples", "paper", 17.9, None, None, 50_000, "cifar10: 50,000", "random, not Inception")
 
@@ -77,6 +78,13 @@ def test_weights_are_hashed_with_their_names(model):
 def test_what_has_no_meaning_is_refused_before_anything_is_loaded(model, data, arguments, message):
     with pytest.raises(UserError, match=message):
         evaluate(model, **{"data": data, "metrics": METRICS, **arguments})
+
+
+def test_a_handful_of_images_will_do_for_distances_only(model, data, features):
+    few = replace(data, test=ImageSet("noise", data.test.images[:3], None))
+    assert evaluate(model, few, ["pixel"])[0].count == 3
+    with pytest.raises(UserError, match="noise has 3 test images; fid, is, kid and prc need 10"):
+        evaluate(model, few, ["fid"], features=features)
 
 
 def test_missing_weights_are_named_with_their_origin_and_hash(tmp_path):
