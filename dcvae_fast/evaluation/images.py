@@ -12,8 +12,8 @@ from dcvae_fast.models.dcvae import DCVAE
 from dcvae_pipelines import DataError, EncodedSet, ImageSet, decode_images
 from dcvae_pipelines.pixels import normalize, resize
 
-# Of decoded images in host memory.
-PART_BYTES = 2**26
+# Decoded at a time.
+PART_BYTES, PART_IMAGES = 2**26, 4096
 
 # Rows of noise drawn at once.
 BLOCK = 1024
@@ -64,7 +64,7 @@ def parts(
         DataError: one of them cannot be decoded and is not to be skipped, or has too few pixels or other channels.
     """
     channels, resolution = model.image_channels, model.resolution
-    for chosen in indices.split(max(1, PART_BYTES // (channels * resolution**2))):
+    for chosen in indices.split(max(1, min(PART_IMAGES, PART_BYTES // (channels * resolution**2)))):
         if isinstance(images, EncodedSet):
             some = replace(images, indices=images.indices[chosen])
             yield decode_images(some, len(some), resolution=resolution, channels=channels, on_corrupt=on_corrupt)
