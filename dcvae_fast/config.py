@@ -333,17 +333,32 @@ class LogConfig:
         grids_every: reconstructions, samples and interpolations as PNG
         checkpoint_every: everything that resuming needs
         keep: newest checkpoints that are kept
+        metrics_every: metrics of held-out images, to metrics.jsonl and TensorBoard; null for as often as grids
+        held_out: images for them: pixel error and, where there are labels, the accuracy of a linear probe; null for
+            1,000 at 32×32 and fewer at higher resolutions, 0 for no such metrics
+        fid_images: samples, and training images, for an FID among them; 0 for none. Of a few thousand it is too high,
+            and good for comparing with itself only
+        weights: folder with Inception's weights, which FID needs; null to have them downloaded
     """
 
     every: int = field(default=64_000, metadata=_MAY_CHANGE)
     grids_every: int = field(default=640_000, metadata=_MAY_CHANGE)
     checkpoint_every: int = field(default=640_000, metadata=_MAY_CHANGE)
     keep: int = field(default=2, metadata=_MAY_CHANGE)
+    metrics_every: int | None = field(default=None, metadata=_MAY_CHANGE)
+    held_out: int | None = field(default=None, metadata=_MAY_CHANGE)
+    fid_images: int = field(default=0, metadata=_MAY_CHANGE)
+    weights: str | None = field(default=None, metadata=_MAY_CHANGE)
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            least = 2 if name == "keep" else 1
+        for name, least in (("every", 1), ("grids_every", 1), ("checkpoint_every", 1), ("keep", 2)):
+            value = getattr(self, name)
             _check(f"log.{name}", value, value >= least, f"at least {least}")
+        every, held_out, fid_images = self.metrics_every, self.held_out, self.fid_images
+        _check("log.metrics_every", every, every is None or every >= 1, "null or at least 1")
+        _check("log.held_out", held_out, held_out is None or held_out >= 0, "null, or 0 or more")
+        _check("log.fid_images", fid_images, fid_images == 0 or fid_images >= 2, "0, or at least 2")
+        _check("log.fid_images", fid_images, fid_images == 0 or held_out != 0, "0 where log.held_out is")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def registered_features(name: str, **settings: str) -> Extractor:
     from torch_fidelity.utils import create_feature_extractor
 
     network = FEATURE_EXTRACTORS_REGISTRY[name]
-    layers = sorted({_layer(network, metric) for metric in FEATURE_METRICS})
+    layers = sorted({layer_for(network, metric) for metric in FEATURE_METRICS})
     return Extractor(name, create_feature_extractor(name, layers, cuda=False, verbose=False, **settings))
 
 
@@ -87,7 +87,7 @@ def real_features(
     Raises:
         OSError: the folder cannot be written.
     """
-    layers = {_layer(extractor.network, metric) for metric in COMPARING}
+    layers = {layer_for(extractor.network, metric) for metric in COMPARING}
     if cache is None:
         return features_of(batches, extractor, layers)
     from safetensors import SafetensorError
@@ -143,7 +143,7 @@ def compare(
     """
     from torch_fidelity import metric_isc, metric_kid, metric_prc
 
-    layer = _layer(extractor.network, metric)
+    layer = layer_for(extractor.network, metric)
     mine = features[layer]
     if metric == "is":
         found = metric_isc.isc_features_to_metric(mine)
@@ -169,5 +169,6 @@ def compare(
             }
 
 
-def _layer(network: Any, metric: str) -> str:
+def layer_for(network: Any, metric: str) -> str:
+    """Which features of a network one of `FEATURE_METRICS` is computed from."""
     return network.get_default_feature_layer_for_metric("isc" if metric == "is" else metric)

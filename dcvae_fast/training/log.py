@@ -7,6 +7,8 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,12 +73,30 @@ class Log:
     def _record(self, images: int, means: dict[str, float]) -> None:
         seconds = time.perf_counter() - self._time
         rate, waiting = (images - self._images) / seconds, self._waited / seconds
-        record = {"images_per_second": rate, "waiting_for_data": waiting, **means}
+        self._append(images, {"images_per_second": rate, "waiting_for_data": waiting, **means})
+        say(_progress_line(images, self.total, rate, waiting, means))
+
+    def _append(self, images: int, record: dict[str, float]) -> None:
         with open(self.folder / METRICS_FILE, "a") as file:
             file.write(json.dumps({"images": images, **record}) + "\n")
         for name, value in record.items():
             self._tensorboard.add_scalar(name, value, images)
-        say(_progress_line(images, self.total, rate, waiting, means))
+
+    def held_out(self, images: int, measured: dict[str, float]) -> None:
+        """Write metrics of held-out images as `held_out/NAME`, a line of their own, and a line to the terminal."""
+        self._append(images, {f"held_out/{name}": value for name, value in measured.items()})
+        say("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, time does not count: images a second, and the share of waiting, are those of training alone."""
+        for value in self._sums.values():
+            value.cpu()  # waits for the device, so that no training goes on in the pause
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._time += time.perf_counter() - began
 
     def grid(self, name: str, images: int, tiles: Tensor, columns: int) -> Path:
         """Write images [N, C, H, W] in [-1, 1] as RUN/grids/NAME-IMAGES.png and to TensorBoard; returns the file."""

@@ -19,6 +19,7 @@ from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.checkpoint import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
 from dcvae_fast.training.compiled import uncompiled
+from dcvae_fast.training.held_out import HeldOut, held_out_images
 from dcvae_fast.training.log import Log, say
 from dcvae_fast.training.profile import Profiler
 from dcvae_fast.training.ranks import ALONE, Ranks
@@ -73,8 +74,11 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE, profiled: bool = F
             open_data(config, "train")
     with ranks.together():
         device = pick_device(config.train.device, ranks)
-        held_out = first_images(config, "test", GRID_IMAGES).images if ranks.first else None
-        images = training_images(config)
+        images, test_set, held_out = training_images(config), None, None
+        if ranks.first:
+            test_set = first_images(config, "test", max(GRID_IMAGES, held_out_images(config)))
+            if held_out_images(config):
+                held_out = HeldOut(config, images, test_set, device)
         if isinstance(images, ImageSet):  # to the device once, for every source made of it
             images = replace(images, images=images.images.to(device))
         step, source = TrainStep(config, device, ranks), open_source(config, images, device, ranks)
@@ -131,9 +135,13 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE, profiled: bool = F
                 _save(config, folder, step, source.state_dict())
                 saved = step.images
             if finished or _crossed(before, step.images, intervals.grids_every):
-                with ranks.together():
+                with log.paused(), ranks.together():
+                    if test_set is not None:
+                        write_grids(log, step, test_set.images[:GRID_IMAGES])
+            if finished or _crossed(before, step.images, intervals.metrics_every or intervals.grids_every):
+                with log.paused(), ranks.together():
                     if held_out is not None:
-                        write_grids(log, step, held_out)
+                        measure_held_out(log, step, held_out)
         if step.images > saved:
             _save(config, folder, step, position)
     if problem is not None:
@@ -326,6 +334,12 @@ def write_grids(log: Log, step: TrainStep, held_out: Tensor) -> None:
         if config.model.grows:
             log.growth(samples[:8])
         log.grid("interpolations", step.images, interpolate(model, images[:8], images[1:9]).flatten(0, 1), columns=10)
+
+
+def measure_held_out(log: Log, step: TrainStep, held_out: HeldOut) -> None:
+    """Log metrics of held-out images, in float32 and by the decoder's average."""
+    with evaluating(step.networks), uncompiled():
+        log.held_out(step.images, held_out.measure(current_model(step.config, step)))
 
 
 @contextmanager

@@ -291,6 +291,8 @@ def test_faces_small_learns_to_tell_real_faces_apart(real_data: Path, tmp_path: 
     state = load_checkpoint(tmp_path / "run")
     assert state is not None and state["sources"][0]["images"] == 2240 and state["sources"][0]["of"] == 54
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["images"] for line in lines if "held_out/pixel_mse" in line} == {1600, 2240}
+    lines = [line for line in lines if "loss/contrast" in line]
     assert lines[-1]["loss/contrast"] < lines[4]["loss/contrast"]
     assert lines[-1]["pixel_mse"] < 0.6 * lines[0]["pixel_mse"]
     assert len(list((tmp_path / "run" / "grids").glob("samples-*.png"))) == 2

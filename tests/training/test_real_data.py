@@ -23,5 +23,6 @@ def test_learns_to_reconstruct(recipe, images, share, accuracy, torchvision_root
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["pixel_error"] < share * summary["mean_image_error"]
     assert summary["probe_accuracy"] > accuracy
-    errors = [json.loads(line)["pixel_mse"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert errors == sorted(errors, reverse=True)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["pixel_mse"] for line in lines if "pixel_mse" in line]
+    assert len(errors) == images // 3200 and errors == sorted(errors, reverse=True)
