@@ -52,6 +52,7 @@ setup(
             TORCHVISION,
         ],
         "eval": [
+            "matplotlib>=3.10",
             "safetensors>=0.6",
             "scipy>=1.14",
             "torch-fidelity>=0.4",

@@ -16,7 +16,7 @@ from dcvae_fast.config import Config, DataConfig, recipe_path, recipes, to_dict
 from dcvae_fast.errors import ConfigError, RankError, RunError, UserError, reason
 from dcvae_pipelines import DataError, load_dataset
 
-SUMMARY_FILE, EVALUATION_FILE = "summary.json", "evaluation.json"
+SUMMARY_FILE = "summary.json"
 
 # Settings that may differ from rank to rank.
 OF_A_MACHINE = {"data.root", "data.threads", "train.device"}
@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        if argv[:1] in (["train"], ["data"]):  # all settings of a run are options; they have a parser of their own
-            return (_train if argv[0] == "train" else _data)(argv[1:])
+        # All settings of a run are options of these; they have parsers of their own.
+        if argv[:1] in (["train"], ["data"], ["reproduce"]):
+            return {"train": _train, "data": _data, "reproduce": _reproduce}[argv[0]](argv[1:])
         arguments = _parser().parse_args(argv)
         return arguments.run_command(arguments)
     except RankError:  # the other rank says it
@@ -63,7 +64,7 @@ def _run(argv: list[str]) -> int:
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
     except ModuleNotFoundError as error:
         package = str(error.name).split(".")[0]
-        extra = "eval" if package == "torch_fidelity" else "train"
+        extra = "eval" if package in ("torch_fidelity", "matplotlib") else "train"
         message = f"{package} is not installed: pip install 'dcvae_fast[{extra}]'"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
@@ -101,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Write a grid of what a recipe's networks would see: dcvae data RECIPE [-n 64] [--data.root DIR …]."
     command("data", lambda _: _data(["--help"]), text)
+
+    text = "Train and measure what a table of the paper shows: see `dcvae reproduce --help`."
+    command("reproduce", lambda _: _reproduce(["--help"]), text)
 
     sub = command("prepare", _prepare, "Check all images of a data set, convert what needs it, pack them into shards.")
     sub.add_argument("source", metavar="SRC", type=Path, help="folder of the data set; nothing is ever written there")
@@ -323,6 +327,19 @@ def _counter(what: str) -> Callable[[int, int], None]:
     return count
 
 
+def _counters() -> Callable[[str, int, int], None]:
+    """Progress of several things, one after the other."""
+    what_now, counter = "", _counter("")
+
+    def count(what: str, done: int, total: int) -> None:
+        nonlocal what_now, counter
+        if what != what_now:
+            what_now, counter = what, _counter(what)
+        counter(done, total)
+
+    return count
+
+
 def _summary(config: Config, folder: Path, images: int) -> str:
     """Reconstruction error and linear probe on held-out images, measured once and kept in RUN/summary.json."""
     from dcvae_fast.training.checkpoint import write_aside
@@ -430,26 +447,19 @@ def _interpolate(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dcvae_fast.evaluation import Measurement, evaluate
-    from dcvae_fast.evaluation.measurement import describe, read, store, table
+    from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, store, table
 
     metrics = [metric.strip() for metric in arguments.metrics.split(",") if metric.strip()]
-    if arguments.weights is not None and not arguments.weights.is_dir():
-        raise UserError(f"--weights {arguments.weights} is no folder.")
+    _check_weights(arguments.weights)
     folder = Path(arguments.model)
     out = arguments.out or (folder if folder.is_dir() else Path()) / EVALUATION_FILE
     read(out)  # hours later would be too late to find that it is something else
     model = _load_model(arguments)
     data, images = _data_of(arguments, needed=metrics != ["ppl"])
     head = describe(model, images)
-    counters: dict[str, Callable[[int, int], None]] = {}
 
     def report(measurement: Measurement) -> None:
         store(out, head, measurement)
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in counters:
-            counters[what] = _counter(what)
-        counters[what](done, total)
 
     measured = evaluate(
         model,
@@ -462,11 +472,61 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         cache=arguments.cache.expanduser(),
         report=report,
-        progress=progress,
+        progress=_counters(),
     )
     print(table(measured))
     print(out)
     return 0
+
+
+def _check_weights(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--weights {folder} is no folder.")
+
+
+def _reproduce(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dcvae reproduce",
+        description="Train what a table of the paper needs, measure it, and write it beside the paper's numbers. Run"
+        " again, it goes on where it was.",
+        epilog="All settings of `dcvae train` can be given too, such as --data.root, --train.device, or narrower"
+        " networks; what departs from the paper is said beside each number.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", metavar="TABLE", help="table1 to table8, or figure7")
+    parser.add_argument("--budget", type=int, metavar="IMAGES", help="shorten every training to so many images")
+    parser.add_argument("--dry-run", action="store_true", help="show what is there and what the rest costs, then stop")
+    text = "folder for runs and tables (default: runs/reproduce)"
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help=text)
+    text = "samples, and test images at most (default: 50,000); ppl takes twice as many pairs"
+    parser.add_argument("-n", "--images", type=int, default=50_000, help=text)
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with Inception's, VGG16's, LPIPS's weights")
+    text = "folder for features of training images (default: ~/.cache/dcvae_fast)"
+    parser.add_argument("--cache", type=Path, metavar="DIR", default=Path("~/.cache/dcvae_fast"), help=text)
+    arguments, settings = parser.parse_known_args(argv)
+    _check_weights(arguments.weights)
+    if arguments.budget is not None and arguments.budget < 1:
+        raise UserError(f"--budget is {arguments.budget}; it must be at least 1.")
+    from dcvae_fast.evaluation.tables import TABLES
+    from dcvae_fast.reproduce import plan, reproduce, trainings
+
+    table = TABLES.get(arguments.table)
+    if table is None:
+        raise UserError(f"{arguments.table!r} is no table of the paper; there are {', '.join(TABLES)}.")
+    out: Path = arguments.out
+    runs = trainings(table, out, settings, arguments.budget, lambda argv: parse_config(argv).config)
+    if arguments.dry_run:
+        print(plan(table, runs, arguments.images))
+        return 0
+    return reproduce(
+        table,
+        runs,
+        out,
+        images=arguments.images,
+        weights=arguments.weights,
+        cache=arguments.cache.expanduser(),
+        progress=_counters(),
+    )
 
 
 def _data_of(arguments: argparse.Namespace, needed: bool):

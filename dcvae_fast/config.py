@@ -416,20 +416,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def differences(old: dict[str, Any], new: Config) -> list[str]:
-    """What `new` would compute differently from the stored `old`: a line `section.name: old → new` for each setting.
+def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
+    """What `new` would compute differently from the stored `old`: for each setting its name, `section.name`, and both
+    values.
 
     Settings that alter only how long a run goes on, where it runs and what it writes do not count.
     """
-    lines = []
+    found = []
     for section in dataclasses.fields(new):
         values, stored = getattr(new, section.name), old.get(section.name)
         stored, wanted = stored if isinstance(stored, dict) else {}, to_dict(values)
         for setting in dataclasses.fields(values):
             was, now = stored.get(setting.name, "not set"), wanted[setting.name]
             if was != now and not setting.metadata.get("may_change"):
-                lines.append(f"{section.name}.{setting.name}: {was} → {now}")
-    return lines
+                found.append((f"{section.name}.{setting.name}", was, now))
+    return found
+
+
+def differences(old: dict[str, Any], new: Config) -> list[str]:
+    """The same as lines `section.name: old → new`."""
+    return [f"{setting}: {was} → {now}" for setting, was, now in changes(old, new)]
 
 
 def recipe_path(name: str) -> Path:

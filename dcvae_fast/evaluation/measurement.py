@@ -14,6 +14,9 @@ from torch import nn
 
 from dcvae_fast.errors import EvaluationError, reason
 
+# In a run's folder.
+EVALUATION_FILE = "evaluation.json"
+
 Subject = Literal["samples", "reconstructions", "latents"]
 
 

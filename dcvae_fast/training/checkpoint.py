@@ -48,7 +48,7 @@ def prepare_run(folder: Path, config: Config) -> None:
             raise RunError(
                 f"{folder} was made with another configuration (there → asked for):\n  "
                 + "\n  ".join(lines)
-                + "\nChoose another folder with --run, or ask for the settings it was made with."
+                + "\nChoose another folder, or ask for the settings it was made with."
             )
         return
     # What a start that was killed may leave is no reason to refuse.
@@ -138,6 +138,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if damaged:
         raise RunError(f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}).")
     return None
+
+
+def images_shown(folder: Path) -> int:
+    """By the newest checkpoint of a run, judged by its name alone; 0 where there is none."""
+    return next((int(path.stem) for path in _newest_first(folder)), 0)
 
 
 def set_newer_aside(folder: Path, images: int) -> None:

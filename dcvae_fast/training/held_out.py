@@ -18,8 +18,8 @@ from dcvae_fast.training.seeding import derive_seed
 from dcvae_pipelines import EncodedSet, ImageSet, decode_images
 from dcvae_pipelines.pixels import resize
 
-# Training images that the probe learns from, for each held-out one.
-PROBE_IMAGES = 5
+# Training images that the probe learns from: for each held-out one, and at most.
+PROBE_SHARE, PROBE_IMAGES = 5, 5000
 
 
 def held_out_images(config: Config) -> int:
@@ -51,7 +51,7 @@ class HeldOut:
             )
 
         self._test_set = first(test_set, count)
-        self._learn_from = None if test_set.labels is None else first(train_set, PROBE_IMAGES * count)
+        self._learn_from = None if test_set.labels is None else first(train_set, min(PROBE_IMAGES, PROBE_SHARE * count))
         self._train_set, self._inception = None, None
         if config.log.fid_images:
             self._train_set = train_set

@@ -112,8 +112,7 @@ def _growing(step: TrainStep, train_images: int, data: int, every: int) -> list[
             f"{stretch!s:16s} {stretch.first:12,d} {stretch.last:13,d} {stretch.iterations:12,d} {stretch.batch:6d}"
             f" {cost.flops / stretch.batch / 1e9:15,.3f} {(cost.memory + data) / 2**30:12.2f}"
         )
-    flops = sum(cost.flops * stretch.iterations for stretch, cost in zip(passed, costs, strict=True))
-    lines += ["", f"arithmetic      {flops / 1e15:,.2f} PFLOP in all"]
+    lines += ["", f"arithmetic      {_flops_after(0, passed, costs) / 1e15:,.2f} PFLOP in all"]
     if costs:
         most, at = max(zip(costs, passed, strict=True), key=lambda pair: pair[0].memory)
         lines.append(f"{_memory(most.networks, most.moments, most.peak, data)}; the most, at {at}")
@@ -143,6 +142,19 @@ def passages(config: Config) -> list[Passage]:
         passed.append(Passage(stage, shown, min(shown + iterations * batch, total), iterations, batch))
         shown += iterations * batch
     return passed
+
+
+def training_flops(config: Config, shown: int = 0) -> float:
+    """Floating-point operations of a training of which `shown` images are done."""
+    return _flops_after(shown, passages(config), stage_costs(TrainStep(config, "meta")))
+
+
+def _flops_after(shown: int, passed: list[Passage], costs: list[Cost]) -> float:
+    total = 0.0
+    for stretch, cost in zip(passed, costs, strict=True):
+        done = max(0, shown - stretch.first) // stretch.batch
+        total += cost.flops * max(0, stretch.iterations - done)
+    return total
 
 
 def stage_costs(step: TrainStep) -> list[Cost]:

@@ -1,0 +1,354 @@
+"""`dcvae reproduce`: the paper's tables and Figure 7, from training to the page. To resume, call it again."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dcvae_fast.config import Config, DataConfig, changes, to_dict
+from dcvae_fast.errors import DivergedError, EvaluationError, UserError
+from dcvae_fast.evaluation import Measurement, Splits, evaluate
+from dcvae_fast.evaluation.fidelity import FEWEST
+from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, store
+from dcvae_fast.evaluation.plot import plot_curves
+from dcvae_fast.evaluation.protocol import Progress
+from dcvae_fast.evaluation.tables import FIGURE7_EPOCHS, NEGATIVES, Key, Result, Table, as_json, markdown
+from dcvae_fast.models.dcvae import DCVAE
+from dcvae_fast.training.checkpoint import images_shown, write_aside
+from dcvae_fast.training.log import METRICS_FILE, say
+from dcvae_fast.training.loop import open_data, pick_device, train
+from dcvae_fast.training.plan import training_flops
+from dcvae_fast.training.schedule import stages
+
+# What the hours of a plan assume; a plan says so.
+FLOPS_PER_SECOND = 320e12
+
+# That the paper's protocol measures.
+IMAGES = 50_000
+
+CIFAR10_IMAGES = 50_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of the paper: a recipe, and the settings in which it differs."""
+
+    recipe: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _of_figure7(negatives: int) -> Run:
+    images = FIGURE7_EPOCHS * CIFAR10_IMAGES
+    settings = {"contrast.negatives": negatives, "train.images": images, "log.held_out": 10_000}
+    return Run("cifar10", {**settings, "log.metrics_every": CIFAR10_IMAGES})
+
+
+RUNS = {
+    "table1/vae": Run("cifar10", {"loss.objective": "vae"}),
+    "table1/vae-gan": Run("cifar10", {"loss.objective": "vae_gan"}),
+    "table1/vae-contrastive": Run("cifar10", {"loss.objective": "vae_contrastive"}),
+    "table1/dc-vae": Run("cifar10", {"loss.objective": "dc_vae"}),
+    "table2/dc-vae": Run("stl10"),
+    "table3/dc-vae": Run("lsun128"),
+    "table4/dc-vae": Run("celebahq256"),
+    "table5/dc-vae": Run("celeba128"),
+    **{f"table6/z{size}": Run("mnist", {"model.latent_dim": size}) for size in (16, 32, 64)},
+    "table8/dc-vae": Run("celebahq512"),
+    **{f"figure7/k{k}": _of_figure7(k) for k in NEGATIVES},
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run as it is asked for.
+
+    Attributes:
+        name: in `RUNS`
+        folder: of the run
+        config: with what the user changes, shortened to the budget
+        full: images that the paper's training shows
+        changed: settings that the user has changed, with their values
+        needed: what is measured of it
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    full: int
+    changed: tuple[str, ...]
+    needed: tuple[Key, ...]
+
+    def remarks(self, shown: int, images: int) -> tuple[str, ...]:
+        """In what it departs from the paper's, once so many images are shown and so many measured."""
+        found = []
+        if shown < self.full:
+            in_proportion = ", its growth in proportion" if self.config.model.grows else ""
+            found.append(f"shortened: {shown:,} of {self.full:,} images{in_proportion}")
+        if self.changed:
+            found.append(f"changed: {', '.join(self.changed)}")
+        if images != IMAGES:
+            found.append(f"measured on {images:,} images, not {IMAGES:,}")
+        return tuple(found)
+
+
+def trainings(
+    table: Table,
+    out: Path,
+    settings: Sequence[str],
+    budget: int | None,
+    configure: Callable[[Sequence[str]], Config],
+) -> list[Training]:
+    """The runs of a table.
+
+    Args:
+        out: folder of all runs.
+        settings: of `dcvae train`, as given on the command line.
+        budget: images to which each run is shortened; None for the paper's.
+        configure: what makes a configuration of a command line of `dcvae train`.
+
+    Raises:
+        ConfigError: a setting is unknown, or its value has no meaning.
+        UserError: it is what the rows differ in, or the budget is too small.
+    """
+    names = {token.split("=")[0].removeprefix("--") for token in settings if token.startswith("--")}
+    if strange := sorted(name for name in names if "." not in name):
+        raise UserError(f"--{strange[0]} is no option of reproduce, and no setting of dcvae train.")
+    if "train.images" in names:
+        raise UserError("--train.images is the paper's; --budget IMAGES shortens every training.")
+    found = []
+    for name, needed in table.needed().items():
+        run = RUNS[name]
+        if fixed := sorted(name for name in names & set(run.settings) if not name.startswith("log.")):
+            raise UserError(f"--{fixed[0]} is what defines the runs of {table.name}; it cannot be changed.")
+        own = ["--recipe", run.recipe, *(f"--{setting}={value}" for setting, value in run.settings.items())]
+        base, config = configure(own), configure([*own, *settings])
+        changed = tuple(f"{setting} {now}" for setting, _, now in changes(to_dict(base), config))
+        full = base.train.images
+        if budget is not None:
+            config = _shortened(config, budget, full)
+        found.append(Training(name, out / name, config, full, changed, tuple(needed)))
+    return found
+
+
+def _shortened(config: Config, budget: int, full: int) -> Config:
+    """Of at most so many images; growth takes its share of them, so that the last resolution is reached."""
+    images = min(budget, full)
+    growth, log, steps = config.growth, config.log, stages(config)
+    if log.metrics_every is not None:  # as many points of a curve
+        log = replace(log, metrics_every=max(1, log.metrics_every * images // full))
+    if config.model.grows:
+        least = len(steps) * max(growth.batch[stage.resolution] for stage in steps)
+        if images < least:
+            raise UserError(f"--budget is {budget:,}; to grow to {config.model.resolution} takes {least:,} or more.")
+        fade, stable = (each * images // full for each in (growth.fade_images, growth.stable_images))
+        growth = replace(growth, fade_images=fade, stable_images=stable)
+    return replace(config, growth=growth, log=log, train=replace(config.train, images=images))
+
+
+def plan(table: Table, runs: Sequence[Training], images: int) -> str:
+    """What is there and what is left to do, in images, PFLOP and GPU-hours; each line with its run's remarks."""
+    lines = [("run", "recipe", "images", "shown so far", "numbers so far", "PFLOP left", "GPU-hours left", "remarks")]
+    total, said = 0.0, {}
+    for run in runs:
+        asked, shown = run.config.train.images, images_shown(run.folder)
+        flops = training_flops(run.config, shown) if shown < asked else 0.0
+        total += flops
+        there = len(set(run.needed) & set(_stored(run.folder)))
+        remarks = "; ".join(run.remarks(max(shown, asked), images))
+        said[remarks] = None
+        of_run = (f"{asked:,}", f"{shown:,}", f"{there} of {len(run.needed)}", *_cost(flops), remarks)
+        lines.append((run.name, RUNS[run.name].recipe, *of_run))
+    lines.append(("in all", "", "", "", "", *_cost(total), "; ".join(filter(None, said))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    rate = f"{FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s, which is an assumption"
+    return "\n".join([table.title, "", *rows, "", f"GPU-hours of training, at {rate}; measuring comes on top."])
+
+
+def _cost(flops: float) -> tuple[str, str]:
+    return f"{flops / 1e15:,.2f}", f"{flops / FLOPS_PER_SECOND / 3600:,.2f}"
+
+
+def reproduce(
+    table: Table,
+    runs: Sequence[Training],
+    out: Path,
+    *,
+    images: int = IMAGES,
+    weights: Path | None = None,
+    cache: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> int:
+    """Train what is missing, measure what is missing, and write OUT/TABLE.md and .json, and for Figure 7 .png, after
+    each run.
+
+    Args:
+        runs: the table's, of `trainings`.
+        out: folder for the pages.
+        images, weights, cache, progress: of `evaluate`.
+
+    Returns:
+        0, or 128 + the signal that stopped a training.
+
+    Raises:
+        EvaluationError: all that could be measured was, and written; some numbers are missing.
+        UserError, DataError: as `train`, but a run that diverges is only left out.
+    """
+    if images < FEWEST:
+        raise UserError(f"--images is {images}; it must be at least {FEWEST}.")
+    if table.name == "figure7":
+        import matplotlib  # noqa: F401, rather missed now than hours later
+    splits: dict[DataConfig, Splits] = {}
+    for run in runs:
+        if (data := run.config.data) not in splits:
+            train_set, test_set = (open_data(run.config, split) for split in ("train", "test"))
+            splits[data] = Splits(train_set, test_set, data.on_corrupt)
+    results: dict[str, Result] = {}
+    for run in runs:
+        data, asked = splits[run.config.data], run.config.train.images
+        say(_line(f"{run.name}: {asked:,} images", run.remarks(asked, images)))
+        try:
+            outcome = train(run.config, run.folder)
+        except DivergedError as error:
+            results[run.name] = Result(run.remarks(asked, images), missing=dict.fromkeys(run.needed, str(error)))
+            _write(table, runs, results, splits, out)
+            continue
+        if outcome.signal:
+            stopped = f"{run.name}: stopped after {outcome.images:,} of {asked:,} images, the same command goes on"
+            say(_line(stopped, run.remarks(asked, images)))
+            return 128 + outcome.signal
+        result = _measure(run, data, outcome.images, images, weights, cache, progress)
+        results[run.name] = result
+        _write(table, runs, results, splits, out)
+        say(_line(f"{run.name}: {len(result.measured)} of {len(run.needed)} numbers", result.remarks))
+    say("\n" + markdown(table, results))
+    say(_line(str(out / f"{table.name}.md"), tuple(dict.fromkeys(x for one in results.values() for x in one.remarks))))
+    if reasons := list(dict.fromkeys(why for one in results.values() for why in one.missing.values())):
+        count = sum(len(one.missing) for one in results.values())
+        raise EvaluationError(f"{count} numbers of {table.name} are missing, all others are kept: {' '.join(reasons)}")
+    return 0
+
+
+def _line(text: str, remarks: Sequence[str]) -> str:
+    return "; ".join([text, *remarks])
+
+
+def _measure(
+    run: Training,
+    data: Splits,
+    shown: int,
+    images: int,
+    weights: Path | None,
+    cache: Path | None,
+    progress: Progress,
+) -> Result:
+    """What the run's file of measurements holds of these very weights; what it lacks is measured, and kept there."""
+    model = DCVAE.from_pretrained(run.folder, device=pick_device(run.config.train.device))
+    path, head = run.folder / EVALUATION_FILE, describe(model, shown)
+    stored = read(path)
+    measured: dict[Key, Measurement] = {}
+    if all(stored.get(name) == head[name] for name in ("images", "weights")):
+        found = _stored(run.folder)
+        measured = {key: found[key] for key in run.needed if key in found and _is_of(found[key], data, images)}
+    missing: dict[Key, str] = {}
+
+    def report(measurement: Measurement) -> None:
+        store(path, head, measurement)
+        key = Key(measurement.metric, measurement.of, measurement.protocol)
+        if key in run.needed:
+            measured[key] = measurement
+
+    for metrics, protocol in _together([key for key in run.needed if key not in measured]):
+        try:
+            evaluate(
+                model,
+                data,
+                metrics,
+                protocol=protocol,
+                images=images,
+                weights=weights,
+                cache=cache,
+                report=report,
+                progress=progress,
+            )
+        except EvaluationError as error:
+            wanted = [key for key in run.needed if (_metric(key) in metrics and key.protocol == protocol)]
+            missing |= {key: str(error) for key in wanted if key not in measured}
+    return Result(run.remarks(shown, images), measured, missing, head)
+
+
+def _metric(key: Key) -> str:
+    """What `evaluate` calls it: pixel, where the measurement is pixel_mse."""
+    return key.metric.split("_")[0]
+
+
+def _together(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
+    """Metrics, by protocol, that one pass over the images measures: so nothing fails for another network's weights."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for key in keys:
+        network = "inception" if _metric(key) in ("fid", "is") else _metric(key)
+        found.setdefault((network, key.protocol), {})[_metric(key)] = None
+    return [(tuple(metrics), protocol) for (_, protocol), metrics in found.items()]
+
+
+def _stored(folder: Path) -> dict[Key, Measurement]:
+    """All that a run's file of measurements holds."""
+    names = Measurement.__dataclass_fields__
+    found = [
+        Measurement(**{name: one[name] for name in names})
+        for one in read(folder / EVALUATION_FILE).get("measurements", [])
+    ]
+    return {Key(one.metric, one.of, one.protocol): one for one in found}
+
+
+def _is_of(one: Measurement, data: Splits, images: int) -> bool:
+    """Whether it was measured on this data set, and on as many images."""
+    if one.data is not None and not one.data.startswith(f"{data.train.name}: "):
+        return False
+    if one.of == "latents":  # always all of them
+        return True
+    if one.of == "reconstructions":
+        return one.count == min(images, len(data.test))
+    return one.count == (2 * images if one.metric == "ppl" else images)
+
+
+def _write(
+    table: Table,
+    runs: Sequence[Training],
+    results: dict[str, Result],
+    splits: dict[DataConfig, Splits],
+    out: Path,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_aside(out / f"{table.name}.md", markdown(table, results).encode())
+    content = json.dumps(as_json(table, results), indent=2, ensure_ascii=False) + "\n"
+    write_aside(out / f"{table.name}.json", content.encode())
+    if table.name == "figure7":
+        _plot(table, runs, results, splits, out)
+
+
+def _plot(
+    table: Table,
+    runs: Sequence[Training],
+    results: dict[str, Result],
+    splits: dict[DataConfig, Splits],
+    out: Path,
+) -> None:
+    """The error of held-out images over training, a curve for each K."""
+    curves = {}
+    for run in runs:
+        if run.name not in results:
+            continue
+        lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
+        points = {line["images"]: line["held_out/pixel_mse"] for line in lines if "held_out/pixel_mse" in line}
+        epochs = [images / len(splits[run.config.data].train) for images in points]
+        curves[f"K = {run.config.contrast.negatives:,}"] = (epochs, list(points.values()))
+    remarks = dict.fromkeys(remark for result in results.values() for remark in result.remarks)
+    plot_curves(
+        out / f"{table.name}.png",
+        curves,
+        title="\n".join(["Figure 7: reconstruction of CIFAR-10's test images by negatives K", *remarks]),
+        across="training epochs",
+        up="pixel error: mean square on [-1, 1]",
+    )
