@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are first imported
@@ -35,3 +36,30 @@ def torchvision_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     subprocess.run([sys.executable, real_data / "unpack.py", root], check=True, capture_output=True)
     yield root
     shutil.rmtree(root)
+
+
+class Rows(nn.Module):
+    """Stands in for Inception: the mean of each of four bands of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(1), requires_grad=False)  # is on a device
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images.float().mean(1).unflatten(1, (4, -1)).mean((2, 3)),)
+
+    @staticmethod
+    def convert_features_tuple_to_dict(features: tuple[Tensor]) -> dict[str, Tensor]:
+        return {"rows": features[0]}
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "rows"
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcvae_fast.evaluation import fidelity
+    from dcvae_fast.evaluation.pretrained import Extractor
+
+    monkeypatch.setattr(fidelity, "load_features", lambda weights: Extractor("rows, not Inception", Rows()))

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError
-from dcvae_fast.evaluation import fidelity
-from dcvae_fast.evaluation.pretrained import Extractor
 from dcvae_fast.training import held_out
 from dcvae_fast.training.checkpoint import load_checkpoint
 from dcvae_fast.training.held_out import HeldOut, held_out_images
@@ -25,30 +22,6 @@ from dcvae_pipelines import ImageSet, load_dataset
 
 TINY = ["--recipe", str(Path(__file__).parent.parent / "tiny.yaml")]
 CPU = torch.device("cpu")
-
-
-class Rows(nn.Module):
-    """Stands in for Inception: the mean of each of four bands of rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.none = nn.Parameter(torch.zeros(1), requires_grad=False)  # is on a device
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
-        return (images.float().mean(1).unflatten(1, (4, -1)).mean((2, 3)),)
-
-    @staticmethod
-    def convert_features_tuple_to_dict(features: tuple[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"rows": features[0]}
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "rows"
-
-
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fidelity, "load_features", lambda weights: Extractor("rows, not Inception", Rows()))
 
 
 def config_of(*settings: str) -> Config:

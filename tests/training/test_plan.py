@@ -10,7 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
-from dcvae_fast.training.plan import Cost, Passage, PeakMemory, iteration_flops, passages, plan, stage_costs
+from dcvae_fast.training.plan import (
+    Cost,
+    Passage,
+    PeakMemory,
+    iteration_flops,
+    passages,
+    plan,
+    stage_costs,
+    training_flops,
+)
 from dcvae_fast.training.schedule import point
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch, ImageSet
@@ -148,3 +157,16 @@ def test_peak_memory_leaves_out_what_was_there():
         more.add_(1)  # 40
         _kept = there * more[0]  # 400
     assert peak.peak == 440
+
+
+@pytest.mark.parametrize("config", [CONFIG, FIXED])
+def test_a_whole_training_takes_its_iterations_and_less_once_some_are_done(config: Config):
+    passed, costs = passages(config), stage_costs(TrainStep(config, "meta"))
+    whole = sum(stretch.iterations * cost.flops for stretch, cost in zip(passed, costs, strict=True))
+    assert training_flops(config) == whole
+    last = passed[-1]
+    assert training_flops(config, last.first + last.batch) == (last.iterations - 1) * costs[-1].flops
+    assert training_flops(config, 10**9) == 0
+    if config is FIXED:
+        step = TrainStep(config, "meta")
+        assert whole == pytest.approx(-(-TRAIN.images // 4) * iteration_flops(step, batch_at(step)))

@@ -1,0 +1,133 @@
+"""The paper's tables: its numbers, which of ours stand beside them, how the pages read."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dcvae_fast.evaluation import METRICS, Measurement
+from dcvae_fast.evaluation.tables import NEGATIVES, TABLES, Key, Result, Table, as_json, markdown
+
+# Column by column, from top to bottom, as the paper prints them.
+PAPER = {
+    "table1": """
+        115.8 39.8 240.4 17.9 | 3.8 7.4 1.8 8.2 | 108.4 29.0 242 21.4 | 4.3 7.6 1.9 7.9
+        | 21.8 62.7 53.6 45.9 | 21.8 62.7 53.6 45.9 | | 65.8 57.2 104.2 52.9 | 65.8 57.2 104.2 52.9""",
+    "table2": """
+        6.6 7.8 7.9 8.2 8.3 8.8 8.3 8.6 3.8 7.4 8.2 7.9
+        | 24.6 23.5 21.7 26.7 16.2 22.3 12.4 115.8 39.8 95.2 93.1 50.8 2.67 17.9 21.4
+        | 8.9 9.1 9.3 9.2 8.1 8.4 | 46.7 40.1 37.6 31.0 41.9 43.6""",
+    "table3": "8.3 16.0 13.3 17.13 14.3 | 15.92 10.57",
+    "table4": "19.21 40.26 24.69 15.81",
+    "table5": "29.1 53.9 5.7 7.30 46.2 42 14.3 19.9",
+    "table6": """
+        2.92±0.12 4.69±0.18 6.07±0.05 1.62±0.07 1.85±0.08 1.47±0.12 1.30±0.035
+        | 3.05±0.42 5.26±0.22 6.18±0.20 1.24±0.05 1.60±0.08 1.10±0.03 1.27±0.037
+        | 2.98±0.14 5.40±0.33 6.35±0.48 1.32±0.09 1.49±0.06 1.31±0.06 1.29±0.034""",
+    "table7": "33.29 40.71 24.66",
+    "table8": "| | 0.117 0.072 | 40.40 38.63 | 40.40 38.63",
+    "figure7": "| |",
+}
+
+# What each run is measured by.
+NEEDED = {
+    "table1": {f"table1/{run}": 9 for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")},
+    "table2": {"table1/vae": 2, "table1/vae-gan": 2, "table1/dc-vae": 4, "table2/dc-vae": 4},
+    "table3": {"table3/dc-vae": 2},
+    "table4": {"table4/dc-vae": 1},
+    "table5": {"table5/dc-vae": 2},
+    "table6": {"table6/z16": 1, "table6/z32": 1, "table6/z64": 1},
+    "table7": {"table8/dc-vae": 1},
+    "table8": {"table8/dc-vae": 5},
+    "figure7": {f"figure7/k{k}": 3 for k in NEGATIVES},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_papers_numbers_are_as_printed(name):
+    columns = list(zip(*(row.paper for row in TABLES[name].rows), strict=True))
+    assert [[x for x in column if x] for column in columns] == [part.split() for part in PAPER[name].split("|")]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_run_is_measured_by_what_evaluate_knows(name):
+    table = TABLES[name]
+    assert all(len(row.paper) == len(table.columns) == len(row.runs or row.paper) for row in table.rows)
+    needed = table.needed()
+    assert {run: len(keys) for run, keys in needed.items()} == NEEDED[name]
+    assert {key.metric.split("_")[0] for keys in needed.values() for key in keys} <= set(METRICS)
+
+
+def test_where_the_paper_leaves_the_unit_open_a_note_says_what_stands_beside():
+    for name in ("table1", "table8"):
+        for column in TABLES[name].columns:
+            assert (column.note is not None) == column.metric.startswith(("pixel", "perceptual"))
+    page = markdown(TABLES["table1"], {})
+    assert "pixel, sum of squares on [0, 1] ↓ [1]" in page and "[1] The paper states no unit. " in page
+    assert "perceptual, Caffe scaling ↓ [2]" in page and "[2] Mean square of the difference of VGG16's" in page
+
+
+def measurement(metric: str, of: str, value: float, spread: float | None = None) -> Measurement:
+    return Measurement(metric, of, "paper", value, spread, None, 10, None, None)  # type: ignore[arg-type]
+
+
+SHORT, CHANGED = "shortened: 20,000 of 6,000,000 images", "changed: model.decoder_width 32"
+
+
+@pytest.fixture
+def some() -> dict[str, Result]:
+    """Of Table 6, one number, one reason why there is none, and one run that is not made yet."""
+    key = Key("probe_error", "latents", "paper")
+    first = Result((SHORT, CHANGED), {key: measurement(*key[:2], 1.2345678, 0.0456)}, {}, {"device": "cpu"})
+    return {"table6/z16": first, "table6/z32": Result((SHORT,), missing={key: "it diverged."})}
+
+
+def rows_of(page: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+
+
+def test_a_page_has_ours_below_the_papers_with_remarks_and_reasons(some):
+    page = markdown(TABLES["table6"], some)
+    lines = page.splitlines()
+    assert lines[0] == f"# Table 6: error of a linear classifier on latents, MNIST ({SHORT}; {CHANGED})"
+    rows = rows_of(page)
+    assert rows[0] == ["method", "from", "Z = 16, % ↓", "Z = 32, % ↓", "Z = 64, % ↓", "remarks"]
+    assert rows[2] == ["VAE", "quoted", "2.92 ± 0.12", "3.05 ± 0.42", "2.98 ± 0.14", ""]
+    assert rows[-2] == ["DC-VAE", "paper", "1.30 ± 0.035", "1.27 ± 0.037", "1.29 ± 0.034", ""]
+    assert rows[-1] == ["DC-VAE", "ours", "1.235 ± 0.046", "–", "–", f"{SHORT}; {CHANGED}"]
+    assert "– DC-VAE, Z = 32, % ↓: it diverged." in lines and "– DC-VAE, Z = 64, % ↓: not trained yet" in lines
+    assert len({len(line) for line in lines if line.startswith("|")}) == 1
+
+
+def test_cells_without_a_run_stay_empty():
+    key = Key("fid", "samples", "paper")
+    results = {"table1/vae": Result((SHORT,), {key: measurement("fid", "samples", 120.04)}, {})}
+    rows = {(row[0], row[1]): row for row in rows_of(markdown(TABLES["table2"], results))}
+    assert rows["VAE", "ours"] == ["VAE", "ours", "–", "120", "", "", SHORT]
+    assert rows["VAE", "paper"] == ["VAE", "paper", "3.8", "115.8", "", "", ""]
+    assert ("NVAE sampling", "ours") not in rows and rows["NVAE sampling", "quoted"][2:4] == ["", "50.8"]
+
+
+def test_figure_7_has_no_numbers_of_the_papers():
+    page = markdown(TABLES["figure7"], {})
+    assert " paper " not in "".join(line for line in page.splitlines() if line[:1] == "|" and "method" not in line)
+    assert "an axis from 2.0 to 5.0 without a unit, and prints no numbers" in page
+
+
+def test_json_says_the_same(some):
+    content = json.loads(json.dumps(as_json(TABLES["table6"], some)))
+    assert content["table"] == "table6" and SHORT in content["title"]
+    assert content["runs"]["table6/z16"] == {"remarks": [SHORT, CHANGED], "device": "cpu"}
+    quoted, ours = content["rows"][0], content["rows"][-1]
+    assert quoted["quoted"] and quoted["cells"][0] == {"column": "Z = 16, % ↓", "paper": "2.92±0.12"}
+    first, second, third = ours["cells"]
+    assert (first["paper"], first["ours"]["value"], first["remarks"]) == ("1.30±0.035", 1.2345678, [SHORT, CHANGED])
+    assert (second["missing"], second["remarks"]) == ("it diverged.", [SHORT])
+    assert (third["missing"], third["run"], third["remarks"]) == ("not trained yet", "table6/z64", [])
+
+
+def test_a_row_that_does_not_say_of_what_is_a_mistake():
+    wrong = replace(TABLES["table5"].rows[-1], of=None)
+    table = Table("table5", "", TABLES["table5"].columns, (wrong,))
+    with pytest.raises(AssertionError, match="does not say of what"):
+        table.needed()

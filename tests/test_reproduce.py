@@ -1,0 +1,303 @@
+"""`dcvae reproduce` as a user meets it, with narrow networks and few images."""
+
+import gzip
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dcvae_fast import reproduce
+from dcvae_fast.cli import main, parse_config
+from dcvae_fast.config import Config
+from dcvae_fast.evaluation import probe
+from dcvae_fast.evaluation.tables import TABLES
+from dcvae_fast.training.checkpoint import images_shown
+from dcvae_fast.training.loop import Outcome
+from dcvae_fast.training.plan import passages
+from dcvae_fast.training.schedule import stages
+
+NARROW = (
+    "--train.device cpu --model.decoder_width 4 --model.encoder_width 4 --model.discriminator_width 4"
+    " --train.batch 8 --train.sampled_batch 8 --log.held_out 0"
+).split()
+DIGITS = [*NARROW, "--data.name", "digits", "--model.image_channels", "1"]
+CHANGED = (
+    "changed: model.decoder_width 4, model.encoder_width 4, model.discriminator_width 4, train.batch 8,"
+    " train.sampled_batch 8"
+)
+
+
+def configure(argv: Any) -> Config:
+    return parse_config(argv).config
+
+
+def lines_with_numbers(page: str) -> list[str]:
+    """Lines of a page that have a number of ours."""
+    return [line for line in page.splitlines() if re.search(r"\| ours +\|", line)]
+
+
+# --- plans ---
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_dry_run_plans_every_table_without_data_and_writes_nothing(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "training_flops", lambda config, shown: 3.2e15 * 360)  # checked with plans
+    assert main(["reproduce", name, "--dry-run", "--budget", "100000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    runs = list(TABLES[name].needed())
+    assert [line.split()[0] for line in lines[3 : 3 + len(runs)]] == runs
+    for run, line in zip([*runs, "in all"], lines[3:], strict=False):
+        assert re.search(r"shortened: 100,000 of [\d,]+,000 images", line), run
+        assert f"{1152.0 * (len(runs) if run == 'in all' else 1):,.2f}" in line
+    assert lines[-1] == "GPU-hours of training, at 320 TFLOP/s, which is an assumption; measuring comes on top."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_the_papers():
+    runs = {run.name: run for name in TABLES for run in reproduce.trainings(TABLES[name], Path(), [], None, configure)}
+    assert runs.keys() == reproduce.RUNS.keys()
+    objectives = [
+        runs[f"table1/{run}"].config.loss.objective for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")
+    ]
+    assert objectives == ["vae", "vae_gan", "vae_contrastive", "dc_vae"]
+    assert [runs[f"table6/z{size}"].config.model.latent_dim for size in (16, 32, 64)] == [16, 32, 64]
+    k = [runs[f"figure7/k{k}"].config for k in (128, 256, 512, 1024, 8096)]
+    assert [config.contrast.negatives for config in k] == [128, 256, 512, 1024, 8096]
+    assert {(config.train.images, config.log.metrics_every) for config in k} == {(2_500_000, 50_000)}
+    expected = {"table2": ("stl10", 32), "table3": ("lsun_bedroom", 128), "table4": ("celebahq", 256)}
+    expected |= {"table5": ("celeba", 128), "table8": ("celebahq", 512)}
+    for table, (data, resolution) in expected.items():
+        config = runs[f"{table}/dc-vae"].config
+        assert (config.data.name, config.model.resolution, config.model.grows) == (data, resolution, resolution > 32)
+    assert all(not run.changed and not run.remarks(run.full, 50_000) for run in runs.values())
+
+
+def test_a_budget_shortens_growth_in_proportion():
+    (run,) = reproduce.trainings(TABLES["table8"], Path("runs"), [], 30_000, configure)
+    assert run.folder == Path("runs/table8/dc-vae")
+    assert (run.config.growth.fade_images, run.config.growth.stable_images) == (2000, 2000)
+    assert [stretch.stage.resolution for stretch in passages(run.config)] == [s.resolution for s in stages(run.config)]
+    assert run.remarks(30_000, 50_000) == ("shortened: 30,000 of 9,000,000 images, its growth in proportion",)
+    (whole,) = reproduce.trainings(TABLES["table8"], Path(), [], 10**9, configure)
+    assert whole.config.train.images == whole.full and whole.config.growth.fade_images == 600_000
+
+
+def test_figure_7_keeps_fifty_points_of_a_shorter_curve():
+    runs = reproduce.trainings(TABLES["figure7"], Path(), [], 20_000, configure)
+    assert {run.config.log.metrics_every for run in runs} == {400}
+
+
+# --- runs ---
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Probes that learn little."""
+    monkeypatch.setattr(probe, "STEPS", 20)
+
+
+@pytest.fixture
+def counted(monkeypatch, quick) -> dict[str, list[Any]]:
+    """What was trained and what was measured."""
+    done: dict[str, list[Any]] = {"trained": [], "measured": []}
+    train, evaluate = reproduce.train, reproduce.evaluate
+
+    def count_train(config, folder):
+        outcome = train(config, folder)
+        if outcome.trained:
+            done["trained"].append(str(folder)[-3:])
+        return outcome
+
+    def count_evaluate(model, data, metrics, **how):
+        done["measured"].append(metrics)
+        return evaluate(model, data, metrics, **how)
+
+    monkeypatch.setattr(reproduce, "train", count_train)
+    monkeypatch.setattr(reproduce, "evaluate", count_evaluate)
+    return done
+
+
+def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatch, capsys):
+    command = ["reproduce", "table6", *DIGITS, "--out", str(tmp_path)]
+    assert main([*command, "--budget", "16"]) == 0
+    assert counted == {"trained": ["z16", "z32", "z64"], "measured": [("probe",)] * 3}
+    page, content = (tmp_path / "table6.md").read_text(), (tmp_path / "table6.json").read_text()
+    assert page in capsys.readouterr().out
+    for done in counted.values():
+        done.clear()
+    assert main([*command, "--budget", "16"]) == 0
+    assert counted == {"trained": [], "measured": []}
+    assert (tmp_path / "table6.md").read_text() == page and (tmp_path / "table6.json").read_text() == content
+
+    monkeypatch.setattr(reproduce, "training_flops", lambda config, shown: 1e15 * (config.train.images - shown))
+    assert main([*command, "--budget", "24", "--dry-run"]) == 0
+    line = capsys.readouterr().out.splitlines()[3]
+    assert line.split()[:8] == ["table6/z16", "mnist", "24", "16", "1", "of", "1", "8.00"] and CHANGED in line
+
+    # A larger budget goes on, and other weights are measured again; no run goes back to a smaller one.
+    assert main([*command, "--budget", "24"]) == 0
+    assert "from 16 to 24 images" in capsys.readouterr().out
+    assert counted == {"trained": ["z16", "z32", "z64"], "measured": [("probe",)] * 3}
+    assert main([*command, "--budget", "16"]) == 0
+    assert len(counted["trained"]) == 3
+    (line,) = lines_with_numbers((tmp_path / "table6.md").read_text())
+    assert "shortened: 24 of 6,000,000 images" in line
+
+
+def test_a_training_that_is_stopped_goes_on_where_it_was(tmp_path, counted, monkeypatch, capsys):
+    command = ["reproduce", "table6", *DIGITS, "--out", str(tmp_path), "--budget", "16"]
+    train = reproduce.train
+
+    def stop(config, folder):
+        return Outcome(8, trained=True, signal=15) if folder.name == "z32" else train(config, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "train", stop)
+        assert main(command) == 128 + 15
+    assert "table6/z32: stopped after 8 of 16 images, the same command goes on; shortened: " in capsys.readouterr().out
+    page = (tmp_path / "table6.md").read_text()
+    assert "– DC-VAE, Z = 32, % ↓; DC-VAE, Z = 64, % ↓: not trained yet" in page
+    assert main(command) == 0
+    assert counted == {"trained": ["z16", "z32", "z64"], "measured": [("probe",)] * 3}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_diverges_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    train = reproduce.train
+
+    def diverge(config, folder):
+        if folder.name == "z32":
+            raise reproduce.DivergedError("a loss became nan.")
+        return train(config, folder)
+
+    monkeypatch.setattr(reproduce, "train", diverge)
+    assert main(["reproduce", "table6", *DIGITS, "--out", str(tmp_path), "--budget", "16"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "dcvae: error: 1 numbers of table6 are missing, all others are kept: a loss became nan."
+    cells = json.loads((tmp_path / "table6.json").read_text())["rows"][-1]["cells"]
+    assert [sorted(cell.keys() & {"ours", "missing"}) for cell in cells] == [["ours"], ["missing"], ["ours"]]
+
+
+def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys, request):
+    (tmp_path / "weights").mkdir()
+    out = tmp_path / "out"
+    command = ["reproduce", "table1", *DIGITS, "--contrast.negatives", "20", "--budget", "8", "--out", str(out)]
+    command += ["--weights", str(tmp_path / "weights"), "--cache", str(tmp_path / "cache"), "--images", "50"]
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    error = printed.err.splitlines()[-1]
+    assert error.startswith(
+        "dcvae: error: 24 numbers of table1 are missing, all others are kept: --weights: looked for"
+    )
+    page = (out / "table1.md").read_text()
+    assert page in printed.out and page.count("\n– ") == 2
+    remarks = ["shortened: 8 of 40,000,000 images", "changed: data.name digits", "measured on 50 images, not 50,000"]
+    rows = lines_with_numbers(page)
+    assert len(rows) == 4 and all(remark in row for row in rows for remark in remarks)
+    assert all(remark in page.splitlines()[0] for remark in remarks)
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[2:6] == ["–"] * 4 and cells[9:11] == ["–"] * 2 and "–" not in cells[6:9]
+        squares, rmse, mse = map(float, cells[6:9])
+        assert squares == pytest.approx(mse / 4 * 32**2, rel=1e-3) and rmse == pytest.approx(mse**0.5 * 127.5, rel=1e-3)
+    content = json.loads((out / "table1.json").read_text())
+    for row in content["rows"]:
+        for cell in row["cells"]:
+            assert all(any(remark in said for said in cell["remarks"]) for remark in remarks)
+            assert ("missing" in cell) == cell["column"].startswith(("FID", "IS", "perceptual"))
+
+    # What is there is not measured again, now that Inception is.
+    request.getfixturevalue("rows")
+    assert main(command) == 1
+    assert "8 numbers of table1 are missing" in capsys.readouterr().err.splitlines()[-1]
+    cells = [cell.strip() for cell in lines_with_numbers((out / "table1.md").read_text())[0].strip("|").split("|")]
+    assert all(float(cell) > 0 for cell in cells[2:9]) and cells[9:11] == ["–"] * 2
+    stored = json.loads((out / "table1" / "vae" / "evaluation.json").read_text())
+    assert stored["images"] == 8 and len(stored["measurements"]) == 7
+
+
+@pytest.mark.usefixtures("rows")
+def test_fewer_images_and_other_data_are_measured_anew(tmp_path, counted):
+    command = ["reproduce", "figure7", *DIGITS, "--budget", "8", "--out", str(tmp_path), "--images"]
+    assert main([*command, "50"]) == 0
+    assert main([*command, "40"]) == 0
+    assert len(counted["trained"]) == 5 and counted["measured"] == [("pixel",)] * 10
+    stored = json.loads((tmp_path / "figure7" / "k128" / "evaluation.json").read_text())
+    assert {one["count"] for one in stored["measurements"]} == {40}
+
+
+def test_figure_7_draws_a_curve_for_each_k(tmp_path, monkeypatch):
+    drawn = {}
+    plot = reproduce.plot_curves
+
+    def keep(path, curves, **text):
+        drawn.update(curves=curves, **text)
+        plot(path, curves, **text)
+
+    monkeypatch.setattr(reproduce, "plot_curves", keep)
+    held_out = ["--log.held_out", "16", "--log.metrics_every", "1000000"]  # shortened to 9
+    command = ["reproduce", "figure7", *DIGITS, *held_out, "--budget", "24", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert list(drawn["curves"]) == ["K = 128", "K = 256", "K = 512", "K = 1,024", "K = 8,096"]
+    for epochs, errors in drawn["curves"].values():
+        assert epochs == [images / 1437 for images in (16, 24)] and all(0 < error < 4 for error in errors)
+    assert "shortened: 24 of 2,500,000 images" in drawn["title"] and "data.name digits" in drawn["title"]
+    assert (drawn["across"], drawn["up"]) == ("training epochs", "pixel error: mean square on [-1, 1]")
+    with Image.open(tmp_path / "figure7.png") as image:
+        assert image.width > 1000 and image.height > 600
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["table9"], "'table9' is no table of the paper; there are table1, table2"),
+        (["table6", "--budget", "0"], "--budget is 0; it must be at least 1"),
+        (["table6", "--train.images", "5"], "--budget IMAGES shortens every training"),
+        (["figure7", "--contrast.negatives=5"], "--contrast.negatives is what defines the runs of figure7"),
+        (["table1", "--loss.objective", "vae"], "--loss.objective is what defines the runs of table1"),
+        (["table6", "--run", "x"], "--run is no option of reproduce, and no setting of dcvae train"),
+        (["table6", "--optim.rate", "1"], "--optim.rate"),
+        (["table6", "--weights", "{tmp}/nowhere"], "--weights {tmp}/nowhere is no folder"),
+        (["table6", "--images", "9"], "--images is 9; it must be at least 10"),
+        (["table6"], "data.root is not set"),
+        (["table2", "--data.root", "{tmp}/nowhere"], "cifar10: missing in {tmp}/nowhere"),
+        (["table8", "--budget", "100"], "--budget is 100; to grow to 512 takes 240 or more"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_exit_code_1(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *(argument.format(tmp=tmp_path) for argument in argv)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dcvae: error: ") and error.count("\n") == 1
+    assert message.format(tmp=tmp_path) in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- real digits ---
+
+
+def test_table_6_on_real_digits(real_data, tmp_path):
+    """The first thousands of MNIST, a few of its images shown to narrow networks: far from the paper, and said so."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem, count in (("train", 3000), ("t10k", 1000)):
+        for kind, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+            content = gzip.decompress((real_data / "mnist" / f"{stem}-{kind}-ubyte.gz").read_bytes())
+            few = content[:4] + struct.pack(">I", count) + content[8 : header + count * size]
+            (raw / f"{stem}-{kind}-ubyte").write_bytes(few)
+    command = ["reproduce", "table6", *NARROW, "--data.root", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--budget", "400"]) == 0
+    content = json.loads((tmp_path / "out" / "table6.json").read_text())
+    for cell, paper in zip(content["rows"][-1]["cells"], ("1.30±0.035", "1.27±0.037", "1.29±0.034"), strict=True):
+        assert cell["paper"] == paper and cell["remarks"] == ["shortened: 400 of 6,000,000 images", CHANGED]
+        assert 5 < cell["ours"]["value"] < 75 and cell["ours"]["count"] == 1000  # guessing errs in 90 %
+        assert 0 < cell["ours"]["spread"] < 5
+    assert images_shown(tmp_path / "out" / "table6" / "z64") == 400
