@@ -336,6 +336,8 @@ def _counters() -> Callable[[str, int, int], None]:
         if what != what_now:
             what_now, counter = what, _counter(what)
         counter(done, total)
+        if done == total:  # the next one may be of the same
+            what_now = ""
 
     return count
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dcvae_fast.cli import parse_config
-from dcvae_fast.config import Config, ModelConfig, differences, recipes, to_dict
+from dcvae_fast.config import Config, ModelConfig, changes, differences, recipes, to_dict
 from dcvae_fast.errors import ConfigError
 
 
@@ -141,6 +141,7 @@ def test_differences_name_what_would_be_computed_otherwise():
         "optim.lr: 0.0002 → 0.001",
         "train.seed: 0 → 4",
     ]
+    assert changes(old, parsed("--recipe", "cifar10", "--optim.lr", "1e-3")) == [("optim.lr", 2e-4, 1e-3)]
     del old["model"]["latent_dim"]
     assert differences(old, Config()) == ["model.latent_dim: not set → 128"]
 

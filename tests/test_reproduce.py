@@ -134,6 +134,7 @@ def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatc
     assert counted == {"trained": [], "measured": []}
     assert (tmp_path / "table6.md").read_text() == page and (tmp_path / "table6.json").read_text() == content
 
+    capsys.readouterr()
     monkeypatch.setattr(reproduce, "training_flops", lambda config, shown: 1e15 * (config.train.images - shown))
     assert main([*command, "--budget", "24", "--dry-run"]) == 0
     line = capsys.readouterr().out.splitlines()[3]
@@ -221,17 +222,7 @@ def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys
     assert stored["images"] == 8 and len(stored["measurements"]) == 7
 
 
-@pytest.mark.usefixtures("rows")
-def test_fewer_images_and_other_data_are_measured_anew(tmp_path, counted):
-    command = ["reproduce", "figure7", *DIGITS, "--budget", "8", "--out", str(tmp_path), "--images"]
-    assert main([*command, "50"]) == 0
-    assert main([*command, "40"]) == 0
-    assert len(counted["trained"]) == 5 and counted["measured"] == [("pixel",)] * 10
-    stored = json.loads((tmp_path / "figure7" / "k128" / "evaluation.json").read_text())
-    assert {one["count"] for one in stored["measurements"]} == {40}
-
-
-def test_figure_7_draws_a_curve_for_each_k(tmp_path, monkeypatch):
+def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_anew(tmp_path, counted, monkeypatch):
     drawn = {}
     plot = reproduce.plot_curves
 
@@ -241,8 +232,8 @@ def test_figure_7_draws_a_curve_for_each_k(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduce, "plot_curves", keep)
     held_out = ["--log.held_out", "16", "--log.metrics_every", "1000000"]  # shortened to 9
-    command = ["reproduce", "figure7", *DIGITS, *held_out, "--budget", "24", "--out", str(tmp_path)]
-    assert main(command) == 0
+    command = ["reproduce", "figure7", *DIGITS, *held_out, "--budget", "24", "--out", str(tmp_path), "--images"]
+    assert main([*command, "50"]) == 0
     assert list(drawn["curves"]) == ["K = 128", "K = 256", "K = 512", "K = 1,024", "K = 8,096"]
     for epochs, errors in drawn["curves"].values():
         assert epochs == [images / 1437 for images in (16, 24)] and all(0 < error < 4 for error in errors)
@@ -250,6 +241,11 @@ def test_figure_7_draws_a_curve_for_each_k(tmp_path, monkeypatch):
     assert (drawn["across"], drawn["up"]) == ("training epochs", "pixel error: mean square on [-1, 1]")
     with Image.open(tmp_path / "figure7.png") as image:
         assert image.width > 1000 and image.height > 600
+
+    assert main([*command, "40"]) == 0
+    assert len(counted["trained"]) == 5 and counted["measured"] == [("pixel",)] * 10
+    stored = json.loads((tmp_path / "figure7" / "k128" / "evaluation.json").read_text())
+    assert {one["count"] for one in stored["measurements"]} == {40}
 
 
 # --- mistakes ---

@@ -7,7 +7,7 @@ from pathlib import Path
 def plot_curves(
     path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, across: str, up: str
 ) -> None:
-    """Draw curves over the same axis, each named at its end too, in dark to light as they come.
+    """Draw curves over the same axis, a dot at the end of each, dark to light as they come.
 
     Args:
         path: the file.
