@@ -121,6 +121,6 @@ clean: ## Remove builds and caches (not .venv, not runs)
 	if [ -t 2 ]; then quiet=; else quiet=--quiet; fi; \
 	touch .venv/.updating && \
 	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt uv && \
-	$(VENV_PYTHON) -m uv pip install $$quiet $$reinstall --python $(VENV_PYTHON) -c constraints.txt \
+	$(VENV_PYTHON) -m uv pip install $$quiet $$reinstall --compile-bytecode --python $(VENV_PYTHON) -c constraints.txt \
 		-e ".[train,eval,dev]" && \
 	rm -f .venv/.unfinished && mv .venv/.updating .venv/.installed

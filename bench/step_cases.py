@@ -169,9 +169,9 @@ def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
 
 
 def warm_up(row: Row, iterate: Iterate) -> None:
-    """After a first iteration, until every kind of them is recorded as a graph, where they are. The next one steps the
-    autoencoder again."""
-    for _ in range((WARM_UPS + 2) * row.period - 1):
+    """After a first iteration, until all is compiled and every kind of them is recorded as a graph, where they are. The
+    next one steps the autoencoder again."""
+    for _ in range((WARM_UPS + 2 if harness.ON_GPU else 1) * row.period - 1):
         iterate()
 
 

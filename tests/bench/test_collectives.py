@@ -77,6 +77,7 @@ def stepped(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_counted_are_the_parameters_and_the_keys(recipe, counted, monkeypatch):
     config = parse_config(["--recipe", str(recipe)]).config

@@ -166,6 +166,7 @@ def test_gradient_scaling(on: Implementation):
             assert torch.equal(before, parameter) == (not arrives)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_data_parallel(tmp_path: Path):
     script = Path(__file__).parent / "data_parallel.py"

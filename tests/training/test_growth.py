@@ -280,6 +280,7 @@ def test_models_of_every_stage_can_be_used(pictures: Path, tmp_path: Path, capsy
     assert "Growing to 8×8, 8 images an iteration" in out and "Growing to 16×16, 4 images an iteration" in out
 
 
+@pytest.mark.slow
 def test_faces_small_learns_to_tell_real_faces_apart(real_data: Path, tmp_path: Path):
     """The recipe with shorter stages."""
     stages = ["--growth.fade_images", "320", "--growth.stable_images", "320", "--log.every", "320"]

@@ -179,7 +179,7 @@ def test_a_signal_that_is_repeated_at_once_is_one_signal(monkeypatch: pytest.Mon
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops(number, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, 1_000_000, "--log.checkpoint_every", "1000000")

@@ -74,7 +74,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("count", "engines"), [(1, "1"), (2, "torch,0,1,2")])
+@pytest.mark.parametrize(
+    ("count", "engines"), [(1, "1"), (2, "torch,1"), pytest.param(2, "0,2", marks=pytest.mark.slow)]
+)
 def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, count: int, engines: str):
     """And at half-time any other may go on with it; weights, averages, queues, moments."""
     processes = start(count, [str(WORKER), str(alone), engines])
