@@ -126,16 +126,20 @@ def trainings(
         changed = tuple(f"{setting} {now}" for setting, _, now in changes(to_dict(base), config))
         full = base.train.images
         if budget is not None:
-            config = _shortened(config, budget, full)
+            config = _shortened(config, budget, full, points="log.metrics_every" not in names)
         found.append(Training(name, out / name, config, full, changed, tuple(needed)))
     return found
 
 
-def _shortened(config: Config, budget: int, full: int) -> Config:
-    """Of at most so many images; growth takes its share of them, so that the last resolution is reached."""
+def _shortened(config: Config, budget: int, full: int, points: bool) -> Config:
+    """Of at most so many images; growth takes its share of them, so that the last resolution is reached.
+
+    Args:
+        points: whether a curve keeps as many, being measured more often.
+    """
     images = min(budget, full)
     growth, log, steps = config.growth, config.log, stages(config)
-    if log.metrics_every is not None:  # as many points of a curve
+    if points and log.metrics_every is not None:
         log = replace(log, metrics_every=max(1, log.metrics_every * images // full))
     if config.model.grows:
         least = len(steps) * max(growth.batch[stage.resolution] for stage in steps)
