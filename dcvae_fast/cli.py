@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
     except ModuleNotFoundError as error:
         package = str(error.name).split(".")[0]
-        extra = "eval" if package in ("torch_fidelity", "matplotlib") else "train"
+        extra = "eval" if package in ("torch_fidelity", "matplotlib", "scipy") else "train"
         message = f"{package} is not installed: pip install 'dcvae_fast[{extra}]'"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
@@ -180,6 +180,7 @@ def parse_config(argv: Sequence[str]) -> Options:
         prog="train.py",
         description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipes()) + ".",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", action=jsonargparse.ActionConfigFile, help="a recipe's name, or a .yaml file")
     parser.add_argument("--run", type=str | None, default=None, help="run folder (default: runs/RECIPE)")

@@ -1,10 +1,14 @@
 """`dcvae reproduce`: the paper's tables and Figure 7, from training to the page. To resume, call it again."""
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dcvae_fast.config import Config, DataConfig, changes, to_dict
 from dcvae_fast.errors import DivergedError, EvaluationError, UserError
@@ -12,10 +16,12 @@ from dcvae_fast.evaluation import Measurement, Splits, evaluate
 from dcvae_fast.evaluation.fidelity import FEWEST
 from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, store
 from dcvae_fast.evaluation.plot import plot_curves
-from dcvae_fast.evaluation.protocol import Progress
+from dcvae_fast.evaluation.protocol import Progress, data_of
 from dcvae_fast.evaluation.tables import FIGURE7_EPOCHS, NEGATIVES, Key, Result, Table, as_json, markdown
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.checkpoint import images_shown, write_aside
+from dcvae_fast.training.compiled import forget_compiled
+from dcvae_fast.training.held_out import held_out_images
 from dcvae_fast.training.log import METRICS_FILE, say
 from dcvae_fast.training.loop import open_data, pick_device, train
 from dcvae_fast.training.plan import training_flops
@@ -28,6 +34,9 @@ FLOPS_PER_SECOND = 320e12
 IMAGES = 50_000
 
 CIFAR10_IMAGES = 50_000
+
+# For the points of a curve of a shortened run, which would else take longer than training.
+SHORT_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
@@ -135,12 +144,13 @@ def _shortened(config: Config, budget: int, full: int, points: bool) -> Config:
     """Of at most so many images; growth takes its share of them, so that the last resolution is reached.
 
     Args:
-        points: whether a curve keeps as many, being measured more often.
+        points: whether a curve keeps as many, being measured more often, on fewer images.
     """
     images = min(budget, full)
     growth, log, steps = config.growth, config.log, stages(config)
     if points and log.metrics_every is not None:
-        log = replace(log, metrics_every=max(1, log.metrics_every * images // full))
+        held_out = None if log.held_out is None else min(log.held_out, SHORT_HELD_OUT)
+        log = replace(log, metrics_every=max(1, log.metrics_every * images // full), held_out=held_out)
     if config.model.grows:
         least = len(steps) * max(growth.batch[stage.resolution] for stage in steps)
         if images < least:
@@ -158,7 +168,8 @@ def plan(table: Table, runs: Sequence[Training], images: int) -> str:
         asked, shown = run.config.train.images, images_shown(run.folder)
         flops = training_flops(run.config, shown) if shown < asked else 0.0
         total += flops
-        there = len(set(run.needed) & set(_stored(run.folder)))
+        done = shown >= asked and read(run.folder / EVALUATION_FILE).get("images") == shown
+        there = len(set(run.needed) & set(_stored(run.folder))) if done else 0
         remarks = "; ".join(run.remarks(max(shown, asked), images))
         said[remarks] = None
         of_run = (f"{asked:,}", f"{shown:,}", f"{there} of {len(run.needed)}", *_cost(flops), remarks)
@@ -201,8 +212,12 @@ def reproduce(
     """
     if images < FEWEST:
         raise UserError(f"--images is {images}; it must be at least {FEWEST}.")
-    if table.name == "figure7":
-        import matplotlib  # noqa: F401, rather missed now than hours later
+    for package in _packages(table):  # rather missed now than hours later
+        import_module(package)
+    for run in runs:
+        read(run.folder / EVALUATION_FILE)
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
     splits: dict[DataConfig, Splits] = {}
     for run in runs:
         if (data := run.config.data) not in splits:
@@ -214,6 +229,7 @@ def reproduce(
         say(_line(f"{run.name}: {asked:,} images", run.remarks(asked, images)))
         try:
             outcome = train(run.config, run.folder)
+            _release()
         except DivergedError as error:
             results[run.name] = Result(run.remarks(asked, images), missing=dict.fromkeys(run.needed, str(error)))
             _write(table, runs, results, splits, out)
@@ -232,6 +248,22 @@ def reproduce(
         count = sum(len(one.missing) for one in results.values())
         raise EvaluationError(f"{count} numbers of {table.name} are missing, all others are kept: {' '.join(reasons)}")
     return 0
+
+
+def _packages(table: Table) -> list[str]:
+    """What measuring needs and training does not."""
+    metrics = {key.metric for keys in table.needed().values() for key in keys}
+    found = ["scipy"] if metrics & {"fid", "probe_error"} else []
+    found += ["torch_fidelity"] if metrics & {"fid", "is", "ppl"} else []
+    return [*found, "matplotlib"] if table.name == "figure7" else found
+
+
+def _release() -> None:
+    """Give back what a training held: its networks, and what was compiled of them, refer to each other."""
+    forget_compiled()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _line(text: str, remarks: Sequence[str]) -> str:
@@ -279,7 +311,17 @@ def _measure(
         except EvaluationError as error:
             wanted = [key for key in run.needed if (_metric(key) in metrics and key.protocol == protocol)]
             missing |= {key: str(error) for key in wanted if key not in measured}
-    return Result(run.remarks(shown, images), measured, missing, head)
+    return Result(run.remarks(shown, images) + _too_few(measured), measured, missing, head)
+
+
+def _too_few(measured: dict[Key, Measurement]) -> tuple[str, ...]:
+    """Fréchet distances, of which fewer images make more, and Inception scores."""
+    found = {
+        f"FID and IS of {one.of} on {one.count:,} images, not {IMAGES:,}"
+        for key, one in measured.items()
+        if key.metric in ("fid", "is") and one.count < IMAGES
+    }
+    return tuple(sorted(found))
 
 
 def _metric(key: Key) -> str:
@@ -297,20 +339,21 @@ def _together(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _stored(folder: Path) -> dict[Key, Measurement]:
-    """All that a run's file of measurements holds."""
+    """All that a run's file of measurements holds, but what other versions of this project have written."""
     names = Measurement.__dataclass_fields__
     found = [
         Measurement(**{name: one[name] for name in names})
         for one in read(folder / EVALUATION_FILE).get("measurements", [])
+        if names.keys() <= one.keys()
     ]
     return {Key(one.metric, one.of, one.protocol): one for one in found}
 
 
 def _is_of(one: Measurement, data: Splits, images: int) -> bool:
-    """Whether it was measured on this data set, and on as many images."""
-    if one.data is not None and not one.data.startswith(f"{data.train.name}: "):
+    """Whether it was measured on these images of this data set, on as many, and with the noise that is usual."""
+    if one.data != data_of(one.metric, one.of, data) or one.seed != 0:
         return False
-    if one.of == "latents":  # always all of them
+    if one.of == "latents":  # of all that have labels
         return True
     if one.of == "reconstructions":
         return one.count == min(images, len(data.test))
@@ -340,11 +383,12 @@ def _plot(
     out: Path,
 ) -> None:
     """The error of held-out images over training, a curve for each K."""
-    curves = {}
+    curves, held_out = {}, 0
     for run in runs:
         if run.name not in results:
             continue
-        lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
+        held_out = min(held_out_images(run.config), len(splits[run.config.data].test))
+        lines = _whole_lines(run.folder / METRICS_FILE)
         points = {line["images"]: line["held_out/pixel_mse"] for line in lines if "held_out/pixel_mse" in line}
         epochs = [images / len(splits[run.config.data].train) for images in points]
         curves[f"K = {run.config.contrast.negatives:,}"] = (epochs, list(points.values()))
@@ -354,5 +398,16 @@ def _plot(
         curves,
         title="\n".join(["Figure 7: reconstruction of CIFAR-10's test images by negatives K", *remarks]),
         across="training epochs",
-        up="pixel error: mean square on [-1, 1]",
+        up=f"pixel error of {held_out:,} images: mean square on [-1, 1]",
     )
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a log, the last line of which may have been cut short."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

@@ -4,21 +4,25 @@ import gzip
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dcvae_fast import reproduce
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.config import Config
-from dcvae_fast.evaluation import probe
-from dcvae_fast.evaluation.tables import TABLES
+from dcvae_fast.evaluation import Measurement, Splits, probe
+from dcvae_fast.evaluation.protocol import data_of
+from dcvae_fast.evaluation.tables import TABLES, Key
 from dcvae_fast.training.checkpoint import images_shown
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import passages
 from dcvae_fast.training.schedule import stages
+from dcvae_pipelines import ImageSet
 
 NARROW = (
     "--train.device cpu --model.decoder_width 4 --model.encoder_width 4 --model.discriminator_width 4"
@@ -139,7 +143,7 @@ def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatc
     assert main([*command, "--budget", "24", "--dry-run"]) == 0
     line = capsys.readouterr().out.splitlines()[3]
     assert (
-        line.split()[:8] == ["table6/z16", "mnist", "24", "16", "1", "of", "1", "8.00"] and "data.name digits" in line
+        line.split()[:8] == ["table6/z16", "mnist", "24", "16", "0", "of", "1", "8.00"] and "data.name digits" in line
     )
 
     # A larger budget goes on, and other weights are measured again; no run goes back to a smaller one.
@@ -240,7 +244,7 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_anew(tm
     for epochs, errors in drawn["curves"].values():
         assert epochs == [images / 1437 for images in (16, 24)] and all(0 < error < 4 for error in errors)
     assert "shortened: 24 of 2,500,000 images" in drawn["title"] and "data.name digits" in drawn["title"]
-    assert (drawn["across"], drawn["up"]) == ("training epochs", "pixel error: mean square on [-1, 1]")
+    assert (drawn["across"], drawn["up"]) == ("training epochs", "pixel error of 16 images: mean square on [-1, 1]")
     with Image.open(tmp_path / "figure7.png") as image:
         assert image.width > 1000 and image.height > 600
 
@@ -248,6 +252,43 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_anew(tm
     assert len(counted["trained"]) == 5 and counted["measured"] == [("pixel",)] * 10
     stored = json.loads((tmp_path / "figure7" / "k128" / "evaluation.json").read_text())
     assert {one["count"] for one in stored["measurements"]} == {40}
+
+
+@pytest.mark.parametrize(
+    ("metric", "of", "stored", "kept"),
+    [
+        ("fid", "samples", {}, True),
+        ("fid", "samples", {"data": "digits: 37 training images"}, False),
+        ("fid", "samples", {"seed": 7}, False),
+        ("fid", "samples", {"count": 9}, False),
+        ("is", "samples", {}, True),
+        ("is", "reconstructions", {}, True),
+        ("is", "reconstructions", {"data": "faces: 10 test images"}, False),
+        ("probe_error", "latents", {"count": 3}, True),  # of those with labels
+        ("probe_error", "latents", {"data": "digits: 10 test images, 5 training images"}, False),
+        ("ppl", "samples", {"count": 20}, True),
+    ],
+)
+def test_numbers_of_other_images_are_measured_anew(metric: Any, of: Any, stored: dict[str, Any], kept: bool):
+    pixels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
+    data = Splits(ImageSet("digits", pixels.repeat(3, 1, 1, 1), None), ImageSet("digits", pixels, None))
+    one = Measurement(metric, of, "paper", 1.0, None, None, 10, data_of(metric, of, data), 0, None)
+    assert reproduce._is_of(replace(one, **stored), data, 10) is kept
+
+
+def test_distances_of_few_images_say_so():
+    one = Measurement("fid", "reconstructions", "paper", 1.0, None, None, 300, None, 0, None)
+    many, pixels = replace(one, of="samples", count=50_000), replace(one, metric="pixel_mse")
+    found = {Key(m.metric, m.of, m.protocol): m for m in (one, many, pixels)}
+    assert reproduce._too_few(found) == ("FID and IS of reconstructions on 300 images, not 50,000",)
+
+
+def test_files_that_were_cut_short_or_written_by_other_versions(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"images": 8}\n{"images": 16}\n{"ima')
+    assert reproduce._whole_lines(tmp_path / "metrics.jsonl") == [{"images": 8}, {"images": 16}]
+    entries = {"weights": "w", "measurements": [{"metric": "fid", "of": "samples", "protocol": "paper", "value": 1.0}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(entries))
+    assert reproduce._stored(tmp_path) == {}
 
 
 # --- mistakes ---
@@ -258,6 +299,7 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_anew(tm
     [
         (["table9"], "'table9' is no table of the paper; there are table1, table2"),
         (["table6", "--budget", "0"], "--budget is 0; it must be at least 1"),
+        (["table1", "--loss.objectiv", "vae"], "--loss.objectiv"),
         (["table6", "--train.images", "5"], "--budget IMAGES shortens every training"),
         (["figure7", "--contrast.negatives=5"], "--contrast.negatives is what defines the runs of figure7"),
         (["table1", "--loss.objective", "vae"], "--loss.objective is what defines the runs of table1"),

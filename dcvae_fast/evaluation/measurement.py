@@ -34,7 +34,8 @@ class Measurement:
         spread: how far it may be off, or None
         spread_is: what the spread is
         count: images, or for ppl pairs of them, that were measured
-        data: what of the data set they were compared with, or None
+        data: the images of the data set that they were made of or compared with, or None
+        seed: of the noise
         extractor: the network that looked at the images, or None
     """
 
@@ -46,6 +47,7 @@ class Measurement:
     spread_is: str | None
     count: int
     data: str | None
+    seed: int
     extractor: str | None
 
 
@@ -87,12 +89,12 @@ def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
     """
     stored, new, kept = read(path), asdict(measurement), []
     if all(stored.get(name) == head[name] for name in ("images", "weights")):
-        elsewhere = {name: stored[name] for name in ("versions", "device") if stored[name] != head[name]}
+        elsewhere = {name: stored.get(name) for name in ("versions", "device") if stored.get(name) != head[name]}
         keys = ("metric", "of", "protocol")
-        kept = [elsewhere | old for old in stored["measurements"] if any(old[key] != new[key] for key in keys)]
+        kept = [elsewhere | old for old in stored["measurements"] if any(old.get(key) != new[key] for key in keys)]
     content = json.dumps({**head, "measurements": [*kept, new]}, indent=2, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(content + "\n")
     os.replace(aside, path)
 

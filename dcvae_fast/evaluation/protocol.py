@@ -129,6 +129,16 @@ def evaluate(
     return measured
 
 
+def data_of(metric: str, of: Subject, data: Splits) -> str | None:
+    """The images of a data set that a metric of a subject depends on, besides the model."""
+    used = [f"{len(data.test):,} test images"] if of != "samples" else []
+    if metric in ("fid", "kid", "precision", "recall", "prc"):
+        used.append(f"{min(len(data.train), REAL_IMAGES):,} training images")
+    elif of == "latents":
+        used.append(f"{len(data.train):,} training images")
+    return f"{data.test.name}: {', '.join(used)}" if used else None
+
+
 def _check(
     model: DCVAE,
     data: Splits | None,
@@ -220,10 +230,19 @@ def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: 
     for of, images in sets.items():
         features = fidelity.features_of((to_bytes(some, rounded=how.rounded) for some in images), extractor)
         for metric in metrics:
-            beside = None if metric == "is" else f"{work.data.train.name}: {_count(real):,} training images"
+            beside = data_of(metric, of, work.data)
             for name, (value, spread, spread_is) in fidelity.compare(metric, features, real, extractor).items():
                 yield Measurement(
-                    name, of, work.protocol, value, spread, spread_is, _count(features), beside, extractor.name
+                    name,
+                    of,
+                    work.protocol,
+                    value,
+                    spread,
+                    spread_is,
+                    _count(features),
+                    beside,
+                    work.seed,
+                    extractor.name,
                 )
 
 
@@ -253,16 +272,18 @@ def _perceptual(work: _Work, vgg16: Extractor) -> Iterator[Measurement]:
 
 
 def _distances(work: _Work, values: dict[str, float], count: int, extractor: str | None) -> Iterator[Measurement]:
-    beside = f"{work.data.test.name}: the test images themselves"
     for name, value in values.items():
-        yield Measurement(name, "reconstructions", work.protocol, value, None, None, count, beside, extractor)
+        beside = data_of(name, "reconstructions", work.data)
+        yield Measurement(
+            name, "reconstructions", work.protocol, value, None, None, count, beside, work.seed, extractor
+        )
 
 
 def _path_length(work: _Work, lpips: Extractor) -> Iterator[Measurement]:
     pairs = 2 * work.images
     lengths = perceptual.path_lengths(work.model, lpips, pairs, work.batch, work.seed)
     value = perceptual.trimmed_mean(torch.cat(list(work.counted(lengths, "path lengths", pairs, len))))
-    yield Measurement("ppl", "samples", "paper", value, None, None, pairs, None, lpips.name)
+    yield Measurement("ppl", "samples", "paper", value, None, None, pairs, None, work.seed, lpips.name)
 
 
 def _probe(work: _Work) -> Iterator[Measurement]:
@@ -280,6 +301,7 @@ def _probe(work: _Work) -> Iterator[Measurement]:
         probe.half_width(errors),
         "half of the 95 % confidence interval over 5 classifiers, other beginnings and mini-batches",
         len(latents[1][0]),
-        f"{data.train.name}: {len(latents[0][0]):,} training images with labels",
+        data_of("probe_error", "latents", data),
+        work.seed,
         None,
     )

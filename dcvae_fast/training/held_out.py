@@ -90,7 +90,7 @@ class HeldOut:
             latents = [posterior_means(model, [images], at_once) for images in sets]
             measured["probe_accuracy"] = 1 - linear_probe(*latents, trials=1, device=model.device).item()
         if self._inception is not None:
-            measured["fid"] = self._fid(model, at_once)
+            measured["fid"] = self._fid(model, max(16, at_once))
         return measured
 
     def _fid(self, model: DCVAE, at_once: int) -> float:

@@ -131,6 +131,11 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE, profiled: bool = F
             finished = step.images >= total
             if finished or _crossed(before, step.images, intervals.every):
                 log.write(step.images)
+            if finished or _crossed(before, step.images, intervals.metrics_every or intervals.grids_every):
+                # Before the checkpoint, after which a run that is killed would not come back to it.
+                with log.paused(), ranks.together():
+                    if held_out is not None:
+                        measure_held_out(log, step, held_out)
             if finished or _crossed(before, step.images, intervals.checkpoint_every):
                 _save(config, folder, step, source.state_dict())
                 saved = step.images
@@ -138,10 +143,6 @@ def train(config: Config, folder: Path, ranks: Ranks = ALONE, profiled: bool = F
                 with log.paused(), ranks.together():
                     if test_set is not None:
                         write_grids(log, step, test_set.images[:GRID_IMAGES])
-            if finished or _crossed(before, step.images, intervals.metrics_every or intervals.grids_every):
-                with log.paused(), ranks.together():
-                    if held_out is not None:
-                        measure_held_out(log, step, held_out)
         if step.images > saved:
             _save(config, folder, step, position)
     if problem is not None:

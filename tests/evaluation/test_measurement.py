@@ -16,7 +16,9 @@ from dcvae_fast.evaluation.measurement import describe, hash_weights, store, tab
 from dcvae_fast.evaluation.pretrained import find_weights, read_weights
 from dcvae_pipelines import ImageSet
 
-FID = Measurement("fid", "samples", "paper", 17.9, None, None, 50_000, "cifar10: 50,000", "random, not Inception")
+FID = Measurement(
+    "fid", "samples", "paper", 17.9, None, None, 50_000, "cifar10: 50,000 training images", 0, "random, not Inception"
+)
 
 
 def test_a_measurement_takes_the_place_of_its_older_self_and_no_other(model, tmp_path):

@@ -36,7 +36,7 @@ def test_official_distances_are_of_draws_and_fewer_images_may_do(model, data):
     mean, drawn = (values(evaluate(model, data, ["pixel"], protocol=name)) for name in ("paper", "official"))
     assert mean != drawn
     (one, *_) = evaluate(model, data, ["pixel"], images=20)
-    assert (one.count, one.of, one.data) == (20, "reconstructions", "noise: the test images themselves")
+    assert (one.count, one.of, one.data) == (20, "reconstructions", "noise: 37 test images")
 
 
 @torch.no_grad()

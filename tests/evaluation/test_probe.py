@@ -40,6 +40,6 @@ def test_probe_error_is_in_percent_of_the_images_with_labels(model):
     (one,) = evaluate(model, few, ["probe"])
     assert 0 < one.value < 80 and one.spread is not None and one.spread_is is not None
     assert (one.metric, one.of, one.count) == ("probe_error", "latents", 360)
-    assert one.data == f"digits: {(known >= 0).sum().item()} training images with labels"
+    assert one.data == "digits: 360 test images, 1,437 training images"
     with pytest.raises(UserError, match="a probe needs labels, which digits does not have"):
         evaluate(model, Splits(ImageSet("digits", colour[0].images, None), colour[1]), ["probe"])
