@@ -22,7 +22,7 @@ from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.checkpoint import images_shown, write_aside
 from dcvae_fast.training.compiled import forget_compiled
 from dcvae_fast.training.held_out import held_out_images
-from dcvae_fast.training.log import METRICS_FILE, say
+from dcvae_fast.training.log import METRICS_FILE, remarked, say
 from dcvae_fast.training.loop import open_data, pick_device, train
 from dcvae_fast.training.plan import training_flops
 from dcvae_fast.training.schedule import stages
@@ -88,12 +88,17 @@ class Training:
     changed: tuple[str, ...]
     needed: tuple[Key, ...]
 
+    def shortened(self, shown: int) -> str | None:
+        """That so many images are fewer than the paper's."""
+        if shown >= self.full:
+            return None
+        in_proportion = ", its growth in proportion" if self.config.model.grows else ""
+        return f"shortened: {shown:,} of {self.full:,} images{in_proportion}"
+
     def remarks(self, shown: int, images: int) -> tuple[str, ...]:
         """In what it departs from the paper's, once so many images are shown and so many measured."""
-        found = []
-        if shown < self.full:
-            in_proportion = ", its growth in proportion" if self.config.model.grows else ""
-            found.append(f"shortened: {shown:,} of {self.full:,} images{in_proportion}")
+        short = self.shortened(shown)
+        found = [short] if short else []
         if self.changed:
             found.append(f"changed: {', '.join(self.changed)}")
         if images != IMAGES:
@@ -228,7 +233,8 @@ def reproduce(
         data, asked = splits[run.config.data], run.config.train.images
         say(_line(f"{run.name}: {asked:,} images", run.remarks(asked, images)))
         try:
-            outcome = train(run.config, run.folder)
+            with remarked(run.shortened(asked)):
+                outcome = train(run.config, run.folder)
             _release()
         except DivergedError as error:
             results[run.name] = Result(run.remarks(asked, images), missing=dict.fromkeys(run.needed, str(error)))
@@ -238,7 +244,12 @@ def reproduce(
             stopped = f"{run.name}: stopped after {outcome.images:,} of {asked:,} images, the same command goes on"
             say(_line(stopped, run.remarks(asked, images)))
             return 128 + outcome.signal
-        result = _measure(run, data, outcome.images, images, weights, cache, progress)
+        short = run.shortened(outcome.images)
+
+        def counted(what: str, done: int, total: int, short: str | None = short) -> None:
+            progress(f"{what} [{short}]" if short else what, done, total)
+
+        result = _measure(run, data, outcome.images, images, weights, cache, counted)
         results[run.name] = result
         _write(table, runs, results, splits, out)
         say(_line(f"{run.name}: {len(result.measured)} of {len(run.needed)} numbers", result.remarks))

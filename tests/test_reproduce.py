@@ -131,7 +131,11 @@ def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatc
     assert main([*command, "--budget", "16"]) == 0
     assert counted == {"trained": ["z16", "z32", "z64"], "measured": [("probe",)] * 3}
     page, content = (tmp_path / "table6.md").read_text(), (tmp_path / "table6.json").read_text()
-    assert page in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert page in printed.out
+    said = [line for line in (printed.out.replace(page, "") + printed.err).splitlines() if line.strip()]
+    assert len(said) > 20
+    assert [line for line in said if "shortened: 16 of 6,000,000 images" not in line] == []
     for done in counted.values():
         done.clear()
     assert main([*command, "--budget", "16"]) == 0

@@ -132,13 +132,26 @@ class Log:
             self._tensorboard.close()
 
 
+_remarks: list[str] = []
+
+
+@contextmanager
+def remarked(remark: str | None) -> Iterator[None]:
+    """Inside, every line that is said ends in this."""
+    _remarks.append(f"  [{remark}]" if remark else "")
+    try:
+        yield
+    finally:
+        _remarks.pop()
+
+
 def say(line: str) -> None:
     """Print a line, on the first of several ranks. Where nobody reads any more (a closed pipe), go on in silence:
     training is not to stop for that."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     try:
-        print(line, flush=True)
+        print(line + "".join(_remarks), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open until the end
 
