@@ -235,11 +235,12 @@ def reproduce(
         try:
             with remarked(run.shortened(asked)):
                 outcome = train(run.config, run.folder)
-            _release()
         except DivergedError as error:
             results[run.name] = Result(run.remarks(asked, images), missing=dict.fromkeys(run.needed, str(error)))
             _write(table, runs, results, splits, out)
             continue
+        finally:
+            _release()
         if outcome.signal:
             stopped = f"{run.name}: stopped after {outcome.images:,} of {asked:,} images, the same command goes on"
             say(_line(stopped, run.remarks(asked, images)))

@@ -90,7 +90,7 @@ class Log:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, time does not count: images a second, and the share of waiting, are those of training alone."""
-        for value in self._sums.values():
+        for value in list(self._sums.values())[-1:]:
             value.cpu()  # waits for the device, so that no training goes on in the pause
         began = time.perf_counter()
         try:

@@ -18,8 +18,6 @@ from dcvae_fast.training.loop import write_grids
 from dcvae_fast.training.step import TrainStep
 from test_graphs import GROWING, SMALL, advance, batch_of, with_graphs
 
-ON_GPU = torch.cuda.is_available()
-
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
