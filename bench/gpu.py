@@ -1,9 +1,12 @@
-"""Everything that needs a GPU: its tests, the benchmarks, what came of them. Within eight minutes; training iterations
-(`--only step`) and what makes them fast (`--only switches`) within another eight each.
+"""Everything that needs a GPU: its tests, the benchmarks, and a summary of both on one screen.
 
-Works from a plain checkout: Python 3.11, torch, Triton, pytest and pytest-benchmark are enough, nothing is installed
-and nothing fetched. Other implementations are measured where they are installed, by `pip install -e ".[bench]"`. Fails
-if a test does, or a benchmark of ours; a missed target is only reported.
+`--first` is for a machine on which the project has never run: it also checks the device, runs each op and each kind of
+training iteration once, and trains, stops, resumes and samples; all within 470 seconds. No failure stops what follows.
+
+Works from a plain checkout: Python 3.11, torch, Triton, pytest and pytest-benchmark are enough, nothing is installed or
+fetched, and what needs other packages is skipped and named. Tests run in parallel where pytest-xdist is installed.
+Results go to OUT/<device>/<benchmark>.json, the logs, JUnit reports and pictures of everything to OUT/logs.tar.gz.
+Exits with 1 if a check, a test, or a benchmark of ours fails; a missed target is only reported.
 """
 
 import argparse
@@ -13,46 +16,76 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import records
 import tables
 
-# Seconds, 480 in all, but those by themselves. When its time is over, a benchmark starts no further measurement, and
-# has its overtime to finish the last one. What then goes on is told to stop, and after the grace it is ended.
-TESTS_SECONDS, TESTS_GRACE = 170, 10
-# Side by side, for most of their time goes into compiling, on one core each.
-TESTS = {
-    "tests of info_nce, sizes": ["tests/kernels/test_info_nce.py", "-k", "eager_against"],
-    "tests of info_nce, the rest": ["tests/kernels/test_info_nce.py", "-k", "not eager_against"],
-    "tests of the ops, all else": ["tests/kernels", "--ignore=tests/kernels/test_info_nce.py"],
-    "tests of the project, all else": ["tests", "--ignore=tests/kernels"],
-}
-BENCHMARKS = {"info_nce": 130, "spectral_norm": 45, "pipelines": 50, "step": 420, "switches": 420}
-BY_THEMSELVES = ("step", "switches")
-OVERTIME, BENCHMARK_GRACE = 20, 5
+FIRST_SECONDS = 470
+# Time limits in seconds. After its limit, a process is interrupted; after a further GRACE, it is killed.
+DEVICE_SECONDS, SMOKE_SECONDS, TRAIN_SECONDS, TESTS_SECONDS, TEST_SECONDS, GRACE = 40, 150, 170, 180, 120, 10
+# After its limit, a benchmark starts no further measurement, and has OVERTIME to finish the last one.
+BENCHMARKS = {"info_nce": 90, "spectral_norm": 35, "step": 420, "switches": 420, "pipelines": 50}
+OVERTIME = 20
+CHECKS = ("device", "smoke", "train")
+PARTS = (*CHECKS, "tests", *BENCHMARKS)
+USUAL = ("tests", "info_nce", "spectral_norm", "pipelines")
+FIRST = (*CHECKS, "tests", "info_nce", "spectral_norm", "step")
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
+# The slowest tests are in the first folder. Processes compile on one core each.
+TEST_FOLDERS = ("training", "kernels", "pipelines", "models", "evaluation", "bench")
+WORKERS = 10
+NOT_PACKED = ("checkpoints", "tensorboard")
+
+
+class Job(NamedTuple):
+    """A process: a Python command, its time limit in seconds, and additional environment variables.
+
+    The name is also that of its log and of its folder, which the process knows as $OUT.
+    """
+
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = {}
+
+
+class Ended(NamedTuple):
+    """How a job ended.
+
+    status: its exit status; None if it was stopped at its time limit.
+    """
+
+    job: Job
+    status: int | None
+    seconds: float
+    log: Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for <device>/<benchmark>.json; default: bench/results")
-    parts = ("tests", *BENCHMARKS)
+    parser.add_argument("--first", action="store_true", help="run everything once on a new machine; needs --out")
+    parser.add_argument("--out", type=Path, help="folder for results and logs; default: bench/results, without logs")
     parser.add_argument(
         "--only",
-        choices=parts,
         nargs="+",
         metavar="PART",
-        help=f"of {', '.join(parts)}; default: all but {' and '.join(BY_THEMSELVES)}",
+        help=f"{', '.join(PARTS)}, or test files and ids; default: {', '.join(USUAL)}",
     )
+    parser.add_argument("--seconds", type=float, help=f"time for everything; with --first {FIRST_SECONDS}")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="on the CPU, small; writes only where --out says")
     options = parser.parse_args(arguments)
-    options.only = options.only or [part for part in parts if part not in BY_THEMSELVES]
+    if options.first and options.out is None:
+        parser.error("--first needs --out DIR, a folder for results and logs")
+    only = options.only or list(FIRST if options.first else USUAL)
+    if unknown := [part for part in only if part not in PARTS and not is_test(part)]:
+        parser.error(f"--only {unknown[0]}: choose from {', '.join(PARTS)}, or name a test file or id")
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
@@ -60,22 +93,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.cpu_rehearsal and not has_gpu():
         print("torch sees no CUDA device; --cpu-rehearsal shows what would run", file=sys.stderr)
         return 2
+    seconds = options.seconds or (FIRST_SECONDS if options.first else float("inf"))
+    with tempfile.TemporaryDirectory() as temporary:
+        out = options.out or (Path(temporary) / "results" if options.cpu_rehearsal else records.COMMITTED)
+        run = Run(Path(temporary) / "logs", out, options.cpu_rehearsal, time.monotonic() + seconds)
+        try:
+            run.everything(only)
+        finally:
+            if options.out is not None:
+                run.pack()
+    print("\n" + "\n".join(run.summary), flush=True)
+    return int(run.failed)
 
-    summary, failed = [], False
-    if "tests" in options.only:
-        with ThreadPoolExecutor(len(TESTS)) as pool:
-            results = list(pool.map(partial(run_tests, rehearsal=options.cpu_rehearsal), TESTS))
-        summary += [line for line, _ in results]
-        failed = any(part_failed for _, part_failed in results)
-    with tempfile.TemporaryDirectory() as forgotten:
-        out = options.out or (Path(forgotten) if options.cpu_rehearsal else records.COMMITTED)
-        for name in (name for name in BENCHMARKS if name in options.only):
-            path, status = run_benchmark(name, out, options.cpu_rehearsal)
-            failed |= status != 0
-            summary.append(f"{name}: {path}" if path else f"{name}: no result file")
-            summary += summarised(records.read(path)) if path else []
-    print("\n" + "\n".join(summary), flush=True)
-    return int(failed)
+
+def is_test(part: str) -> bool:
+    return (records.ROOT / part.partition("::")[0]).exists()
 
 
 def has_gpu() -> bool:
@@ -84,28 +116,131 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def run_tests(name: str, rehearsal: bool) -> tuple[str, bool]:
-    """Runs the tests of a part that are marked gpu: a line that says how it went, and whether it went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        status = run_pytest(
-            [*TESTS[name], "-m", "gpu", "-q", "--continue-on-collection-errors", f"--junitxml={report}"],
-            rehearsal,
-            TESTS_SECONDS,
-            TESTS_GRACE,
-        )
-        if not report.exists():
-            return f"{name}: ended without a report, status {status}", True
-        line, failed = tests_line(name, report, stopped=status is None)
-        # 1 may stand for nothing worse than a file not collected, 5 for no tests.
-        return line, failed or status not in (0, 1, 5, None)
+class Run:
+    """Runs parts, and collects a summary and logs.
 
-
-def tests_line(name: str, report: Path, stopped: bool) -> tuple[str, bool]:
-    """What a JUnit report says, in a line, and whether a test failed.
-
-    A file that cannot be collected for want of somebody else's package is no failure, but is named with the package.
+    Attributes:
+        summary: lines to print at the end
+        failed: whether a check, a test or a benchmark failed
     """
+
+    def __init__(self, logs: Path, out: Path, rehearsal: bool, end: float):
+        self.logs, self.out, self.rehearsal, self.end = logs, out, rehearsal, end
+        self.summary: list[str] = []
+        self.failed = False
+        logs.mkdir(parents=True)
+
+    def everything(self, only: list[str]) -> None:
+        if "device" in only:  # alone, because it measures
+            self.report([self.start(smoke_job("device", ["device"], DEVICE_SECONDS))])
+        side_by_side = [*(smoke_jobs() if "smoke" in only else []), *(train_jobs() if "train" in only else [])]
+        tests = [part for part in only if is_test(part)]
+        if "tests" in only or tests:
+            side_by_side.append(self.tests_job(tests or None))
+        if side_by_side:
+            with ThreadPoolExecutor(len(side_by_side)) as pool:
+                self.report(list(pool.map(self.start, side_by_side)))
+        for name in (name for name in BENCHMARKS if name in only):
+            self.benchmark(name)
+
+    def remaining(self) -> float:
+        return self.end - time.monotonic()
+
+    def start(self, job: Job) -> Ended:
+        """Run a job to its end or to its time limit."""
+        begin, log = time.monotonic(), self.logs / f"{job.name}.log"
+        out = self.logs / job.name
+        out.mkdir()
+        environment = {**job.environment, "OUT": str(out)}
+        seconds = max(1.0, min(job.seconds, self.remaining() - GRACE))
+        with log.open("w", encoding="utf-8") as file:
+            status = run_python(job.command, self.rehearsal, seconds, GRACE, environment, file)
+        ended = Ended(job, status, time.monotonic() - begin, log)
+        print(f"{job.name}: {'stopped' if status is None else f'exit status {status}'}, {ended.seconds:.0f} s", flush=True)
+        return ended
+
+    def tests_job(self, tests: list[str] | None) -> Job:
+        folders = [f"tests/{name}" for name in TEST_FOLDERS]
+        files = [str(path.relative_to(records.ROOT)) for path in sorted(records.ROOT.glob("tests/test_*.py"))]
+        report = self.logs / "tests" / "junit.xml"
+        command = ["-m", "pytest", *(tests or [*folders, *files]), "-m", "gpu", "-v", "--tb=short", "--no-header"]
+        command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            command += ["--timeout", str(TEST_SECONDS)]
+        return Job("tests", command, TESTS_SECONDS, {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"})
+
+    def report(self, jobs: list[Ended]) -> None:
+        for ended in jobs:
+            lines, failed = (tests_lines if ended.job.name == "tests" else check_lines)(ended)
+            self.summary += lines
+            self.failed |= failed
+
+    def benchmark(self, name: str) -> None:
+        seconds = min(BENCHMARKS[name], self.remaining() - OVERTIME - GRACE)
+        if seconds <= 0:
+            self.summary.append(f"{name}: no time left")
+            return
+        path, status = run_benchmark(name, self.out, self.rehearsal, seconds=seconds, log=self.logs / f"{name}.log")
+        print(f"{name}: {'stopped' if status is None else f'exit status {status}'}", flush=True)
+        self.failed |= status != 0
+        self.summary.append(f"{name}: {path}" if path else f"{name}: no result file")
+        self.summary += summarised(records.read(path)) if path else []
+
+    def pack(self) -> None:
+        """Write the summary, the logs, and what jobs left in their folders."""
+        (self.logs / "summary.txt").write_text("\n".join(self.summary) + "\n", encoding="utf-8")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
+            archive.add(
+                self.logs, "logs", filter=lambda member: None if Path(member.name).name in NOT_PACKED else member
+            )
+
+
+def smoke_job(name: str, arguments: list[str], seconds: float, **environment: str) -> Job:
+    return Job(name, ["bench/smoke.py", *arguments], seconds, environment)
+
+
+def smoke_jobs() -> list[Job]:
+    """The ops; and training iterations in float32 and as they are fastest, each first without graphs."""
+    return [
+        smoke_job("ops", ["ops"], SMOKE_SECONDS),
+        smoke_job("iterations", ["step", "none", "graphs"], SMOKE_SECONDS),
+        smoke_job("compiled-iterations", ["step", "compile", "ours"], SMOKE_SECONDS, TORCHINDUCTOR_COMPILE_THREADS="4"),
+    ]
+
+
+def train_jobs() -> list[Job]:
+    eager = ["--train.compile", "false", "--train.graphs", "false"]
+    return [
+        smoke_job("train", ["train"], TRAIN_SECONDS, TORCHINDUCTOR_COMPILE_THREADS="4"),
+        smoke_job("train-eager", ["train", *eager], TRAIN_SECONDS),
+    ]
+
+
+def check_lines(ended: Ended) -> tuple[list[str], bool]:
+    """What bench/smoke.py found, and whether a check failed; of the device everything, else only failures."""
+    lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    passed = [line for line in lines if line.startswith("ok ")]
+    failures = [line for line in lines if line.startswith("FAILED ")]
+    ending = "stopped at its time limit, " if ended.status is None else ""
+    name = ended.job.name
+    result = [f"{name}: {len(passed)} passed, {len(failures)} failed, {ending}{ended.seconds:.0f} s"]
+    result += [line.removeprefix("ok").strip() for line in passed] if name == "device" else []
+    if ended.status not in (0, None) and not failures:
+        failures = [f"FAILED  {name}: {lines[-1] if lines else f'exit status {ended.status}'}"]
+    return result + failures, bool(failures) or ended.status is None
+
+
+def tests_lines(ended: Ended) -> tuple[list[str], bool]:
+    """What a JUnit report says, and whether a test failed: a line of totals, and a line for each failure.
+
+    A file that cannot be collected because a package is missing is not a failure, but is named with the package.
+    """
+    report = ended.log.parent / ended.job.name / "junit.xml"
+    if not report.exists():
+        return [f"tests: ended without a report, exit status {ended.status}"], True
     passed, skipped, failed, uncollected = 0, 0, [], []
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next((x for x in case if x.tag in ("failure", "error")), None)
@@ -118,41 +253,66 @@ def tests_line(name: str, report: Path, stopped: bool) -> tuple[str, bool]:
         elif absent and problem.get("message") == "collection failure":
             uncollected.append(f"{test} (needs {absent[1]})")
         else:
-            failed.append(test)
-    parts = [f"{name}: {passed} passed, {skipped} skipped, {len(failed)} failed"]
-    parts += [f"failed: {', '.join(failed)}"] if failed else []
-    parts += [f"not collected: {', '.join(uncollected)}"] if uncollected else []
-    parts += [f"stopped after {TESTS_SECONDS} s, the rest not run"] if stopped else []
-    return "; ".join(parts), bool(failed)
+            lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+            lines += [problem.get("message") or "no message"]
+            failed.append(f"FAILED  {test}: {lines[0].splitlines()[0][:160]}")
+    total = f"tests: {passed} passed, {skipped} skipped, {len(failed)} failed, {ended.seconds:.0f} s"
+    total += f"; not collected: {', '.join(uncollected)}" if uncollected else ""
+    total += "; stopped at the time limit, the rest not run" if ended.status is None else ""
+    # 1 may mean only a file that was not collected, 5 that there were no tests.
+    return [total, *failed], bool(failed) or ended.status not in (0, 1, 5, None)
 
 
-def run_benchmark(name: str, out: Path, rehearsal: bool, only: str | None = None) -> tuple[Path | None, int | None]:
-    """Runs bench/test_NAME.py: the file it wrote, None if none, and pytest's status, None if it had to be stopped.
+def run_benchmark(
+    name: str,
+    out: Path,
+    rehearsal: bool,
+    only: str | None = None,
+    seconds: float | None = None,
+    log: Path | None = None,
+) -> tuple[Path | None, int | None]:
+    """Run bench/test_NAME.py: the file it wrote, None if none, and pytest's status, None if it had to be stopped.
 
     Args:
-        only: what pytest's -k takes.
+        only: pytest's -k.
+        seconds: time limit; default: BENCHMARKS[name].
+        log: file for its output; default: the terminal.
     """
+    seconds = seconds or BENCHMARKS[name]
     before = {path: path.stat().st_mtime_ns for path in out.glob(f"*/{name}.json")}
-    command = [f"bench/test_{name}.py", "-q", "-s", "--benchmark-quiet", f"--results={out.resolve()}"]
-    command += [f"--deadline={BENCHMARKS[name]}"] + (["-k", only] if only else [])
-    status = run_pytest(command, rehearsal, BENCHMARKS[name] + OVERTIME, BENCHMARK_GRACE)
+    command = ["-m", "pytest", f"bench/test_{name}.py", "-q", "-s", "--benchmark-quiet", f"--results={out.resolve()}"]
+    command += ["-p", "no:cacheprovider", f"--deadline={seconds}"] + (["-k", only] if only else [])
+    with open(log or os.devnull, "w", encoding="utf-8") as file:
+        status = run_python(command, rehearsal, seconds + OVERTIME, GRACE, output=file if log else None)
     written = [path for path in out.glob(f"*/{name}.json") if path.stat().st_mtime_ns != before.get(path)]
     return (written[0] if written else None), status
 
 
-def run_pytest(arguments: list[str], rehearsal: bool, seconds: float, grace: float) -> int | None:
-    """pytest's exit status, or None if it was interrupted after `seconds`, and killed if not gone `grace` later."""
-    paths = [str(records.ROOT / folder) for folder in (".", "kernels", "pipelines")]
+def run_python(
+    arguments: list[str],
+    rehearsal: bool,
+    seconds: float,
+    grace: float,
+    environment: dict[str, str] | None = None,
+    output: Any = None,
+) -> int | None:
+    """Python's exit status, or None if it was interrupted after `seconds`, and killed if not gone `grace` later."""
+    paths = [str(records.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         **({"CUDA_VISIBLE_DEVICES": "", records.REHEARSAL_VARIABLE: "1"} if rehearsal else {}),
+        **(environment or {}),
     }
-    command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider"]
-    print(f"\n$ pytest {' '.join(arguments)}", flush=True)
     process = subprocess.Popen(
-        command, cwd=records.ROOT, env=environment, start_new_session=True, preexec_fn=_hear_interrupts
+        [sys.executable, *arguments],
+        cwd=records.ROOT,
+        env=environment,
+        stdout=output,
+        stderr=output and subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_hear_interrupts,
     )
     try:
         return process.wait(seconds)
@@ -161,16 +321,16 @@ def run_pytest(arguments: list[str], rehearsal: bool, seconds: float, grace: flo
         try:
             process.wait(grace)
         except subprocess.TimeoutExpired:
-            print(f"killed: it did not stop within {grace} s", flush=True)
+            pass
         return None
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
+            os.killpg(process.pid, signal.SIGKILL)  # with its children
             process.wait()
 
 
 def _hear_interrupts() -> None:
-    """What a shell starts in the background ignores them, and so would its children."""
+    """A shell lets its background processes ignore SIGINT, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

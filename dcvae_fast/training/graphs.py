@@ -1,5 +1,6 @@
 """Iterations as CUDA graphs: all that one launches is recorded once, and from then on launched as one."""
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol, TypeVar
@@ -32,10 +33,15 @@ class CudaRecorder:
     """By CUDA graphs; the memory of all of them is shared, for they run one after the other."""
 
     def __init__(self, device: torch.device):
+        import torch._dynamo  # noqa: F401  torch.optim imports it in its first step, which must not be a captured one
+
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        # Autograd graphs of earlier iterations may still be alive in reference cycles. Their AccumulateGrad nodes would
+        # be reused here, and would accumulate in the stream of those iterations, outside of the capture.
+        gc.collect()
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
             # Other threads, which decode images, may allocate meanwhile.

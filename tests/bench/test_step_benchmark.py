@@ -14,7 +14,7 @@ from dcvae_fast.cli import parse_config
 from dcvae_fast.training.plan import iteration_flops
 from dcvae_fast.training.step import TrainStep
 from harness import Absent, Unavailable
-from step_cases import NARROW, ROWS_ON_CPU, ROWS_ON_GPU, errors, first_loss, flops
+from step_cases import NARROW, ROWS_ON_CPU, ROWS_ON_GPU, errors, expected_loss, flops
 from step_targets import MODE, targets
 
 SMALL = [row.shrunk() for row in ROWS_ON_CPU]
@@ -67,7 +67,7 @@ def test_iterations_are_fully_faded_in_and_cost_what_the_plan_says():
 
 def test_wrong_losses_are_not_timed():
     cifar, faces = SMALL
-    good = {"loss/discriminator": torch.tensor(first_loss(faces))}
+    good = {"loss/discriminator": torch.tensor(expected_loss(faces))}
     assert errors(faces, good) == {"loss_error": 0.0}
     with pytest.raises(Unavailable, match="its first loss is"):
         errors(faces, {"loss/discriminator": good["loss/discriminator"] + 0.1})

@@ -116,6 +116,17 @@ def poisoned() -> Iterator[Callable[[], bool]]:
         yield intact
 
 
+def device_kernels(call: Callable[[], Any]) -> list[str]:
+    """The names of what a call launches on the GPU, in order: kernels, copies and fills."""
+    for _ in range(2):  # the first time, the profiler may miss the beginning
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+    events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e.name for e in sorted(events, key=lambda e: e.time_range.start) if not e.is_user_annotation]
+
+
 def compiled_ahead(operation: str) -> list[dict[str, Any]]:
     """What `compile_ahead.py` reports; from another process, for this one may interpret its kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

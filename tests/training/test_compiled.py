@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from dcvae_fast.config import Config, OptimConfig
+from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.loop import write_grids
 from dcvae_fast.training.step import TrainStep
-from test_graphs import GROWING, SMALL, advance, batch_of, with_graphs
+from test_graphs import GROWING, SMALL, batch_of, follow, with_graphs
 
 
 @pytest.fixture
@@ -38,16 +38,18 @@ def compiled(config: Config, **settings: Any) -> Config:
     return replace(config, train=replace(config.train, compile=True, **settings))
 
 
-def assert_equal(ours: TrainStep, eager: TrainStep, iterations: int) -> None:
-    for found, expected in zip(advance(ours, iterations), advance(eager, iterations), strict=True):
+def assert_close(ours: TrainStep, eager: TrainStep, iterations: int, tolerance: float = 1e-5) -> None:
+    for found, expected in follow(ours, eager, iterations):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert found[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-3), name
+            # A rank may change where two similarities are nearly the same.
+            most = 1 / len(batch_of(eager, 0).ids) + 1e-6 if name.startswith("contrast/top1") else tolerance
+            assert found[name].item() == pytest.approx(value.item(), rel=tolerance, abs=most), name
 
 
 def test_compiled_iterations_are_the_eager_ones(compiler: Any, tmp_path: Path):
     ours = TrainStep(compiled(SMALL))
-    assert_equal(ours, TrainStep(SMALL), 6)
+    assert_close(ours, TrainStep(SMALL), 6)
     known = compiler["stats"]["unique_graphs"]
     assert known >= 9 and not compiler["graph_break"]
     log = Log(tmp_path, 0, 100)
@@ -60,7 +62,7 @@ def test_what_no_loss_uses_is_left_alone(compiler: Any):
     """The compiler would give zeros to layers beyond the last that is contrasted, and Adam would step them."""
     config = replace(SMALL, contrast=replace(SMALL.contrast, layers=("b1",)))
     ours, eager = TrainStep(compiled(config)), TrainStep(config)
-    assert_equal(ours, eager, 3)
+    assert_close(ours, eager, 3)
     found, expected = (step.engine.state_dict()["moments"] for step in (ours, eager))
     assert {name: x["step"] for name, x in found.items()} == {name: x["step"] for name, x in expected.items()}
     assert {x["step"] for x in expected.values()} == {2, 3, 4, 5}
@@ -71,7 +73,7 @@ def test_networks_that_grow_are_compiled_once_for_each_phase(compiler: Any):
     ours, eager = TrainStep(compiled(GROWING)), TrainStep(GROWING)
     compilations = []
     for iterations in (8, 2, 6, 2, 6, 2):  # 4×4; 8×8 fading; 8×8; 16×16 fading, without its end
-        assert_equal(ours, eager, iterations)
+        assert_close(ours, eager, iterations)
         compilations.append(compiler["stats"]["unique_graphs"])
     at_4, begun, fading, whole, still, at_16 = compilations
     assert at_4 < begun == fading < whole == still < at_16 and not compiler["graph_break"]
@@ -87,60 +89,61 @@ def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.Monk
         step(batch_of(step, 0))
 
 
-SLOWLY = replace(SMALL, optim=OptimConfig(lr=2e-4))
-
-# How far the mean over 200 iterations may be from that in float32: of its size, or in all. Adversarial training takes
-# small differences further and further, hence the width of some.
+# How far the mean over all iterations may be from that in float32: relatively, or absolutely.
 BOUNDS = {
     "loss/contrast": (0.02, 0.0),
     "pixel_mse": (0.02, 0.0),
-    "loss/discriminator": (0.1, 0.1),
-    "loss/adversarial": (0.1, 0.1),
+    "loss/discriminator": (0.02, 0.02),
+    "loss/adversarial": (0.02, 0.02),
     "contrast/top1_final": (0.0, 0.1),
 }
 
 
-def assert_near(fast: TrainStep, eager: TrainStep) -> None:
+def assert_near(fast: TrainStep, eager: TrainStep, iterations: int) -> None:
     found, expected = defaultdict(list), defaultdict(list)
-    for ours, theirs in zip(advance(fast, 200), advance(eager, 200), strict=True):
+    for ours, theirs in follow(fast, eager, iterations):
         assert ours.keys() == theirs.keys()
         for name in BOUNDS.keys() & theirs.keys():
             found[name].append(ours[name])
             expected[name].append(theirs[name])
-    for name, (share, most) in BOUNDS.items():
+    for name in found:
+        share, most = BOUNDS[name]
         mine, plain = torch.stack(found[name]).mean().item(), torch.stack(expected[name]).mean().item()
+        print(name, mine, plain)
         assert mine == pytest.approx(plain, rel=share, abs=most), name
 
 
 def test_the_fast_path_stays_near_float32(compiler: Any):
-    fast, recorders = with_graphs(compiled(SLOWLY, precision="bfloat16"))
-    assert_near(fast, TrainStep(SLOWLY))
-    assert recorders[0].replays > 180
+    fast, recorders = with_graphs(compiled(SMALL, precision="bfloat16"))
+    assert_near(fast, TrainStep(SMALL), 40)
+    assert recorders[0].replays > 25
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("config", [SMALL, GROWING], ids=["32", "growing"])
 def test_compiled_to_machine_code(config: Config):
-    assert_equal(TrainStep(compiled(config)), TrainStep(config), 26 if config.model.grows else 8)
+    assert_close(TrainStep(compiled(config)), TrainStep(config), 26 if config.model.grows else 8)
+
+
+# On a GPU, networks that grow end with 8×8: each phase is compiled for itself.
+ON_GPU = [pytest.param(SMALL, 20, id="32"), pytest.param(GROWING, 24, id="growing")]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [SLOWLY, GROWING], ids=["32", "growing"])
-def test_the_fast_path_on_a_gpu(config: Config):
+@pytest.mark.parametrize(("config", "iterations"), ON_GPU)
+def test_the_fast_path_on_a_gpu(config: Config, iterations: int):
     plain = replace(config, train=replace(config.train, compile=False, graphs=False))
     fast = TrainStep(compiled(config, precision="bfloat16", graphs=True), "cuda")
-    assert_near(fast, TrainStep(plain, "cuda"))
+    assert_near(fast, TrainStep(plain, "cuda"), 5 * iterations if config is SMALL else iterations)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [SMALL, GROWING], ids=["32", "growing"])
-def test_graphs_on_a_gpu(config: Config):
-    """In float32, uncompiled: as they run eagerly, up to rounding."""
+@pytest.mark.parametrize(("config", "iterations"), ON_GPU)
+def test_graphs_on_a_gpu(config: Config, iterations: int):
+    """In float32, not compiled: as they run eagerly, up to rounding."""
     eager = replace(config, train=replace(config.train, compile=False, graphs=False))
     with_graphs = replace(eager, train=replace(eager.train, graphs=True))
     ours, theirs = TrainStep(with_graphs, "cuda"), TrainStep(eager, "cuda")
     assert ours.graphs is not None and theirs.graphs is None
-    for found, expected in zip(advance(ours, 20), advance(theirs, 20), strict=True):
-        for name, value in expected.items():
-            assert found[name].item() == pytest.approx(value.item(), rel=1e-2, abs=1e-2), name
+    assert_close(ours, theirs, iterations, 1e-3)

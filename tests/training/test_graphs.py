@@ -79,6 +79,20 @@ def advance(step: TrainStep, iterations: int, sizes: Sequence[int | None] = (Non
         yield step(batch_of(step, i, sizes[i % len(sizes)]))
 
 
+def follow(ours: TrainStep, theirs: TrainStep, iterations: int) -> Iterator[tuple[Metrics, Metrics]]:
+    """Train both, each iteration from the state of `theirs`, and yield the metrics of both.
+
+    Left to themselves they would part: Adam turns rounding errors of small gradients into whole steps, and adversarial
+    training amplifies these, so that after 30 iterations nothing can be said about what caused a difference.
+    """
+    advancing = zip(advance(ours, iterations), advance(theirs, iterations), strict=True)
+    for metrics in advancing:
+        yield metrics
+        with torch.no_grad():
+            for x, y in zip(state_of(ours), state_of(theirs), strict=True):
+                x.copy_(y)
+
+
 def assert_equal(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 

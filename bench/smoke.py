@@ -1,0 +1,172 @@
+"""One run of everything that a GPU can break, without measuring: `python bench/smoke.py CHECK`, as bench/gpu.py does.
+
+    device         the device, versions, what is installed and missing, and the measured matrix and copy rates
+    ops            info_nce and spectral_norm, forward and backward, in every dtype against float64
+    step SWITCH…   iterations of two networks with each of these settings of step_cases.SWITCHES
+    train [--X Y]  trains the digits, stops by SIGTERM, resumes, then samples and reconstructs; into the folder $OUT
+
+Prints a line for each check. Exits with 1 if one failed, after the others have run.
+"""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import harness
+import records
+
+OPTIONAL = (
+    "apex deepspeed inf_cl info_nce jsonargparse lightly liger_kernel lmdb matplotlib nvidia.dali numpy PIL "
+    "pytest_timeout safetensors scipy sklearn tensorboard torch_fidelity torchvision xdist yaml"
+).split()
+# A network of either architecture. The growing one is at the first resolution at which all of its layers are used.
+NETWORKS = {"cifar10-64": {}, "faces64": {"resolution": 16, "narrow": True}}
+TRAIN_SECONDS = 90  # until training has logged for the first time: it compiles before
+
+
+class Failed(Exception):
+    """What a check found, in one sentence."""
+
+
+# Each check yields (name, function that returns what to print).
+Check = tuple[str, Callable[[], Any]]
+
+
+def device_checks(_: list[str]) -> Iterator[Check]:
+    yield "device", lambda: {key: value for key, value in records.environment(()).items() if value}
+    yield "C compiler", lambda: shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
+    yield "C++ compiler", lambda: shutil.which("g++") or shutil.which("clang++")
+    yield "cores", os.cpu_count
+    yield "installed", lambda: " ".join(x for x in OPTIONAL if is_installed(x))
+    yield "missing", lambda: " ".join(x for x in OPTIONAL if not is_installed(x)) or "nothing"
+    yield "TFLOP/s in matrix products, GB/s in copies", harness.device_rates
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def ops_checks(_: list[str]) -> Iterator[Check]:
+    import info_nce_cases
+    import spectral_norm_cases
+    import test_info_nce
+    import test_spectral_norm
+    from info_nce_peers import ours
+
+    for row in (row for row in info_nce_cases.ROWS if not row.name.endswith("-bf16")):
+        # The sizes of the benchmark need no more than a second, except the largest.
+        small = replace(row, batch=min(row.batch, 1024), queue=row.queue and min(row.queue, 8192))
+        for dtype in ("float32", "bfloat16", "float16"):
+            case = replace(small if harness.ON_GPU else row.shrunk(), dtype=dtype)
+
+            def check(case: Any = case) -> Any:
+                problem = info_nce_cases.make_problem(case, harness.DEVICE)
+                found = test_info_nce.caller(problem, ours(problem), "forward_backward")()
+                return info_nce_cases.errors(case, found, info_nce_cases.reference(problem))
+
+            yield f"info_nce {row.name} {dtype}", check
+    for row in spectral_norm_cases.ROWS:
+        case = row if harness.ON_GPU else row.shrunk()
+
+        def check_norms(case: Any = case) -> Any:
+            network, gradients = test_spectral_norm.prepared(case, "ours", "forward_backward")
+            call = test_spectral_norm.caller(network, gradients, "forward_backward")
+            return test_spectral_norm.checked(network, gradients, call, 1)
+
+        yield f"spectral_norm {row.name}", check_norms
+
+
+def step_checks(switches: list[str]) -> Iterator[Check]:
+    import torch
+
+    import step_cases
+
+    rows = {row.name: row for row in step_cases.ROWS_ON_GPU}
+    for name, settings in NETWORKS.items():
+        row = replace(rows[name], **settings)
+        row = row if harness.ON_GPU else row.shrunk()
+
+        for switch in switches:
+
+            def check(row: Any = row, switch: str = switch) -> Any:
+                begin = time.perf_counter()
+                iterate = step_cases.switched(row, switch)
+                found = step_cases.errors(row, iterate())
+                step_cases.warm_up(row, iterate)
+                losses = [iterate() for _ in range(2 * row.period)]
+                last = {name: value.item() for metrics in losses for name, value in metrics.items()}
+                if not all(map(math.isfinite, last.values())):
+                    raise Failed(f"a metric is not finite: {last}")
+                seconds = time.perf_counter() - begin
+                torch.compiler.reset()
+                return f"{seconds:.0f} s, {found}, discriminator's loss {last['loss/discriminator']:.4f}"
+
+            yield f"step {name} {switch}", check
+
+
+def train_checks(settings: list[str]) -> Iterator[Check]:
+    out = Path(os.environ["OUT"])
+    run = out / "run"
+    train = [sys.executable, str(records.ROOT / "train.py"), "--recipe", "digits", "--run", str(run), *settings]
+    dcvae = [sys.executable, "-m", "dcvae_fast.cli"]
+
+    def stopped() -> str:
+        process = subprocess.Popen(train, cwd=out, stdout=sys.stderr)
+        begin, metrics = time.monotonic(), run / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            if time.monotonic() > begin + TRAIN_SECONDS:
+                process.kill()
+                raise Failed(f"nothing was logged within {TRAIN_SECONDS} s")
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        if process.wait() != 128 + signal.SIGTERM:
+            raise Failed(f"training exited with {process.returncode} instead of {128 + signal.SIGTERM}")
+        return f"{time.monotonic() - begin:.0f} s until the first log and a checkpoint"
+
+    def call(*command: str) -> Callable[[], str]:
+        def check() -> str:
+            begin = time.monotonic()
+            status = subprocess.run(command, cwd=out, stdout=sys.stderr).returncode
+            if status:
+                raise Failed(f"exit status {status}")
+            return f"{time.monotonic() - begin:.0f} s"
+
+        return check
+
+    yield "train, stopped", stopped
+    yield "train, resumed", call(*train)
+    yield "sample", call(*dcvae, "sample", str(run))
+    yield "reconstruct", call(*dcvae, "reconstruct", str(run), "samples.png")
+
+
+CHECKS = {"device": device_checks, "ops": ops_checks, "step": step_checks, "train": train_checks}
+
+
+def main(arguments: list[str]) -> int:
+    kind, *rest = arguments
+    failed = False
+    for name, check in CHECKS[kind](rest):
+        try:
+            print(f"ok      {name}: {check()}", flush=True)
+        except Exception as error:
+            failed = True
+            print(f"FAILED  {name}: {harness.one_sentence(error)}", flush=True)
+            traceback.print_exc()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
