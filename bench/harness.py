@@ -7,6 +7,7 @@ small ones are in the cache, for everybody. torch's settings are its defaults: n
 
 import gc
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,9 @@ def one_sentence(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    # The compiler quotes a traceback, whose last line says what went wrong.
+    quoted = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    text = f"{type(error).__name__}: {quoted[-1] if quoted else lines[0] if lines else 'no message'}"
     return text if len(text) <= 160 else text[:159] + "…"
 
 
@@ -124,9 +127,15 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     result = None
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS_PER_GRAPH):
-            result = call()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS_PER_GRAPH):
+                result = call()
+    except Exception:
+        # The generator still believes that it is being captured, and would refuse to draw. A complete capture ends that.
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=DEVICE)
+        raise
     return graph.replay, result
 
 

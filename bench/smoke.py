@@ -161,6 +161,8 @@ def main(arguments: list[str]) -> int:
     for name, check in CHECKS[kind](rest):
         try:
             print(f"ok      {name}: {check()}", flush=True)
+        except harness.Absent as error:
+            print(f"skipped {name}: {error}", flush=True)
         except Exception as error:
             failed = True
             print(f"FAILED  {name}: {harness.one_sentence(error)}", flush=True)

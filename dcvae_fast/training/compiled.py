@@ -9,11 +9,14 @@ from torch import nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, reason
+from dcvae_kernels.choice import obstacle_to_building
 
 
 def uses_compile(config: Config, device: torch.device) -> bool:
-    """As `train.compile` says, or where it leaves that open, on GPUs."""
-    return device.type != "meta" and (config.train.compile or (config.train.compile is None and device.type == "cuda"))
+    """As `train.compile` says, or where it leaves that open, on GPUs where Triton can build its launchers."""
+    if config.train.compile is not None:
+        return config.train.compile and device.type != "meta"
+    return device.type == "cuda" and obstacle_to_building() is None
 
 
 def compile_forward(modules: Iterable[nn.Module]) -> None:

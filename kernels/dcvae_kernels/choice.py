@@ -1,7 +1,12 @@
 """Which implementation takes an operation's inputs."""
 
 import os
+import shutil
+import subprocess
+import sysconfig
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -32,9 +37,9 @@ def check_impl(impl: str) -> None:
 def obstacle_to_triton(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on this device, if they cannot."""
     if device.type == "cuda":
-        if _triton_runs_on(device.index):
-            return None
-        return f"Triton and an NVIDIA GPU of compute capability 8.0 or newer are needed, not {device}"
+        if not _triton_runs_on(device.index):
+            return f"Triton and an NVIDIA GPU of compute capability 8.0 or newer are needed, not {device}"
+        return obstacle_to_building()
     if TRITON_INTERPRETED and TRITON_INSTALLED and device.type == "cpu":
         return None
     return f"it needs a GPU, or TRITON_INTERPRET=1 in the environment before the import, not {device}"
@@ -43,6 +48,35 @@ def obstacle_to_triton(device: torch.device) -> str | None:
 @constant
 def _triton_runs_on(index: int) -> bool:
     return TRITON_INSTALLED and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@constant
+def obstacle_to_building() -> str | None:
+    """Why Triton cannot compile the C code that launches its kernels, or None. Warns, once.
+
+    Otherwise Triton would raise at the first launch, in the middle of a forward pass.
+    """
+    return _obstacle_to_building()
+
+
+@cache
+def _obstacle_to_building() -> str | None:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        obstacle = "it needs a C compiler: install gcc, or set CC to the path of one"
+    else:
+        include = sysconfig.get_paths()["include"]
+        command = [compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"]
+        try:
+            result = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True)
+        except OSError as error:
+            obstacle = f"the C compiler {compiler} cannot be run ({error.strerror})"
+        else:
+            if result.returncode == 0:
+                return None
+            obstacle = f"{compiler} cannot compile against {include}/Python.h; install Python's headers (python3-dev)"
+    warnings.warn(f"Triton cannot be used, and PyTorch's operations are used instead: {obstacle}.", stacklevel=3)
+    return obstacle
 
 
 def is_batched(incoming: Tensor) -> bool:

@@ -207,7 +207,7 @@ def _choose(impl: str, *tensors: Tensor) -> str:
         TypeError, ValueError: "triton" was asked for and cannot take them.
     """
     q = tensors[0]
-    obstacle = _obstacle_to_triton(*tensors)
+    obstacle = None if impl == "torch" else _obstacle_to_triton(*tensors)
     if impl == "triton" and obstacle is not None:
         error, reason = obstacle
         raise error(f'impl="triton" cannot be used: {reason}; impl="torch" can')

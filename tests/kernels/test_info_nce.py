@@ -350,6 +350,7 @@ def test_symmetric_ids_need_not_be_symmetric(on: Implementation):
     ids=["no slots", "no slot filled", "no slot filled, tensor", "all excluded", "in-batch", "symmetric"],
 )
 def test_no_negatives_is_loss_zero_and_gradient_zero(on: Implementation, options: dict[str, Any]):
+    options = {name: x.to(on.device) if isinstance(x, Tensor) else x for name, x in options.items()}
     q, k = leaves(on.randn(2, 8), on.randn(2, 8, seed=1))
     temperature = torch.tensor(0.07, requires_grad=True)
     loss, stats = on.info_nce(q, k, temperature=temperature, return_stats=True, reduction="none", **options)

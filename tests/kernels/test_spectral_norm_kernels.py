@@ -107,7 +107,8 @@ def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_l
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     for x, y in zip(ours, exact, strict=True):
         assert x.dtype == dtype
-        assert (x.double() - y).norm() <= tolerance * y.norm().clamp_min(1e-2)
+        # A 1×1 weight's gradient is 0, the difference of two numbers of about 1.
+        assert (x.double() - y).norm() <= tolerance * y.norm().clamp_min(1)
     for x, w in zip(ours, weights, strict=False):
         assert x.stride() == w.stride()
 

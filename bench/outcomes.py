@@ -1,0 +1,45 @@
+"""A pytest plugin: `-p outcomes --outcomes FILE` writes each test's outcome to FILE as soon as it is known.
+
+A JUnit report is written when all tests have run, and so is lost if they are stopped. A line is a JSON object: test,
+outcome (passed, failed or skipped), seconds, and of what failed or was skipped the text. Imports no torch.
+"""
+
+import json
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="write a line for each test to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--outcomes")
+    if path is not None and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the main process
+        config.pluginmanager.register(Outcomes(path.open("w", encoding="utf-8")))
+
+
+class Outcomes:
+    def __init__(self, file: IO[str]):
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._write(report, report.duration)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._write(report, 0.0)
+
+    def _write(self, report: pytest.TestReport | pytest.CollectReport, seconds: float) -> None:
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 2)}
+        if report.outcome != "passed":
+            line["text"] = report.longreprtext
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
