@@ -127,10 +127,10 @@ def device_kernels(call: Callable[[], Any]) -> list[str]:
     return [e.name for e in sorted(events, key=lambda e: e.time_range.start) if not e.is_user_annotation]
 
 
-def compiled_ahead(operation: str) -> list[dict[str, Any]]:
+def compiled_ahead(operation: str, *options: str) -> list[dict[str, Any]]:
     """What `compile_ahead.py` reports; from another process, for this one may interpret its kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).parent / "compile_ahead.py", operation]
+    command = [sys.executable, Path(__file__).parent / "compile_ahead.py", operation, *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

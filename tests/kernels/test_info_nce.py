@@ -70,7 +70,12 @@ def test_no_worse_than_eager_against_fp64(
         assert x.grad.dtype == dtype
         # With one dimension a direction cannot turn: the gradient is 0, left over from terms of size 1/τ.
         scale = x_exact.grad.norm() if d > 1 else 1 / temperature
-        tolerance = (2e-6 if dtype == torch.float32 else 1e-2) * scale
+        tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+        if on.impl == "triton" and not on.interpreted:
+            # The compiler may order the sum of a row's squares by the tile's layout, which differs between forward and
+            # backward. Similarities then differ by their rounding, and e^{similarity/τ} by 1/τ times that.
+            tolerance = max(tolerance, 2**-23 / temperature)
+        tolerance *= scale
         error, eager_error = ((grad.double() - x_exact.grad).norm() for grad in (x.grad, x_eager.grad))
         assert error <= 2 * eager_error + tolerance
 
@@ -483,14 +488,14 @@ def test_dtype_of_the_loss(on: Implementation, dtype: torch.dtype):
 @pytest.mark.parametrize("form", ["everything", "symmetric"])
 def test_compiles_to_one_graph(on: Implementation, form: str):
     q, k, queue = leaves(on.randn(2, 5, 8), on.randn(2, 5, 8, seed=1), on.randn(2, 9, 8, seed=2))
-    temperature = torch.tensor(0.1, requires_grad=True)
+    temperature, valid = torch.tensor(0.1, requires_grad=True), torch.tensor(7)
     inputs = (q, k, queue, temperature) if form == "everything" else (q, k, temperature)
 
     def loss() -> tuple[Tensor, InfoNCEStats]:
         if form == "symmetric":
             return on.info_nce(q, k, temperature=temperature, symmetric=True, return_stats=True)
         ids = torch.arange(5), torch.arange(9)
-        options: dict[str, Any] = {"query_ids": ids[0], "negative_ids": ids[1], "valid": torch.tensor(7)}
+        options: dict[str, Any] = {"query_ids": ids[0], "negative_ids": ids[1], "valid": valid}
         return on.info_nce(q, k, queue, temperature=temperature, return_stats=True, **options)
 
     compiled, stats = torch.compile(loss, backend="aot_eager", fullgraph=True)()

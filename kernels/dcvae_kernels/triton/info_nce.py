@@ -55,9 +55,7 @@ def _load_rows(x, rows, present, features, stride, D: tl.constexpr, BLOCK_D: tl.
 def _inverse_norm(squares, NORMALIZE: tl.constexpr):
     """1/‖x‖ from ‖x‖², with ‖x‖ at least 1e-12, or 1."""
     if NORMALIZE:
-        # Correctly rounded: at τ = 0.005 a similarity's error counts 200 times.
-        norm = tl.sqrt_rn(tl.maximum(squares, SMALLEST_SQUARE))
-        inverse = tl.div_rn(tl.full(squares.shape, 1.0, tl.float32), norm)
+        inverse = 1.0 / tl.sqrt(tl.maximum(squares, SMALLEST_SQUARE))
     else:
         inverse = tl.full(squares.shape, 1.0, tl.float32)
     return inverse
