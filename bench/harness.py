@@ -170,8 +170,11 @@ def launches(call: Callable[[], Any]) -> int | None:
 
 
 def waiting_share(call: Callable[[], Any], wall_us: float) -> float | None:
-    """Share of the time in which the device has nothing to do, if one call takes `wall_us` unprofiled, and works in one
-    stream. None on a CPU, or without a working profiler."""
+    """A lower bound of the share of the time in which the device has nothing to do, if one call takes `wall_us`
+    unprofiled, and works in one stream. None on a CPU, or without a working profiler.
+
+    It is a bound because kernels are timed while they are profiled, which lengthens them, those of a graph above all.
+    """
     events = device_events(call)
     if events is None:
         return None

@@ -9,8 +9,6 @@ MODE = "iteration"
 ON_CPU = {"cifar10-8": 1.35}
 FASTER = {"cifar10-64": 6, "faces512": 3}
 MATRIX_RATE = {"cifar10-256": 0.4, "faces512": 0.3}
-# Share of the time in which the GPU works: the host's is hidden behind it.
-BUSY = {"cifar10-64": 0.97, "faces512": 0.97}
 
 
 def targets(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -22,16 +20,7 @@ def targets(document: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(target(document, name, "times faster than the baseline", required, ratio(plain, ours), "baseline"))
     for name, required in ({} if on_cpu else MATRIX_RATE).items():
         found.append(target(document, name, "share of the matrix rate", required, matrix_share(document, name), None))
-    for name, required in ({} if on_cpu else BUSY).items():
-        found.append(
-            target(document, name, "share of the time the GPU works", required, busy(cells[name, "ours"]), None)
-        )
     return found
-
-
-def busy(cell: dict[str, Any]) -> float | None:
-    waiting = cell.get("waiting_share")
-    return None if waiting is None else 1 - waiting
 
 
 def matrix_share(document: dict[str, Any], name: str, peer: str = "ours") -> float | None:
