@@ -40,6 +40,10 @@ test-oldest: .venv/.installed ## Run the ops' tests with the oldest torch and Tr
 		torch==2.11.0 triton==3.6.0 numpy==2.0.2 pytest==9.0.0 pytest-benchmark==5.1.0
 	@PYTHONPATH=kernels $(OLDEST)/bin/python -m pytest -q -m "not slow" tests/kernels $(ARGS)
 
+.PHONY: gpu-first
+gpu-first: .venv/.installed ## Run everything once on a new GPU, in eight minutes: ARGS="--out DIR"
+	@$(VENV_PYTHON) bench/gpu.py --first $(ARGS)
+
 .PHONY: gpu
 gpu: .venv/.installed ## Run the tests and benchmarks that need a GPU, in eight minutes
 	@$(VENV_PYTHON) bench/gpu.py $(ARGS)

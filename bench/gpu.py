@@ -10,7 +10,9 @@ Exits with 1 if a check, a test, or a benchmark of ours fails; a missed target i
 """
 
 import argparse
+import contextlib
 import importlib.util
+import math
 import os
 import re
 import signal
@@ -20,8 +22,10 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import outcomes
@@ -55,7 +59,7 @@ class Job(NamedTuple):
     name: str
     command: list[str]
     seconds: float
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Ended(NamedTuple):
@@ -81,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"{', '.join(PARTS)}, or test files and ids; default: {', '.join(USUAL)}",
     )
     parser.add_argument("--seconds", type=float, help=f"time for everything; with --first {FIRST_SECONDS}")
-    parser.add_argument("--cpu-rehearsal", action="store_true", help="on the CPU, small; writes only where --out says")
+    parser.add_argument(
+        "--cpu-rehearsal", action="store_true", help="on the CPU, small, without time limits; writes only to --out"
+    )
     options = parser.parse_args(arguments)
     if options.first and options.out is None:
         parser.error("--first needs --out DIR, a folder for results and logs")
@@ -95,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.cpu_rehearsal and not has_gpu():
         print("torch sees no CUDA device; --cpu-rehearsal shows what would run", file=sys.stderr)
         return 2
-    seconds = options.seconds or (FIRST_SECONDS if options.first else float("inf"))
+    seconds = options.seconds or (FIRST_SECONDS if options.first else math.inf)
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or (Path(temporary) / "results" if options.cpu_rehearsal else records.COMMITTED)
         run = Run(Path(temporary) / "logs", out, options.cpu_rehearsal, time.monotonic() + seconds)
@@ -132,10 +138,11 @@ class Run:
         self.failed = False
         logs.mkdir(parents=True)
 
-    def everything(self, only: list[str]) -> None:
+    def everything(self, only: Sequence[str]) -> None:
         if "device" in only:  # alone, because it measures
             self.report([self.start(smoke_job("device", ["device"], DEVICE_SECONDS))])
-        side_by_side = [*(smoke_jobs() if "smoke" in only else []), *(train_jobs() if "train" in only else [])]
+        side_by_side = smoke_jobs() if "smoke" in only else []
+        side_by_side += train_jobs() if "train" in only else []
         tests = [part for part in only if is_test(part)]
         if "tests" in only or tests:
             side_by_side.append(self.tests_job(tests or None))
@@ -154,11 +161,11 @@ class Run:
         out = self.logs / job.name
         out.mkdir()
         environment = {**job.environment, "OUT": str(out)}
-        seconds = max(1.0, min(job.seconds, self.remaining() - GRACE))
+        seconds = math.inf if self.rehearsal else max(1.0, min(job.seconds, self.remaining() - GRACE))
         with log.open("w", encoding="utf-8") as file:
             status = run_python(job.command, self.rehearsal, seconds, GRACE, environment, file)
         ended = Ended(job, status, time.monotonic() - begin, log)
-        print(f"{job.name}: {'stopped' if status is None else f'exit status {status}'}, {ended.seconds:.0f} s", flush=True)
+        print(f"{job.name}: {ending(status)}, {ended.seconds:.0f} s", flush=True)
         return ended
 
     def tests_job(self, tests: list[str] | None) -> Job:
@@ -180,12 +187,12 @@ class Run:
             self.failed |= failed
 
     def benchmark(self, name: str) -> None:
-        seconds = min(BENCHMARKS[name], self.remaining() - OVERTIME - GRACE)
+        seconds = math.inf if self.rehearsal else min(BENCHMARKS[name], self.remaining() - OVERTIME - GRACE)
         if seconds <= 0:
             self.summary.append(f"{name}: no time left")
             return
         path, status = run_benchmark(name, self.out, self.rehearsal, seconds=seconds, log=self.logs / f"{name}.log")
-        print(f"{name}: {'stopped' if status is None else f'exit status {status}'}", flush=True)
+        print(f"{name}: {ending(status)}", flush=True)
         self.failed |= status != 0
         self.summary.append(f"{name}: {path}" if path else f"{name}: no result file")
         self.summary += summarised(records.read(path)) if path else []
@@ -214,6 +221,7 @@ def smoke_jobs() -> list[Job]:
 
 
 def train_jobs() -> list[Job]:
+    """As on any GPU; and with what needs no compiler."""
     eager = ["--train.compile", "false", "--train.graphs", "false"]
     return [
         smoke_job("train", ["train"], TRAIN_SECONDS, TORCHINDUCTOR_COMPILE_THREADS="4"),
@@ -221,14 +229,17 @@ def train_jobs() -> list[Job]:
     ]
 
 
+def ending(status: int | None) -> str:
+    return "stopped at its time limit" if status is None else f"exit status {status}"
+
+
 def check_lines(ended: Ended) -> tuple[list[str], bool]:
-    """What bench/smoke.py found, and whether a check failed; of the device everything, else only failures."""
+    """What bench/smoke.py found, and whether a check failed: everything about the device, elsewhere the failures."""
     lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()
     passed = [line for line in lines if line.startswith("ok ")]
     failures = [line for line in lines if line.startswith("FAILED ")]
-    ending = "stopped at its time limit, " if ended.status is None else ""
-    name = ended.job.name
-    result = [f"{name}: {len(passed)} passed, {len(failures)} failed, {ending}{ended.seconds:.0f} s"]
+    name, stopped = ended.job.name, "stopped at its time limit, " if ended.status is None else ""
+    result = [f"{name}: {len(passed)} passed, {len(failures)} failed, {stopped}{ended.seconds:.0f} s"]
     result += [line.removeprefix("ok").strip() for line in passed] if name == "device" else []
     if ended.status not in (0, None) and not failures:
         failures = [f"FAILED  {name}: {lines[-1] if lines else f'exit status {ended.status}'}"]
@@ -255,9 +266,8 @@ def tests_lines(ended: Ended) -> tuple[list[str], bool]:
     total = f"tests: {count['passed']} passed, {count['skipped']} skipped, {len(failed)} failed, {ended.seconds:.0f} s"
     total += f"; not collected: {', '.join(uncollected)}" if uncollected else ""
     total += "; stopped at the time limit, the rest not run" if ended.status is None else ""
-    # 1 may mean only a file that was not collected, 5 that there were no tests.
-    broken = ended.status not in (0, 1, 5, None) or not tests
-    return [total, *failed], bool(failed) or broken
+    # pytest returns 1 for files that it could not collect, too, and 5 if there was no test.
+    return [total, *failed], bool(failed) or ended.status not in (0, 1, 5) or (ended.status == 1 and not tests)
 
 
 def run_benchmark(
@@ -290,35 +300,33 @@ def run_python(
     rehearsal: bool,
     seconds: float,
     grace: float,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
     output: Any = None,
 ) -> int | None:
     """Python's exit status, or None if it was interrupted after `seconds`, and killed if not gone `grace` later."""
     paths = [str(records.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
-    environment = {
+    variables = {
         **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         **({"CUDA_VISIBLE_DEVICES": "", records.REHEARSAL_VARIABLE: "1"} if rehearsal else {}),
-        **(environment or {}),
+        **environment,
     }
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=records.ROOT,
-        env=environment,
+        env=variables,
         stdout=output,
         stderr=output and subprocess.STDOUT,
         start_new_session=True,
         preexec_fn=_hear_interrupts,
     )
     try:
-        return process.wait(seconds)
+        return process.wait(None if seconds == math.inf else seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # pytest then reports what it has
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
         return None
     finally:
         if process.poll() is None:

@@ -132,7 +132,7 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             for _ in range(CALLS_PER_GRAPH):
                 result = call()
     except Exception:
-        # The generator still believes that it is being captured, and would refuse to draw. A complete capture ends that.
+        # The generator still takes part in the capture that failed, and would refuse to draw. A complete one ends that.
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=DEVICE)
         raise

@@ -120,6 +120,8 @@ def step_checks(switches: list[str]) -> Iterator[Check]:
 def train_checks(settings: list[str]) -> Iterator[Check]:
     out = Path(os.environ["OUT"])
     run = out / "run"
+    if not harness.ON_GPU:
+        settings = [*settings, "--train.images", "96", "--log.every", "32", "--log.held_out", "0"]
     train = [sys.executable, str(records.ROOT / "train.py"), "--recipe", "digits", "--run", str(run), *settings]
     dcvae = [sys.executable, "-m", "dcvae_fast.cli"]
 
@@ -127,7 +129,7 @@ def train_checks(settings: list[str]) -> Iterator[Check]:
         process = subprocess.Popen(train, cwd=out, stdout=sys.stderr)
         begin, metrics = time.monotonic(), run / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            if time.monotonic() > begin + TRAIN_SECONDS:
+            if harness.ON_GPU and time.monotonic() > begin + TRAIN_SECONDS:
                 process.kill()
                 raise Failed(f"nothing was logged within {TRAIN_SECONDS} s")
             time.sleep(0.1)

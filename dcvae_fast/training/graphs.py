@@ -33,8 +33,6 @@ class CudaRecorder:
     """By CUDA graphs; the memory of all of them is shared, for they run one after the other."""
 
     def __init__(self, device: torch.device):
-        import torch._dynamo  # noqa: F401  torch.optim imports it in its first step, which must not be a captured one
-
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -64,6 +62,8 @@ class Graphs:
         Args:
             recorder: makes one, with memory of its own.
         """
+        import torch._dynamo  # torch.optim would import it during an iteration, which may be one that is captured
+
         self._make_recorder = recorder
         self._setting: Hashable = None
         self.forget()

@@ -10,10 +10,22 @@ import records
 
 pytestmark = pytest.mark.multiprocess
 
+(DEVICE,) = (path.name for path in records.COMMITTED.glob("*h100*"))
+
+
+@pytest.fixture
+def document() -> dict:
+    return records.read(records.COMMITTED / DEVICE / "info_nce.json")
+
+
+@pytest.fixture
+def spectral_norm_document() -> dict:
+    return records.read(records.COMMITTED / DEVICE / "spectral_norm.json")
+
 
 @pytest.fixture
 def compare(document, tmp_path, script):
-    """Compares the rehearsal's result, as committed, with what `change` makes of a row's cells."""
+    """Compares a committed result with what `change` makes of a row's cells."""
 
     def run(change, row="dcvae"):
         fresh = copy.deepcopy(document)
@@ -67,19 +79,28 @@ def test_another_shape_is_not_compared(compare):
     assert text.startswith("dcvae: another problem")
 
 
-def test_device_without_committed_file(rehearsal, tmp_path, script):
-    result = script("compare", "--committed", tmp_path, "--fresh", rehearsal[0])
+def test_device_without_committed_file(tmp_path, script):
+    result = script("compare", "--committed", tmp_path, "--fresh", records.COMMITTED)
     assert result.returncode == 1
     assert "is not there to compare with" in result.stdout
 
 
-def test_fresh_run(document, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpu, "BENCHMARKS", {"info_nce": 160})  # one is enough
-    for row in document["rows"]:
-        for cell in row["cells"]:
-            if cell["wall"]:
-                cell["wall"]["median_us"] *= 1000
-    records.write(tmp_path / "cpu" / "info_nce.json", document)
+def test_fresh_run(tmp_path, monkeypatch, capfd):
+    """Ours is measured, and compared with a committed file in which it is 1000 times as slow."""
+    run = gpu.run_benchmark
+
+    def run_and_commit(name, out, *arguments, **options):
+        path, status = run(name, out, *arguments, **options)
+        assert path is not None
+        document = records.read(path)
+        for cell in (cell for row in document["rows"] for cell in row["cells"] if cell["wall"]):
+            assert cell["peer"] == "ours"
+            cell["wall"]["median_us"] *= 1000
+        records.write(tmp_path / "cpu" / path.name, document)
+        return path, status
+
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"spectral_norm": 1000})  # one is enough
+    monkeypatch.setattr(gpu, "run_benchmark", run_and_commit)
     status = compare_script.main(["--cpu-rehearsal", "--committed", str(tmp_path)])
     printed = capfd.readouterr().out
     assert status == 0, printed

@@ -1,13 +1,31 @@
-"""`python bench/gpu.py`: what its rehearsal writes and prints, and how it reads a test report."""
+"""`python bench/gpu.py`: what its rehearsal writes and prints, how it reads outcomes of tests, and how it stops."""
 
 import json
 import sys
+import tarfile
 
 import pytest
 import torch
 
 import gpu
 import records
+import tables
+from step_targets import MODE
+
+
+@pytest.fixture
+def document(rehearsal) -> dict:
+    return records.read(rehearsal[0] / "cpu" / "info_nce.json")
+
+
+@pytest.fixture
+def spectral_norm_document(rehearsal) -> dict:
+    return records.read(rehearsal[0] / "cpu" / "spectral_norm.json")
+
+
+@pytest.fixture
+def step_document(rehearsal) -> dict:
+    return records.read(rehearsal[0] / "cpu" / "step.json")
 
 
 def cells(document, row):
@@ -84,11 +102,56 @@ def test_who_cannot_run_says_why(document):
 
 
 @pytest.mark.multiprocess
-def test_rehearsal_meets_no_target(document, spectral_norm_document, rehearsal):
-    found = document["targets"] + spectral_norm_document["targets"]
-    assert (len(document["targets"]), len(found)) == (10, 13)
+def test_rehearsal_meets_no_target(document, spectral_norm_document, step_document, rehearsal):
+    found = [target for x in (document, spectral_norm_document, step_document) for target in x["targets"]]
+    assert (len(document["targets"]), len(found)) == (10, 14)
     assert all(target["met"] is target["measured"] is None for target in found)
-    assert rehearsal[1].count("not measured  ") == 13
+    assert rehearsal[1].count("not measured  ") == 14
+
+
+@pytest.mark.multiprocess
+def test_result_of_iterations(step_document):
+    assert [row["name"] for row in step_document["rows"]] == ["cifar10-8", "faces16"]
+    for row in step_document["rows"]:
+        assert 0 < row["flops"]["ours"] < row["flops"]["baseline"]
+        for cell in row["cells"]:
+            assert cell["reason"] is None and cell["wall"]["median_us"] > 0 and cell["mode"] == MODE
+    errors = {cell["peer"]: cell["errors"] for cell in step_document["rows"][1]["cells"]}
+    assert errors["baseline"] == {"loss_error": 0.0} and errors["ours"]["loss_error"] < 1e-5
+    text = tables.table(step_document)
+    assert "cifar10-8: cifar10 at 32×32, batch 4, float32" in text and "GFLOP/s" in text
+
+
+@pytest.mark.multiprocess
+def test_one_screen_says_how_everything_went(rehearsal):
+    _, lines = rehearsal[1].split("\n\n", 1)
+    for name, passed in (("device", 7), ("ops", 21), ("iterations", 2), ("fast-iterations", 0)):
+        assert f"\n{name}: {passed} passed, 0 failed, " in f"\n{lines}"
+    assert "\ntests: 0 passed, 2 skipped, 0 failed, " in lines
+    assert f"'torch': '{torch.__version__}'" in lines
+
+
+@pytest.mark.multiprocess
+def test_everything_comes_back_in_six_files_at_most(rehearsal):
+    assert len([path for path in rehearsal[0].rglob("*") if path.is_file()]) <= 6
+    with tarfile.open(rehearsal[0] / "logs.tar.gz") as archive:
+        names = {name.removeprefix("logs/") for name in archive.getnames()}
+        logs = {"device", "ops", "iterations", "fast-iterations", "tests", "info_nce", "spectral_norm", "step"}
+        assert {f"{name}.log" for name in logs} | {"summary.txt", "tests/outcomes.jsonl"} <= names
+        skipped = archive.extractfile("logs/fast-iterations.log").read().decode()  # type: ignore[union-attr]
+        assert skipped.count("there are no CUDA graphs on a CPU") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_training_is_stopped_resumed_and_used(tmp_path, script):
+    result = script("gpu", "--first", "--cpu-rehearsal", "--out", tmp_path, "--only", "train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "\ntrain: 4 passed, 0 failed, " in result.stdout and "\ntrain-eager: 4 passed, " in result.stdout
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"logs/train/samples.png", "logs/train/reconstructions.png", "logs/train/run/metrics.jsonl"} <= set(names)
+    assert not any("checkpoints" in name for name in names)
 
 
 @pytest.mark.multiprocess
@@ -96,7 +159,6 @@ def test_file_is_written_in_one_way(document, rehearsal, tmp_path):
     path = rehearsal[0] / "cpu" / "info_nce.json"
     records.write(tmp_path / "again.json", dict(reversed(document.items())))
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
-    assert sorted(p.name for p in path.parent.iterdir()) == ["info_nce.json", "spectral_norm.json"]
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
@@ -110,45 +172,88 @@ def test_slug():
     assert records.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
-def test_report_names_failures_and_missing_packages(tmp_path):
-    report = tmp_path / "report.xml"
-    missing = "E   ModuleNotFoundError: No module named '{}'"
-    report.write_text(
-        f"""<testsuites><testsuite>
-        <testcase classname="tests.a" name="passes"/>
-        <testcase classname="tests.a" name="skips"><skipped message="no"/></testcase>
-        <testcase classname="" name="tests.b"><error message="collection failure">{missing.format("yaml")}
-        </error></testcase></testsuite></testsuites>"""
-    )
-    line, failed = gpu.tests_line("tests", report, stopped=True)
-    assert not failed
-    assert line == (
-        "tests: 1 passed, 1 skipped, 0 failed; not collected: tests.b (needs yaml); "
-        f"stopped after {gpu.TESTS_SECONDS} s, the rest not run"
-    )
-    report.write_text(
-        f"""<testsuites><testsuite>
-        <testcase classname="tests.a" name="fails"><failure message="1 != 2">assert</failure></testcase>
-        <testcase classname="" name="tests.b"><error message="collection failure">{missing.format("dcvae_kernels.x")}
-        </error></testcase></testsuite></testsuites>"""
-    )
-    assert gpu.tests_line("tests", report, stopped=False) == (
-        "tests: 0 passed, 0 skipped, 2 failed; failed: tests.a.fails, tests.b",
+def test_summary_of_the_tests(tmp_path):
+    def lines(status, *outcomes):
+        (tmp_path / "tests").mkdir(exist_ok=True)
+        (tmp_path / "tests" / gpu.OUTCOMES).write_text("".join(json.dumps(x) + "\n" for x in outcomes))
+        return gpu.tests_lines(gpu.Ended(gpu.Job("tests", [], 1), status, 12.3, tmp_path / "tests.log"))
+
+    good = [{"test": "a.py::one", "outcome": "passed"}, {"test": "a.py::two", "outcome": "skipped", "text": "no"}]
+    missing = "a.py:3: in <module>\nE   ModuleNotFoundError: No module named '{}'"
+    absent = {"test": "b.py", "outcome": "failed", "text": missing.format("yaml")}
+    ours = {"test": "b.py", "outcome": "failed", "text": missing.format("dcvae_kernels.x")}
+    wrong = {"test": "c.py::three", "outcome": "failed", "text": "c.py:1: in three\nE   assert 1 == 2\nE    +  where"}
+    total = "tests: 1 passed, 1 skipped, 0 failed, 12 s"
+    assert lines(0, *good) == ([total], False)
+    assert lines(1, *good, absent) == ([f"{total}; not collected: b.py (needs yaml)"], False)
+    assert lines(None, *good) == ([f"{total}; stopped at the time limit, the rest not run"], True)
+    assert lines(1, *good, ours, wrong) == (
+        [
+            "tests: 1 passed, 1 skipped, 2 failed, 12 s",
+            "FAILED  b.py: ModuleNotFoundError: No module named 'dcvae_kernels.x'",
+            "FAILED  c.py::three: assert 1 == 2",
+        ],
         True,
     )
+    assert lines(5)[1] is False and lines(1)[1] is True and lines(3, *good)[1] is True
+
+
+def test_summary_of_checks(tmp_path):
+    def lines(status, text, name="ops"):
+        (tmp_path / "log").write_text(text)
+        return gpu.check_lines(gpu.Ended(gpu.Job(name, [], 1), status, 12.3, tmp_path / "log"))
+
+    assert lines(0, "ok      a: 1\nnoise\nskipped b: no\n") == (["ops: 1 passed, 0 failed, 12 s"], False)
+    assert lines(0, "ok      a: 1\n", "device") == (["device: 1 passed, 0 failed, 12 s", "a: 1"], False)
+    failed = "FAILED  b: ValueError: no"
+    assert lines(1, f"ok      a: 1\n{failed}\n") == (["ops: 1 passed, 1 failed, 12 s", failed], True)
+    assert lines(None, "ok      a: 1\n") == (["ops: 1 passed, 0 failed, stopped at its time limit, 12 s"], True)
+    assert lines(1, "Traceback\nImportError: x\n")[0][1] == "FAILED  ops: ImportError: x"
 
 
 @pytest.mark.multiprocess
-def test_what_takes_too_long_is_stopped(tmp_path, capfd):
-    (tmp_path / "test_sleep.py").write_text("import time\ndef test_sleep():\n    time.sleep(60)\n")
-    assert gpu.run_pytest([str(tmp_path)], rehearsal=True, seconds=8, grace=10) is None
-    assert "KeyboardInterrupt" in capfd.readouterr().out
+def test_what_takes_too_long_is_stopped_and_leaves_what_it_had(tmp_path):
+    (tmp_path / "test_a.py").write_text("import time\ndef test_1(): pass\ndef test_2(): time.sleep(600)\n")
+    file = tmp_path / gpu.OUTCOMES
+    command = ["-m", "pytest", str(tmp_path), "-p", "outcomes", f"--outcomes={file}", "-p", "no:cacheprovider"]
+    with (tmp_path / "log").open("w") as log:
+        assert gpu.run_python(command, rehearsal=True, seconds=8, grace=10, output=log) is None
+    assert [(x["test"].partition("::")[2], x["outcome"]) for x in gpu.outcomes.read(file)] == [("test_1", "passed")]
+    assert "KeyboardInterrupt" in (tmp_path / "log").read_text()
+
+
+def test_each_command_takes_eight_minutes_at_most():
+    benchmarks = {name: seconds + gpu.OVERTIME + gpu.GRACE for name, seconds in gpu.BENCHMARKS.items()}
+    tests = gpu.TESTS_SECONDS + gpu.GRACE
+    assert tests + sum(benchmarks[name] for name in gpu.USUAL if name != "tests") <= 480
+    assert benchmarks["step"] <= 480 and benchmarks["switches"] <= 480
+    # With --first the benchmark of iterations, the last part, takes what the others leave: some of it at least.
+    checks = max(gpu.SMOKE_SECONDS, gpu.TRAIN_SECONDS, gpu.TESTS_SECONDS) + gpu.DEVICE_SECONDS + 2 * gpu.GRACE
+    assert checks + benchmarks["info_nce"] + benchmarks["spectral_norm"] + gpu.OVERTIME < gpu.FIRST_SECONDS <= 470
+
+
+def test_every_test_for_a_gpu_is_run(tmp_path):
+    command = gpu.Run(tmp_path / "logs", tmp_path, rehearsal=True, end=0).tests_job(None).command
+    paths = [records.ROOT / x for x in command if x.startswith("tests/")]
+    covered = {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    marked = {file for file in (records.ROOT / "tests").rglob("*.py") if "mark.gpu" in file.read_text()}
+    assert len(marked) > 5 and marked <= covered
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert gpu.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_named(capsys):
+    for arguments, message in (
+        (["--first"], "--first needs --out DIR"),
+        (["--only", "nothing"], "--only nothing: choose"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_missing_package_is_named(monkeypatch, capsys):
