@@ -62,7 +62,8 @@ class Graphs:
         Args:
             recorder: makes one, with memory of its own.
         """
-        import torch._dynamo  # torch.optim would import it during an iteration, which may be one that is captured
+        # torch.optim would import it during an iteration, which may be one that is captured.
+        import torch._dynamo  # noqa: F401
 
         self._make_recorder = recorder
         self._setting: Hashable = None

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import gpu
 import harness
 import records
 import spectral_norm_peers as peers
