@@ -1,10 +1,10 @@
 """Which implementation takes an operation's inputs."""
 
+import logging
 import os
 import shutil
 import subprocess
 import sysconfig
-import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -52,7 +52,7 @@ def _triton_runs_on(index: int) -> bool:
 
 @constant
 def obstacle_to_building() -> str | None:
-    """Why Triton cannot compile the C code that launches its kernels, or None. Warns, once.
+    """Why Triton cannot compile the C code that launches its kernels, or None. Logs a warning, once.
 
     Otherwise Triton would raise at the first launch, in the middle of a forward pass.
     """
@@ -75,7 +75,7 @@ def _obstacle_to_building() -> str | None:
             if result.returncode == 0:
                 return None
             obstacle = f"{compiler} cannot compile against {include}/Python.h; install Python's headers (python3-dev)"
-    warnings.warn(f"Triton cannot be used, and PyTorch's operations are used instead: {obstacle}.", stacklevel=3)
+    logging.getLogger(__name__).warning("Triton cannot be used, PyTorch's operations are used instead: %s.", obstacle)
     return obstacle
 
 

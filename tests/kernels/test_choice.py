@@ -1,12 +1,17 @@
 """Which implementation is chosen where Triton cannot build the C code that launches its kernels."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from dcvae_kernels import choice
+from dcvae_kernels import choice, info_nce, spectral_norm
+
+info_nce_module = sys.modules["dcvae_kernels.info_nce"]
+spectral_norm_module = sys.modules["dcvae_kernels.spectral_norm"]
 
 CUDA = torch.device("cuda:0")
 
@@ -31,22 +36,41 @@ def test_a_compiler_and_headers_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_
     assert choice.obstacle_to_triton(CUDA) is None
 
 
-@pytest.mark.filterwarnings("error")
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    with pytest.warns(UserWarning, match="PyTorch's operations are used instead: it needs a C compiler: install gcc"):
+    for _ in range(2):
         assert choice.obstacle_to_triton(CUDA) == "it needs a C compiler: install gcc, or set CC to the path of one"
-    assert choice.obstacle_to_triton(CUDA) is not None  # without a second warning, which would be an error
+    (message,) = caplog.messages  # once
+    assert message == (
+        "Triton cannot be used, PyTorch's operations are used instead: it needs a C compiler: install gcc, or set CC to "
+        "the path of one."
+    )
 
 
 def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
-    with pytest.warns(UserWarning, match=r"cc cannot be run \(No such file or directory\)"):
-        assert choice.obstacle_to_triton(CUDA) is not None
+    obstacle = choice.obstacle_to_triton(CUDA)
+    assert obstacle == f"the C compiler {tmp_path / 'cc'} cannot be run (No such file or directory)"
 
 
 def test_without_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 1")))
-    with pytest.warns(UserWarning, match=r"cannot compile against .*/Python\.h; install Python's headers"):
-        assert choice.obstacle_to_triton(CUDA) is not None
+    obstacle = choice.obstacle_to_triton(CUDA)
+    assert obstacle is not None and obstacle.endswith("Python.h; install Python's headers (python3-dev)")
+
+
+def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch):
+    """Where the tensors would be on a GPU."""
+    monkeypatch.setenv("CC", "/absent")
+    q = torch.randn(3, 4)
+    monkeypatch.setattr(info_nce_module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
+    assert info_nce_module._choose("auto", q, q) == "torch"
+    assert torch.isfinite(info_nce(q, q))
+    with pytest.raises(ValueError, match=r'impl="triton" cannot be used: the C compiler /absent cannot be run'):
+        info_nce(q, q, impl="triton")
+    with pytest.raises(
+        ValueError, match='impl="triton" cannot be used for layer .* the C compiler /absent cannot be run'
+    ):
+        monkeypatch.setattr(spectral_norm_module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
+        spectral_norm(nn.Sequential(nn.Linear(2, 2)), impl="triton")
