@@ -42,10 +42,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     for _ in range(2):
         assert choice.obstacle_to_triton(CUDA) == "it needs a C compiler: install gcc, or set CC to the path of one"
     (message,) = caplog.messages  # once
-    assert message == (
-        "Triton cannot be used, PyTorch's operations are used instead: it needs a C compiler: install gcc, or set CC to "
-        "the path of one."
-    )
+    assert message.startswith("Triton cannot be used, PyTorch's operations are used instead: it needs a C compiler")
 
 
 def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -69,8 +66,6 @@ def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch):
     assert torch.isfinite(info_nce(q, q))
     with pytest.raises(ValueError, match=r'impl="triton" cannot be used: the C compiler /absent cannot be run'):
         info_nce(q, q, impl="triton")
-    with pytest.raises(
-        ValueError, match='impl="triton" cannot be used for layer .* the C compiler /absent cannot be run'
-    ):
+    with pytest.raises(ValueError, match=r'impl="triton" cannot be used for layer .* the C compiler /absent cannot'):
         monkeypatch.setattr(spectral_norm_module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
         spectral_norm(nn.Sequential(nn.Linear(2, 2)), impl="triton")
