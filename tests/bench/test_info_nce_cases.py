@@ -99,6 +99,7 @@ def test_rows_are_those_announced():
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
         (ValueError("first\nsecond"), "ValueError: first"),
         (AssertionError(), "AssertionError: no message"),
+        (RuntimeError("in a subprocess:\n\nTraceback:\n  f()\nx.SomeError: 1\nHint"), "RuntimeError: x.SomeError: 1"),
     ],
 )
 def test_one_sentence(error, text):
