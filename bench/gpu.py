@@ -5,7 +5,7 @@ training iteration once, and trains, stops, resumes and samples; all within 470 
 
 Works from a plain checkout: Python 3.11, torch, Triton, pytest and pytest-benchmark are enough, nothing is installed or
 fetched, and what needs other packages is skipped and named. Tests run in parallel where pytest-xdist is installed.
-Results go to OUT/<device>/<benchmark>.json, the logs, the tests' outcomes and the pictures to OUT/logs.tar.gz.
+Results go to OUT/<device>/<benchmark>.json; the logs, the tests' outcomes and the pictures to OUT/logs.tar.gz.
 Exits with 1 if a check, a test, or a benchmark of ours fails; a missed target is only reported.
 """
 
@@ -47,6 +47,7 @@ NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
 TEST_FOLDERS = ("training", "kernels", "pipelines", "models", "evaluation", "bench")
 WORKERS = 10
 NOT_PACKED = ("checkpoints", "tensorboard")
+DEFAULT_LOGS = records.ROOT / "build" / "gpu"
 OUTCOMES = "outcomes.jsonl"
 
 
@@ -77,7 +78,7 @@ class Ended(NamedTuple):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", action="store_true", help="run everything once on a new machine; needs --out")
-    parser.add_argument("--out", type=Path, help="folder for results and logs; default: bench/results, without logs")
+    parser.add_argument("--out", type=Path, help="folder for results and logs; default: bench/results, build/gpu")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -107,9 +108,11 @@ def main(arguments: list[str] | None = None) -> int:
         run = Run(Path(temporary) / "logs", out, options.cpu_rehearsal, time.monotonic() + seconds)
         try:
             run.everything(only)
-        finally:
-            if options.out is not None:
-                run.pack()
+        except KeyboardInterrupt:
+            run.summary.append("interrupted: the rest was not run")
+            run.failed = True
+        if options.out is not None or not options.cpu_rehearsal:
+            run.pack(options.out or DEFAULT_LOGS)
     print("\n" + "\n".join(run.summary), flush=True)
     return int(run.failed)
 
@@ -148,7 +151,12 @@ class Run:
             side_by_side.append(self.tests_job(tests or None))
         if side_by_side:
             with ThreadPoolExecutor(len(side_by_side)) as pool:
-                self.report(list(pool.map(self.start, side_by_side)))
+                try:
+                    self.report(list(pool.map(self.start, side_by_side)))
+                except KeyboardInterrupt:
+                    for process in list(RUNNING):
+                        kill(process)
+                    raise
         for name in (name for name in BENCHMARKS if name in only):
             self.benchmark(name)
 
@@ -197,14 +205,14 @@ class Run:
         self.summary.append(f"{name}: {path}" if path else f"{name}: no result file")
         self.summary += summarised(records.read(path)) if path else []
 
-    def pack(self) -> None:
-        """Write the summary, the logs, and what jobs left in their folders."""
+    def pack(self, folder: Path) -> None:
+        """Write the summary, the logs, and what jobs left in their folders, to `folder`/logs.tar.gz."""
+        path = folder / "logs.tar.gz"
+        self.summary.append(f"logs: {path}")
         (self.logs / "summary.txt").write_text("\n".join(self.summary) + "\n", encoding="utf-8")
-        self.out.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
-            archive.add(
-                self.logs, "logs", filter=lambda member: None if Path(member.name).name in NOT_PACKED else member
-            )
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(self.logs, "logs", filter=lambda x: None if Path(x.name).name in NOT_PACKED else x)
 
 
 def smoke_job(name: str, arguments: list[str], seconds: float, **environment: str) -> Job:
@@ -238,12 +246,13 @@ def check_lines(ended: Ended) -> tuple[list[str], bool]:
     lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()
     passed = [line for line in lines if line.startswith("ok ")]
     failures = [line for line in lines if line.startswith("FAILED ")]
+    skipped = [line for line in lines if line.startswith("skipped ")]
     name, stopped = ended.job.name, "stopped at its time limit, " if ended.status is None else ""
     result = [f"{name}: {len(passed)} passed, {len(failures)} failed, {stopped}{ended.seconds:.0f} s"]
     result += [line.removeprefix("ok").strip() for line in passed] if name == "device" else []
     if ended.status not in (0, None) and not failures:
         failures = [f"FAILED  {name}: {lines[-1] if lines else f'exit status {ended.status}'}"]
-    return result + failures, bool(failures) or ended.status is None
+    return result + skipped + failures, bool(failures) or ended.status is None
 
 
 def tests_lines(ended: Ended) -> tuple[list[str], bool]:
@@ -321,6 +330,7 @@ def run_python(
         start_new_session=True,
         preexec_fn=_hear_interrupts,
     )
+    RUNNING.add(process)
     try:
         return process.wait(None if seconds == math.inf else seconds)
     except subprocess.TimeoutExpired:
@@ -329,9 +339,18 @@ def run_python(
             process.wait(grace)
         return None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with its children
-            process.wait()
+        kill(process)
+        RUNNING.discard(process)
+
+
+RUNNING: set[subprocess.Popen] = set()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With its children, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _hear_interrupts() -> None:

@@ -29,6 +29,7 @@ OPTIONAL = (
     "apex deepspeed inf_cl info_nce jsonargparse lightly liger_kernel lmdb matplotlib nvidia.dali numpy PIL "
     "pytest_timeout safetensors scipy sklearn tensorboard torch_fidelity torchvision xdist yaml"
 ).split()
+FOR_TRAINING = ("PIL", "jsonargparse", "numpy", "safetensors", "sklearn", "tensorboard", "yaml")
 # A network of either architecture. The growing one is at the first resolution at which all of its layers are used.
 NETWORKS = {"cifar10-64": {}, "faces64": {"resolution": 16, "narrow": True}}
 TRAIN_SECONDS = 90  # until training has logged for the first time: it compiles before
@@ -118,6 +119,13 @@ def step_checks(switches: list[str]) -> Iterator[Check]:
 
 
 def train_checks(settings: list[str]) -> Iterator[Check]:
+    if missing := [module for module in FOR_TRAINING if not is_installed(module)]:
+
+        def absent() -> None:
+            raise harness.Absent(f"needs {', '.join(missing)}")
+
+        yield "train", absent
+        return
     out = Path(os.environ["OUT"])
     run = out / "run"
     if not harness.ON_GPU:

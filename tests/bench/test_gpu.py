@@ -1,8 +1,12 @@
 """`python bench/gpu.py`: what its rehearsal writes and prints, how it reads outcomes of tests, and how it stops."""
 
 import json
+import signal
+import subprocess
 import sys
 import tarfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,7 +207,8 @@ def test_summary_of_checks(tmp_path):
         (tmp_path / "log").write_text(text)
         return gpu.check_lines(gpu.Ended(gpu.Job(name, [], 1), status, 12.3, tmp_path / "log"))
 
-    assert lines(0, "ok      a: 1\nnoise\nskipped b: no\n") == (["ops: 1 passed, 0 failed, 12 s"], False)
+    some = "ok      a: 1\nnoise\nskipped b: no\n"
+    assert lines(0, some) == (["ops: 1 passed, 0 failed, 12 s", "skipped b: no"], False)
     assert lines(0, "ok      a: 1\n", "device") == (["device: 1 passed, 0 failed, 12 s", "a: 1"], False)
     failed = "FAILED  b: ValueError: no"
     assert lines(1, f"ok      a: 1\n{failed}\n") == (["ops: 1 passed, 1 failed, 12 s", failed], True)
@@ -230,6 +235,31 @@ def test_each_command_takes_eight_minutes_at_most():
     # With --first the benchmark of iterations, the last part, takes what the others leave: some of it at least.
     checks = max(gpu.SMOKE_SECONDS, gpu.TRAIN_SECONDS, gpu.TESTS_SECONDS) + gpu.DEVICE_SECONDS + 2 * gpu.GRACE
     assert checks + benchmarks["info_nce"] + benchmarks["spectral_norm"] + gpu.OVERTIME < gpu.FIRST_SECONDS <= 470
+
+
+@pytest.mark.multiprocess
+def test_ctrl_c_ends_everything(tmp_path):
+    """Also what runs in parallel, and the summary and the logs are there."""
+    code = f"""
+import sys; sys.path.insert(0, {str(records.ROOT / "bench")!r}); import gpu
+sleep = ["-c", "import time; print('asleep', flush=True); time.sleep(600)"]
+gpu.smoke_jobs = lambda: [gpu.Job("a", sleep, 600), gpu.Job("b", sleep, 600)]
+sys.exit(gpu.main(["--cpu-rehearsal", "--out", {str(tmp_path)!r}, "--only", "smoke"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    children: list[str] = []
+    while len(children) < 2:
+        time.sleep(0.1)
+        assert process.poll() is None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for thread in Path(f"/proc/{process.pid}/task").iterdir():
+            children += (thread / "children").read_text().split()
+        children = sorted(set(children))
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted: the rest was not run" in printed
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert (tmp_path / "logs.tar.gz").exists()
 
 
 def test_every_test_for_a_gpu_is_run(tmp_path):
