@@ -157,7 +157,7 @@ class _ZeroUnit(_DeepSpeedUnit):
     def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):
         zero = engine.optimizer
         # This rank's part of each parameter that it has a part of: the group; where it is in the parameter; where in
-        # the partition. Noted down now, for an earlier engine of the same parameters clears it when it is collected.
+        # the partition.
         self._fragments = [
             (group, parameter, _range(mapping.lp_fragment_address), _range(mapping.hp_fragment_address))
             for group, members in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True)
@@ -165,6 +165,14 @@ class _ZeroUnit(_DeepSpeedUnit):
             if (mapping := parameter._hp_mapping) is not None
         ]
         super().__init__(engine, parameters, ranks, moments)
+
+    def close(self) -> None:
+        zero = self._optimizer
+        super().close()
+        # DeepSpeed destroys an engine a second time when it is collected. That would clear `_hp_mapping` of parameters
+        # which a newer engine holds by then.
+        for members in zero.bit16_groups:
+            members.clear()
 
     def moments(self) -> list[Moments]:
         adam, step = self._optimizer.optimizer, 0
