@@ -3,32 +3,53 @@
 FOLDER holds what one process without DeepSpeed makes of the same images: see test_ranks.py.
 """
 
+import gc
 import hashlib
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dcvae_fast.config import Config, ContrastConfig, DataConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
+from dcvae_fast.config import (
+    Config,
+    ContrastConfig,
+    DataConfig,
+    GrowthConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from dcvae_fast.training.optim import Moments
 from dcvae_fast.training.ranks import join, leave
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
 
-HALF, ITERATIONS = 10, 20
+State = dict[str, Any]
+
+HALF, ITERATIONS = 5, 10
+# With the usual ε Adam makes a whole step of a gradient that is nothing but rounding, and the same step of a gradient
+# that is wrong by a factor. With a larger one the steps follow the gradients.
+SMOOTH = OptimConfig(eps=1e-2)
+# The autoencoder is stepped in every second iteration, with local patches from the fifth on; both queues wrap around.
 FIXED = Config(
     model=ModelConfig(latent_dim=4, image_channels=1, decoder_width=4, encoder_width=4, discriminator_width=4),
-    contrast=ContrastConfig(negatives=20, local_start_images=40),
+    contrast=ContrastConfig(negatives=20, local_start_images=24),
+    optim=SMOOTH,
     train=TrainConfig(batch=8, sampled_batch=12, n_critic=2),
 )
-# 4×4 for two iterations, 8×8 fading and stable for four each, then 16×16, whose fade ends after the last iteration.
+# 4×4 for two iterations, 8×8 fading for four and stable for two, then 16×16, whose fade ends after the last iteration.
 GROWING = Config(
     data=DataConfig(name="folder"),
     model=ModelConfig("progressive", 16, latent_dim=6, base_channels=64, max_channels=8, contrast_dim=5),
-    growth=GrowthConfig(fade_images=96, stable_images=16, batch={4: 8, 8: 8, 16: 8}),
+    growth=GrowthConfig(fade_images=32, stable_images=16, batch={4: 8, 8: 8, 16: 8}),
     loss=LossConfig(adversarial="wgan_gp"),
     contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
+    optim=SMOOTH,
     train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
 )
 CASES = {"fixed": FIXED, "growing": GROWING}
@@ -52,50 +73,107 @@ def advance(step: TrainStep, until: int) -> None:
         step(batch_of(step, step.iterations))
 
 
-def learned(step: TrainStep) -> dict[str, torch.Tensor]:
-    """Everything that 20 iterations have made: networks, averages, batch statistics, queues, Adam's moments."""
-    state = step.state_dict()
+def record(config: Config) -> list[State]:
+    """States of one process without DeepSpeed: at the beginning and after each iteration."""
+    step, states = TrainStep(config), []
+    with torch.no_grad():
+        # At 32×32 log-variances would begin between -40 and 30, and the gradient of their exp would swallow all others.
+        for name, parameter in step.networks.encoder.named_parameters():
+            if name.endswith("bias"):
+                parameter *= 0.01
+    for iterations in range(ITERATIONS + 1):
+        advance(step, iterations)
+        states.append(deepcopy(step.state_dict()))
+    return states
+
+
+def learned(state: State) -> dict[str, torch.Tensor]:
+    """Everything that iterations make: networks, averages, batch statistics, queues, Adam's moments."""
     moments = state["optimizers"]["moments"]
     flat = {f"{name}/{kind}": torch.as_tensor(x) for name, found in moments.items() for kind, x in found.items()}
-    # Batch normalisation takes out this bias: its gradient is nothing but rounding, of which Adam makes whole steps.
-    return {name: x for name, x in {**state["networks"], **flat}.items() if "cell3.conv2.bias" not in name}
+    return {**state["networks"], **flat}
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
+def assert_same(state: State, expected: State) -> None:
+    found, wanted = learned(state), learned(expected)
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
         # A moment's smallest elements are differences of much larger ones.
-        tolerance = 1e-3 * x.abs().max().item() if "/exp_avg" in name else 1e-6
+        tolerance = 1e-4 * x.abs().max().item() + 2e-5 if "/exp_avg" in name else 5e-7
         torch.testing.assert_close(
-            found[name], x, rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            found[name], x, rtol=2e-6, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
-def check_same_everywhere(step: TrainStep) -> None:
+def adopt(step: TrainStep, state: State) -> None:
+    """Go on from the state of another training after as many iterations, with the optimizers that there are."""
+    step.networks.load_state_dict(state["networks"])
+    moments = {name: Moments(**found) for name, found in state["optimizers"]["moments"].items()}
+    names = {parameter: name for name, parameter in step.networks.named_parameters()}
+    for unit in step.engine._units:
+        unit._load([moments[names[parameter]] for parameter in unit.parameters])  # type: ignore[attr-defined]
+        optimizer = unit._optimizer  # type: ignore[attr-defined]
+        if hasattr(optimizer, "refresh_fp32_params"):  # ZeRO has copies of the weights
+            optimizer.refresh_fp32_params()
+
+
+def follow(step: TrainStep, states: list[State], until: int = ITERATIONS) -> State:
+    """Compare each iteration with the one recorded, from the state recorded before it; return the last state.
+
+    Left to themselves the trainings would part, for adversarial training amplifies rounding errors from one iteration
+    to the next.
+    """
+    while True:
+        advance(step, step.iterations + 1)
+        state = step.state_dict()
+        assert_same(state, states[step.iterations])
+        check_same_everywhere(step, state)
+        if step.iterations == until:
+            return state
+        adopt(step, states[step.iterations])
+
+
+def check_same_everywhere(step: TrainStep, state: State) -> None:
     """Bit by bit, on all ranks."""
-    digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in learned(step).values())).digest()
+    digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in learned(state).values())).digest()
     assert step.ranks.all(digest) == [digest] * step.ranks.count
+
+
+def collect_garbage_early() -> None:
+    """Let garbage, which may be collected at any time, be so where DeepSpeed's older engines could harm a new one."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    @wraps(initialize)
+    def and_collect(*args: Any, **kwargs: Any) -> Any:
+        made = initialize(*args, **kwargs)
+        gc.collect()
+        return made
+
+    deepspeed.initialize = and_collect
+    gc.freeze()  # all that has been imported, or it would take long
 
 
 def main(folder: Path, engines: list[str]) -> None:
     ranks = join()
     for name, config in CASES.items():
-        expected = torch.load(folder / f"{name}.pt", weights_only=True)
+        if name == "growing":
+            collect_garbage_early()
+        states = torch.load(folder / f"{name}.pt", weights_only=True)
         for engine in engines:
             train = replace(config.train, zero=None if engine == "torch" else int(engine))
             step = TrainStep(replace(config, train=train), ranks=ranks)
-            advance(step, HALF)
-            half = deepcopy(step.state_dict())
-            advance(step, ITERATIONS)
-            assert_same(learned(step), expected["learned"])
-            check_same_everywhere(step)
+            step.load_state_dict(states[0])
+            half = deepcopy(follow(step, states, HALF))
+            adopt(step, states[HALF])
+            follow(step, states)
             if engine == engines[-1]:  # one process goes on with what several did, and they with what it did
                 if ranks.first:
                     torch.save(half, folder / f"{name}-of-{ranks.count}.pt")
                 step = TrainStep(replace(config, train=train), ranks=ranks)
-                step.load_state_dict(expected["half"])
-                advance(step, ITERATIONS)
-                assert_same(learned(step), expected["learned"])
+                step.load_state_dict(states[HALF])
+                follow(step, states)
     leave(0)
 
 

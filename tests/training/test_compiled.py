@@ -16,7 +16,7 @@ from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.loop import write_grids
 from dcvae_fast.training.step import TrainStep
-from test_graphs import GROWING, SMALL, batch_of, follow, with_graphs
+from test_graphs import GROWING, GROWING_FAST, SMALL, batch_of, follow, with_graphs
 
 
 @pytest.fixture
@@ -60,23 +60,25 @@ def test_compiled_iterations_are_the_eager_ones(compiler: Any, tmp_path: Path):
 
 def test_what_no_loss_uses_is_left_alone(compiler: Any):
     """The compiler would give zeros to layers beyond the last that is contrasted, and Adam would step them."""
-    config = replace(SMALL, contrast=replace(SMALL.contrast, layers=("b1",)))
+    loss, contrast = replace(SMALL.loss, objective="vae_contrastive"), replace(SMALL.contrast, layers=("b1",))
+    config = replace(SMALL, loss=loss, contrast=contrast)
     ours, eager = TrainStep(compiled(config)), TrainStep(config)
-    assert_close(ours, eager, 3)
+    assert_close(ours, eager, 2)
     found, expected = (step.engine.state_dict()["moments"] for step in (ours, eager))
     assert {name: x["step"] for name, x in found.items()} == {name: x["step"] for name, x in expected.items()}
-    assert {x["step"] for x in expected.values()} == {2, 3, 4, 5}
+    assert {x["step"] for x in expected.values()} == {2}
+    assert {name.split(".")[3] for name in found if "critic.trunk" in name} == {"b1"}
 
 
 def test_networks_that_grow_are_compiled_once_for_each_phase(compiler: Any):
     """The second derivatives of the gradient penalty are not."""
-    ours, eager = TrainStep(compiled(GROWING)), TrainStep(GROWING)
+    ours, eager = TrainStep(compiled(GROWING_FAST)), TrainStep(GROWING_FAST)
     compilations = []
-    for iterations in (8, 2, 6, 2, 6, 2):  # 4×4; 8×8 fading; 8×8; 16×16 fading, without its end
+    for iterations in (2, 1, 1, 1, 1):  # 4×4; 8×8 fading; 8×8
         assert_close(ours, eager, iterations)
         compilations.append(compiler["stats"]["unique_graphs"])
-    at_4, begun, fading, whole, still, at_16 = compilations
-    assert at_4 < begun == fading < whole == still < at_16 and not compiler["graph_break"]
+    at_4, begun, fading, whole, still = compilations
+    assert at_4 < begun == fading < whole == still and not compiler["graph_break"]
 
 
 def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
@@ -109,14 +111,13 @@ def assert_near(fast: TrainStep, eager: TrainStep, iterations: int) -> None:
     for name in found:
         share, most = BOUNDS[name]
         mine, plain = torch.stack(found[name]).mean().item(), torch.stack(expected[name]).mean().item()
-        print(name, mine, plain)
         assert mine == pytest.approx(plain, rel=share, abs=most), name
 
 
 def test_the_fast_path_stays_near_float32(compiler: Any):
     fast, recorders = with_graphs(compiled(SMALL, precision="bfloat16"))
-    assert_near(fast, TrainStep(SMALL), 40)
-    assert recorders[0].replays > 25
+    assert_near(fast, TrainStep(SMALL), 24)
+    assert recorders[0].replays > 12
 
 
 @pytest.mark.slow

@@ -41,12 +41,14 @@ GROWING = Config(
     optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
     train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
 )
+# Two iterations in each of these phases.
+GROWING_FAST = replace(GROWING, growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 8, 16: 8}))
 
 
 def batch_of(step: TrainStep, seed: int, n: int | None = None) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     n, r = n or step.point.batch, step.point.resolution
-    images = torch.rand(n, 1, r, r, generator=generator) * 2 - 1
+    images = torch.rand(n, step.config.model.image_channels, r, r, generator=generator) * 2 - 1
     return Batch(images.to(step.device), torch.randint(30, (n,), generator=generator).to(step.device))
 
 
@@ -91,6 +93,20 @@ def follow(ours: TrainStep, theirs: TrainStep, iterations: int) -> Iterator[tupl
         with torch.no_grad():
             for x, y in zip(state_of(ours), state_of(theirs), strict=True):
                 x.copy_(y)
+
+
+def follow_weights(
+    ours: TrainStep, theirs: TrainStep, iterations: int
+) -> Iterator[tuple[Metrics, Metrics, tuple[float, float]]]:
+    """The same; also yield how far the weights of both are apart after an iteration, and how far it has moved them:
+    sums over all weights."""
+    before = [p.detach().clone() for p in theirs.networks.parameters()]
+    for found, expected in follow(ours, theirs, iterations):
+        after = [p.detach() for p in theirs.networks.parameters()]
+        apart = sum((x - y).abs().sum().item() for x, y in zip(ours.networks.parameters(), after, strict=True))
+        moved = sum((x - y).abs().sum().item() for x, y in zip(before, after, strict=True))
+        yield found, expected, (apart, moved)
+        before = [x.clone() for x in after]
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

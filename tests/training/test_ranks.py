@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dcvae_fast.cli import main
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.checkpoint import load_checkpoint
 from dcvae_fast.training.step import TrainStep
-from ranks_worker import CASES, FIXED, HALF, ITERATIONS, advance, assert_same, learned
+from ranks_worker import CASES, FIXED, advance, follow, record
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.multiprocess
@@ -63,14 +62,10 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[str]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what one process without DeepSpeed learns."""
+    """A folder with what one process without DeepSpeed learns, iteration by iteration."""
     folder = tmp_path_factory.mktemp("alone")
     for name, config in CASES.items():
-        step = TrainStep(config)
-        advance(step, HALF)
-        half = deepcopy(step.state_dict())
-        advance(step, ITERATIONS)
-        torch.save({"half": half, "learned": learned(step)}, folder / f"{name}.pt")
+        torch.save(record(config), folder / f"{name}.pt")
     return folder
 
 
@@ -78,15 +73,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("count", "engines"), [(1, "1"), (2, "torch,1"), pytest.param(2, "0,2", marks=pytest.mark.slow)]
 )
 def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, count: int, engines: str):
-    """And at half-time any other may go on with it; weights, averages, queues, moments."""
+    """And at half-time any other may go on with it; weights, averages, batch statistics, queues, moments."""
     processes = start(count, [str(WORKER), str(alone), engines])
     printed = finish(processes)
     assert [process.returncode for process in processes] == [0] * count, "\n".join(printed)
     for name, config in CASES.items():
         step = TrainStep(config)
         step.load_state_dict(torch.load(alone / f"{name}-of-{count}.pt", weights_only=True))
-        advance(step, ITERATIONS)
-        assert_same(learned(step), torch.load(alone / f"{name}.pt", weights_only=True)["learned"])
+        follow(step, torch.load(alone / f"{name}.pt", weights_only=True))
 
 
 RUN_ALL = """
