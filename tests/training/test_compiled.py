@@ -161,7 +161,7 @@ def test_compiled_to_machine_code(config: Config):
     assert_close(TrainStep(compiled(config)), TrainStep(config), 26 if config.model.grows else 8)
 
 
-# On a GPU, networks that grow end with 8×8. Each phase is compiled for itself, which takes a minute on a fast processor.
+# On a GPU, networks that grow end with 8×8: compiling each phase takes a minute on a fast processor.
 @pytest.mark.gpu
 @pytest.mark.parametrize(("config", "iterations"), [(SMALL, 100), (GROWING, 16)], ids=["32", "growing"])
 def test_the_fast_path_on_a_gpu(config: Config, iterations: int):
