@@ -38,6 +38,17 @@ def torchvision_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     shutil.rmtree(root)
 
 
+@pytest.fixture
+def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run does at its end takes longer than a short run: here its probe learns little, and no pictures are
+    made."""
+    from dcvae_fast.evaluation import probe
+    from dcvae_fast.training import loop
+
+    monkeypatch.setattr(probe, "STEPS", 20)
+    monkeypatch.setattr(loop, "write_grids", lambda log, step, images: None)
+
+
 class Rows(nn.Module):
     """Stands in for Inception: the mean of each of four bands of rows."""
 

@@ -18,6 +18,9 @@ from dcvae_pipelines import load_dataset, make_source
 TINY = ["--recipe", str(Path(__file__).parent / "tiny.yaml")]
 
 
+pytestmark = pytest.mark.usefixtures("quick_ends")
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     torch.manual_seed(0)
@@ -92,7 +95,7 @@ def test_a_closed_pipe_does_not_stop_training(tmp_path):
         "train",
         *TINY,
         "--train.images",
-        "96",
+        "48",
         "--run",
         str(tmp_path / "run"),
     ]
@@ -101,7 +104,7 @@ def test_a_closed_pipe_does_not_stop_training(tmp_path):
     process.stdout.readline()
     process.stdout.close()
     process.wait()
-    assert (tmp_path / "run" / "checkpoints" / "000000000096.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "000000000048.pt").exists()
 
 
 def test_dry_run_plans_without_writing(tmp_path, monkeypatch, capsys):

@@ -100,13 +100,7 @@ def test_figure_7_keeps_fifty_points_of_a_shorter_curve():
 
 
 @pytest.fixture
-def quick(monkeypatch) -> None:
-    """Probes that learn little."""
-    monkeypatch.setattr(probe, "STEPS", 20)
-
-
-@pytest.fixture
-def counted(monkeypatch, quick) -> dict[str, list[Any]]:
+def counted(monkeypatch, quick_ends) -> dict[str, list[Any]]:
     """What was trained and what was measured."""
     done: dict[str, list[Any]] = {"trained": [], "measured": []}
     train, evaluate = reproduce.train, reproduce.evaluate
@@ -177,7 +171,7 @@ def test_a_training_that_is_stopped_goes_on_where_it_was(tmp_path, counted, monk
     assert counted == {"trained": ["z16", "z32", "z64"], "measured": [("probe",)] * 3}
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_ends")
 def test_a_run_that_diverges_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     train = reproduce.train
 
@@ -328,20 +322,22 @@ def test_a_mistake_gives_one_line_and_exit_code_1(argv, message, tmp_path, monke
 # --- real digits ---
 
 
-def test_table_6_on_real_digits(real_data, tmp_path):
+@pytest.mark.usefixtures("quick_ends")
+def test_table_6_on_real_digits(real_data, tmp_path, monkeypatch):
     """The first thousands of MNIST, a few of its images shown to narrow networks: far from the paper, and said so."""
+    monkeypatch.setattr(probe, "STEPS", 100)
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for stem, count in (("train", 3000), ("t10k", 1000)):
+    for stem, count in (("train", 2000), ("t10k", 1000)):
         for kind, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
             content = gzip.decompress((real_data / "mnist" / f"{stem}-{kind}-ubyte.gz").read_bytes())
             few = content[:4] + struct.pack(">I", count) + content[8 : header + count * size]
             (raw / f"{stem}-{kind}-ubyte").write_bytes(few)
     command = ["reproduce", "table6", *NARROW, "--data.root", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    assert main([*command, "--budget", "400"]) == 0
+    assert main([*command, "--budget", "160"]) == 0
     content = json.loads((tmp_path / "out" / "table6.json").read_text())
     for cell, paper in zip(content["rows"][-1]["cells"], ("1.30±0.035", "1.27±0.037", "1.29±0.034"), strict=True):
-        assert cell["paper"] == paper and cell["remarks"] == ["shortened: 400 of 6,000,000 images", CHANGED]
+        assert cell["paper"] == paper and cell["remarks"] == ["shortened: 160 of 6,000,000 images", CHANGED]
         assert 5 < cell["ours"]["value"] < 75 and cell["ours"]["count"] == 1000  # guessing errs in 90 %
         assert 0 < cell["ours"]["spread"] < 5
-    assert images_shown(tmp_path / "out" / "table6" / "z64") == 400
+    assert images_shown(tmp_path / "out" / "table6" / "z64") == 160

@@ -24,6 +24,7 @@ def saved(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_a_run_knows_its_data_and_keeps_what_was_measured(tmp_path, features, monkeypatch, capsys):
     run = tmp_path / "run"
     assert main(["train", "--recipe", TINY, "--train.images", "16", "--run", str(run)]) == 0

@@ -35,6 +35,7 @@ class Weights(nn.Module):
 
 @pytest.mark.parametrize(("layers", "n_power_iterations"), [(1, 1), (1, 3), (100, 1)])
 def test_as_many_launches_for_many_layers_as_for_one(triton_on: Implementation, layers: int, n_power_iterations: int):
+    layers = min(layers, 20) if triton_on.interpreted else layers
     net = Weights([nn.Linear(2 + i % 3, 1 + i % 5) if i % 2 else nn.Conv2d(1, 2, i % 3 + 1) for i in range(layers)])
     spectral_norm(net, n_power_iterations, impl="triton")
     launches = []
@@ -58,22 +59,24 @@ def test_no_other_launches_than_ours(triton_on: Implementation):
     assert [name for name in device_kernels(step) if "memset" not in name.lower()] == UPDATE + GRADIENT
 
 
+# With one block and several, in rows and columns, and with a rest.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((1, 9), 0),
     ((9, 1), 0),
     ((1, 1), 0),
-    ((65, 259), 0),
+    ((33, 257), 0),
     ((7, 3, 3, 3), 0),
     ((5, 8, 1, 7), 0),
-    ((33, 70, 1, 1), 0),
+    ((9, 70, 1, 1), 0),
     ((6, 4, 2, 2), 1),
-    ((70, 33, 4, 4), 1),
+    ((18, 9, 4, 4), 1),
     ((1, 5, 3, 3), 1),
 ]
+LARGER = [((65, 259), 0), ((33, 70, 1, 1), 0), ((70, 33, 4, 4), 1), ((512, 512, 3, 3), 0), ((512, 256, 4, 4), 1)]
 
 
 def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
-    shapes = SHAPES if on.interpreted else [*SHAPES, ((512, 512, 3, 3), 0), ((512, 256, 4, 4), 1)]
+    shapes = SHAPES if on.interpreted else [*SHAPES, *LARGER]
     weights = [on.randn(*shape, seed=i, dtype=dtype) for i, (shape, _) in enumerate(shapes)]
     if channels_last:
         weights = [w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]

@@ -146,17 +146,18 @@ def test_checkpointed_activations_give_the_same_gradients_and_hold_less():
 def test_micro_batches_give_the_same_gradients(adversarial: str, order: str):
     growth = replace(CONFIG.growth, batch={4: 8, 8: 8, 16: 12}, fade_images=16, stable_images=16)
     loss = replace(CONFIG.loss, adversarial=adversarial, order=order, penalty_every=2)
-    config = replace(CONFIG, growth=growth, loss=loss)
+    config = replace(CONFIG, growth=growth, loss=loss, optim=replace(CONFIG.optim, eps=1e-3))
     torch.set_default_dtype(torch.float64)
     try:
         whole = TrainStep(config)
         parts = TrainStep(replace(config, train=replace(config.train, micro_batch=4)))
         for _ in range(9):
             a, b = advance(whole, 1)[0], advance(parts, 1)[0]
-            assert a == pytest.approx(b, rel=1e-6)  # shares of ranks are in float32
+            shares = {name for name in a if name.startswith("contrast/top")}  # in float32
+            assert a == {name: pytest.approx(b[name], rel=1e-6 if name in shares else 1e-10) for name in b}
         assert whole.resolution == 16
         for mine, theirs in zip(parts.networks.parameters(), whole.networks.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -240,8 +241,11 @@ def assert_same_state(first: Path, second: Path) -> None:
         assert torch.equal(value, two["step"]["networks"][name]), name
 
 
-def test_a_run_stopped_anywhere_in_its_growth_goes_on_bitwise(pictures: Path, tmp_path: Path):
+def test_a_run_stopped_anywhere_in_its_growth_goes_on_bitwise(
+    pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
     train(parse_config(settings(tmp_path / "whole", pictures, 88))[0], tmp_path / "whole")
+    request.getfixturevalue("quick_ends")
     for images in (12, 16, 24, 40, 48, 60, 88):
         train(parse_config(settings(tmp_path / "parts", pictures, images))[0], tmp_path / "parts")
     assert_same_state(tmp_path / "whole", tmp_path / "parts")

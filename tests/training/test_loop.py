@@ -90,6 +90,7 @@ def test_a_run_folder_holds_what_was_learned(uninterrupted):
     assert not torch.equal(average, state["step"]["networks"]["decoder.linear.weight"])
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_resumed_at_any_checkpoint_is_bitwise_the_same(uninterrupted, tmp_path):
     for images in (24, 64, 72, 160):  # also where no checkpoint was due
         assert run(tmp_path / "run", images).images == images
@@ -128,6 +129,7 @@ def test_the_source_is_what_the_configuration_says():
     assert torch.cat([batch.ids for batch in other]).tolist() != whole
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_images_shown_round_up_to_whole_batches(tmp_path):
     assert run(tmp_path / "run", 33).images == 40
 
@@ -147,6 +149,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
 
 
 @pytest.mark.multiprocess
+@pytest.mark.usefixtures("quick_ends")
 def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, 160)
@@ -193,6 +196,7 @@ def test_a_signal_saves_and_stops(number, tmp_path):
     assert f"Stopped after {state['step']['images']:,} of 1,000,000 images" in output
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys):
     folder = tmp_path / "run"
     run(folder, 16, "--log.checkpoint_every", "8")
@@ -223,9 +227,10 @@ def folder_of_images(tmp_path) -> Path:
     return folder
 
 
-def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path):
+def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path, request):
     data = ["--data.name", "folder", "--data.root", str(folder_of_images)]
     run(tmp_path / "whole", 48, *data)
+    request.getfixturevalue("quick_ends")
     for images, setting in ((16, "--data.prefetch=1"), (24, "--data.threads=1"), (40, "--data.resident=true")):
         run(tmp_path / "parts", images, *data, setting)
     run(tmp_path / "parts", 48, *data)
@@ -239,6 +244,7 @@ def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path):
         run(tmp_path / "whole", 56, *data)
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_a_damaged_image_stops_a_run_without_loss_or_is_skipped(folder_of_images, tmp_path, capsys):
     data = ["--data.name", "folder", "--data.root", str(folder_of_images), "--log.checkpoint_every", "1000"]
     config = parse_config([*TINY, *data])[0]

@@ -12,6 +12,7 @@ from dcvae_fast.training.profile import busy_seconds
 TINY = ["--recipe", str(Path(__file__).parents[1] / "tiny.yaml")]
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_a_trace_and_a_table_of_two_steps_of_the_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """2 iterations a step: 10 until all is recorded, then 4 that are profiled."""
     assert main(["train", *TINY, "--run", str(tmp_path), "--train.images", "120", "--profile"]) == 0
@@ -27,6 +28,7 @@ def test_a_trace_and_a_table_of_two_steps_of_the_autoencoder(tmp_path: Path, cap
     assert (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.usefixtures("quick_ends")
 def test_too_short_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", *TINY, "--run", str(tmp_path), "--train.images", "16", "--profile"]) == 0
     assert "Nothing was profiled: that takes 14 iterations." in capsys.readouterr().out

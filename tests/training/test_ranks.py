@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dcvae_fast.cli import main
+from dcvae_fast.cli import parse_config
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.checkpoint import load_checkpoint
+from dcvae_fast.training.loop import train
 from dcvae_fast.training.step import TrainStep
 from ranks_worker import CASES, FIXED, advance, follow, record
 
@@ -168,7 +169,9 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path: Path):
         Image.effect_noise((32, 32), 50 + i).save(images / f"{i:02d}.png")
     (images / "21.png").write_bytes(b"damaged")
     damaged = ["--data.name", "folder", "--data.root", str(images), "--train.n_critic", "1"]
-    whole, broken = tiny(tmp_path / "run", 64), tiny(tmp_path / "broken", 800, *damaged)
+    # With the usual ε Adam would make whole steps of gradients that are nothing but rounding.
+    smooth = ["--optim.eps", "0.01"]
+    whole, broken = tiny(tmp_path / "run", 64, *smooth), tiny(tmp_path / "broken", 800, *damaged)
     (first, second), (one, other) = run_all([whole, broken])
     assert first[0] == second[0] == 0 and "On 360 held-out images" in first[1] and not second[1].strip()
 
@@ -176,7 +179,9 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path: Path):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000000000032.pt", "000000000064.pt"]
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert len(list((run / "grids").iterdir())) == 3
-    assert main(["train", *tiny(tmp_path / "alone", 64)]) == 0
+    # One process goes on with it.
+    for folder in (run, tmp_path / "alone"):
+        train(parse_config(tiny(folder, 80, *smooth)).config, folder)
     lines, expected = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, tmp_path / "alone")
@@ -184,16 +189,11 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path: Path):
     for line, mine in zip(lines, expected, strict=True):  # means over the ranks are those over the whole batch
         assert line.keys() == mine.keys()
         for name in line.keys() - {"images_per_second", "waiting_for_data"}:
-            assert line[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-5), name
-
-    # One process goes on with it.
-    for folder in (run, tmp_path / "alone"):
-        assert main(["train", *tiny(folder, 96)]) == 0
+            assert line[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-6), name
     mine, theirs = (load_checkpoint(folder) for folder in (run, tmp_path / "alone"))
     assert mine is not None and theirs is not None and mine["sources"] == theirs["sources"]
-    name = "encoder.trunk.linear.parametrizations.weight.original"
-    weights = (state["step"]["networks"][name] for state in (mine, theirs))
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    for name, value in theirs["step"]["networks"].items():
+        torch.testing.assert_close(mine["step"]["networks"][name], value, rtol=3e-5, atol=1e-6)
 
     assert one[0] == other[0] == 1
     said = [text for _, text in (one, other) if "dcvae: error:" in text]
@@ -222,7 +222,7 @@ def test_when_a_rank_is_stopped_or_dies_all_end_and_the_run_goes_on(tmp_path: Pa
     state = load_checkpoint(run)
     assert state is not None
     images = state["step"]["images"]
-    assert main(["train", *tiny(run, images + 8, "--train.engine", "torch")]) == 0
+    train(parse_config(tiny(run, images + 8, "--train.engine", "torch")).config, run)
     assert (run / "checkpoints" / f"{images + 8:012d}.pt").is_file()
 
 
