@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import outcomes
 import records
 import tables
+from targets import UNMEASURED
 
 FIRST_SECONDS = 470
 # Time limits in seconds. After its limit, a process is interrupted; after a further GRACE, it is killed.
@@ -43,7 +45,6 @@ PARTS = (*CHECKS, "tests", *BENCHMARKS)
 USUAL = ("tests", "info_nce", "spectral_norm", "pipelines")
 FIRST = (*CHECKS, "tests", "info_nce", "spectral_norm", "step")
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
-# The slowest tests are in the first folder. Processes compile on one core each.
 TEST_FOLDERS = ("training", "kernels", "pipelines", "models", "evaluation", "bench")
 WORKERS = 10
 NOT_PACKED = ("checkpoints", "tensorboard")
@@ -102,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.cpu_rehearsal and not has_gpu():
         print("torch sees no CUDA device; --cpu-rehearsal shows what would run", file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started ends, too
+        signal.signal(number, signal.default_int_handler)
     seconds = options.seconds or (FIRST_SECONDS if options.first else math.inf)
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or (Path(temporary) / "results" if options.cpu_rehearsal else records.COMMITTED)
@@ -109,10 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             run.everything(only)
         except KeyboardInterrupt:
-            run.summary.append("interrupted: the rest was not run")
-            run.failed = True
-        if options.out is not None or not options.cpu_rehearsal:
-            run.pack(options.out or DEFAULT_LOGS)
+            run.add(["interrupted: the rest was not run"], failed=True)
+        finally:
+            if options.out is not None or not options.cpu_rehearsal:
+                run.pack(options.out or DEFAULT_LOGS)
     print("\n" + "\n".join(run.summary), flush=True)
     return int(run.failed)
 
@@ -143,28 +146,33 @@ class Run:
 
     def everything(self, only: Sequence[str]) -> None:
         if "device" in only:  # alone, because it measures
-            self.report([self.start(smoke_job("device", ["device"], DEVICE_SECONDS))])
+            self.run(smoke_job("device", ["device"], DEVICE_SECONDS))
         side_by_side = smoke_jobs() if "smoke" in only else []
         side_by_side += train_jobs() if "train" in only else []
-        tests = [part for part in only if is_test(part)]
+        tests = [part for part in only if part not in PARTS]
         if "tests" in only or tests:
             side_by_side.append(self.tests_job(tests or None))
         if side_by_side:
             with ThreadPoolExecutor(len(side_by_side)) as pool:
                 try:
-                    self.report(list(pool.map(self.start, side_by_side)))
+                    list(pool.map(self.run, side_by_side))
                 except KeyboardInterrupt:
+                    STOPPING.set()
                     for process in list(RUNNING):
                         kill(process)
                     raise
         for name in (name for name in BENCHMARKS if name in only):
             self.benchmark(name)
 
+    def add(self, lines: list[str], failed: bool) -> None:
+        self.summary += lines
+        self.failed |= failed
+
     def remaining(self) -> float:
         return self.end - time.monotonic()
 
-    def start(self, job: Job) -> Ended:
-        """Run a job to its end or to its time limit."""
+    def run(self, job: Job) -> None:
+        """Run a job to its end or to its time limit, and add how it ended to the summary."""
         begin, log = time.monotonic(), self.logs / f"{job.name}.log"
         out = self.logs / job.name
         out.mkdir()
@@ -174,11 +182,12 @@ class Run:
             status = run_python(job.command, self.rehearsal, seconds, GRACE, environment, file)
         ended = Ended(job, status, time.monotonic() - begin, log)
         print(f"{job.name}: {ending(status)}, {ended.seconds:.0f} s", flush=True)
-        return ended
+        self.add(*(tests_lines if job.name == "tests" else check_lines)(ended))
 
     def tests_job(self, tests: list[str] | None) -> Job:
         folders = [f"tests/{name}" for name in TEST_FOLDERS]
         files = [str(path.relative_to(records.ROOT)) for path in sorted(records.ROOT.glob("tests/test_*.py"))]
+        # The slowest tests are in the first folder.
         command = ["-m", "pytest", *(tests or [*folders, *files]), "-m", "gpu", "-v", "--tb=short", "--no-header"]
         command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
         command += ["-p", "outcomes", f"--outcomes={self.logs / 'tests' / OUTCOMES}"]
@@ -188,22 +197,15 @@ class Run:
             command += ["--timeout", str(TEST_SECONDS)]
         return Job("tests", command, TESTS_SECONDS, {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"})
 
-    def report(self, jobs: list[Ended]) -> None:
-        for ended in jobs:
-            lines, failed = (tests_lines if ended.job.name == "tests" else check_lines)(ended)
-            self.summary += lines
-            self.failed |= failed
-
     def benchmark(self, name: str) -> None:
         seconds = math.inf if self.rehearsal else min(BENCHMARKS[name], self.remaining() - OVERTIME - GRACE)
         if seconds <= 0:
-            self.summary.append(f"{name}: no time left")
+            self.add([f"{name}: no time left"], failed=False)
             return
         path, status = run_benchmark(name, self.out, self.rehearsal, seconds=seconds, log=self.logs / f"{name}.log")
         print(f"{name}: {ending(status)}", flush=True)
-        self.failed |= status != 0
-        self.summary.append(f"{name}: {path}" if path else f"{name}: no result file")
-        self.summary += summarised(records.read(path)) if path else []
+        self.add([f"{name}: {ending(status)}, {path or 'no result file'}"], failed=status != 0)
+        self.add(summarised(records.read(path)) if path else [], failed=False)
 
     def pack(self, folder: Path) -> None:
         """Write the summary, the logs, and what jobs left in their folders, to `folder`/logs.tar.gz."""
@@ -220,7 +222,7 @@ def smoke_job(name: str, arguments: list[str], seconds: float, **environment: st
 
 
 def smoke_jobs() -> list[Job]:
-    """The ops; and training iterations in float32, eagerly and from graphs, and with all that makes them fast."""
+    """Jobs that check the ops, and training iterations: in float32, eager and as CUDA graphs, and as fast as can be."""
     return [
         smoke_job("ops", ["ops"], SMOKE_SECONDS),
         smoke_job("iterations", ["step", "none", "graphs"], SMOKE_SECONDS),
@@ -229,7 +231,7 @@ def smoke_jobs() -> list[Job]:
 
 
 def train_jobs() -> list[Job]:
-    """As on any GPU; and with what needs no compiler."""
+    """Jobs that train with the defaults for a GPU, and without torch.compile and CUDA graphs."""
     eager = ["--train.compile", "false", "--train.graphs", "false"]
     return [
         smoke_job("train", ["train"], TRAIN_SECONDS, TORCHINDUCTOR_COMPILE_THREADS="4"),
@@ -251,7 +253,7 @@ def check_lines(ended: Ended) -> tuple[list[str], bool]:
     result = [f"{name}: {len(passed)} passed, {len(failures)} failed, {stopped}{ended.seconds:.0f} s"]
     result += [line.removeprefix("ok").strip() for line in passed] if name == "device" else []
     if ended.status not in (0, None) and not failures:
-        failures = [f"FAILED  {name}: {lines[-1] if lines else f'exit status {ended.status}'}"]
+        failures = [f"FAILED  {name}: exit status {ended.status}, last line: {lines[-1] if lines else ''}"]
     return result + skipped + failures, bool(failures) or ended.status is None
 
 
@@ -276,7 +278,9 @@ def tests_lines(ended: Ended) -> tuple[list[str], bool]:
     total += f"; not collected: {', '.join(uncollected)}" if uncollected else ""
     total += "; stopped at the time limit, the rest not run" if ended.status is None else ""
     # pytest returns 1 for files that it could not collect, too, and 5 if there was no test.
-    return [total, *failed], bool(failed) or ended.status not in (0, 1, 5) or (ended.status == 1 and not tests)
+    broken = ended.status not in (0, 1, 5, None) or (ended.status == 1 and not tests)
+    total += f"; pytest's exit status {ended.status}, see its log" if broken else ""
+    return [total, *failed], bool(failed) or broken or ended.status is None
 
 
 def run_benchmark(
@@ -287,7 +291,8 @@ def run_benchmark(
     seconds: float | None = None,
     log: Path | None = None,
 ) -> tuple[Path | None, int | None]:
-    """Run bench/test_NAME.py: the file it wrote, None if none, and pytest's status, None if it had to be stopped.
+    """Run bench/test_NAME.py. Return the result file, or None if it wrote none, and pytest's exit status, or None if it
+    was stopped.
 
     Args:
         only: pytest's -k.
@@ -312,7 +317,7 @@ def run_python(
     environment: Mapping[str, str] = MappingProxyType({}),
     output: Any = None,
 ) -> int | None:
-    """Python's exit status, or None if it was interrupted after `seconds`, and killed if not gone `grace` later."""
+    """Run Python. Return its exit status, or None if it was interrupted after `seconds`; it is killed `grace` later."""
     paths = [str(records.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
     variables = {
         **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
@@ -331,6 +336,8 @@ def run_python(
         preexec_fn=_hear_interrupts,
     )
     RUNNING.add(process)
+    if STOPPING.is_set():
+        kill(process)
     try:
         return process.wait(None if seconds == math.inf else seconds)
     except subprocess.TimeoutExpired:
@@ -344,13 +351,14 @@ def run_python(
 
 
 RUNNING: set[subprocess.Popen] = set()
+STOPPING = threading.Event()  # no process may start any more
 
 
 def kill(process: subprocess.Popen) -> None:
-    """With its children, unless it has ended."""
-    if process.poll() is None:
+    """Kill a process and everything in its group, even if the process itself has ended."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def _hear_interrupts() -> None:
@@ -359,7 +367,7 @@ def _hear_interrupts() -> None:
 
 
 def summarised(document: dict[str, Any]) -> list[str]:
-    """A screenful: times, targets, and by name what has none."""
+    """Lines for one screen: times, targets, what failed of ours, and the names of cells without a time."""
     kind = tables.KINDS[document["benchmark"]]
     *headings, last = (heading.replace("`", "") for heading in kind.speeds)
     lines = [
@@ -374,7 +382,11 @@ def summarised(document: dict[str, Any]) -> list[str]:
     for target in document["targets"]:
         what, required, measured, verdict = tables.target_columns(target)
         lines.append(f"{verdict:>13}  {what}: {required}, measured {measured}")
-    for reason in ("no time left", "not run"):
+    for row in document["rows"]:
+        for cell in (cell for cell in row["cells"] if cell["peer"] == "ours"):
+            reasons = {cell["reason"], cell["graph_reason"]} - {None, *UNMEASURED}
+            lines += [f"FAILED  {row['name']}, ours, {cell['mode']}: {reason}" for reason in sorted(reasons)]
+    for reason in UNMEASURED:
         lines += [f"{reason}: {names}"] if (names := named(document, reason)) else []
     absent = [package for package, version in document["packages"].items() if version is None]
     lines += [f"not installed: {', '.join(absent)}"] if absent else []
@@ -382,7 +394,7 @@ def summarised(document: dict[str, Any]) -> list[str]:
 
 
 def named(document: dict[str, Any], reason: str) -> str:
-    """Rows, and in brackets the implementations, of which something was not measured for this reason."""
+    """Rows with cells that were not measured for this reason, each with its implementations in brackets."""
     rows = []
     for row in document["rows"]:
         cells = [cell for cell in row["cells"] if reason in (cell["reason"], cell["graph_reason"])]

@@ -5,6 +5,7 @@ by the same functions, after a warm-up that includes any compiling. Inputs stay 
 small ones are in the cache, for everybody. torch's settings are its defaults: no float32 product is rounded to tf32.
 """
 
+import contextlib
 import gc
 import math
 import re
@@ -133,7 +134,7 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
                 result = call()
     except Exception:
         # The generator still takes part in the capture that failed, and would refuse to draw. A complete one ends that.
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=DEVICE)
         raise
     return graph.replay, result

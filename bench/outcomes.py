@@ -1,7 +1,7 @@
 """A pytest plugin: `-p outcomes --outcomes FILE` writes each test's outcome to FILE as soon as it is known.
 
-A JUnit report is written when all tests have run, and so is lost if they are stopped. A line is a JSON object: test,
-outcome (passed, failed or skipped), seconds, and of what failed or was skipped the text. Imports no torch.
+A JUnit report is written when all tests have run, and is lost if they are stopped. Each line is a JSON object: test,
+outcome (passed, failed or skipped), seconds and, unless it passed, the text. Imports no torch.
 """
 
 import json
@@ -42,4 +42,6 @@ class Outcomes:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The outcomes in a file; none if it is missing. Leaves out a last line that is not complete."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

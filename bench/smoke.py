@@ -56,7 +56,7 @@ def device_checks(_: list[str]) -> Iterator[Check]:
 def is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -136,14 +136,17 @@ def train_checks(settings: list[str]) -> Iterator[Check]:
     def stopped() -> str:
         process = subprocess.Popen(train, cwd=out, stdout=sys.stderr)
         begin, metrics = time.monotonic(), run / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            if harness.ON_GPU and time.monotonic() > begin + TRAIN_SECONDS:
-                process.kill()
-                raise Failed(f"nothing was logged within {TRAIN_SECONDS} s")
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        if process.wait() != 128 + signal.SIGTERM:
-            raise Failed(f"training exited with {process.returncode} instead of {128 + signal.SIGTERM}")
+        try:
+            while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+                if harness.ON_GPU and time.monotonic() > begin + TRAIN_SECONDS:
+                    raise Failed(f"nothing was logged within {TRAIN_SECONDS} s")
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            if process.wait() != 128 + signal.SIGTERM:
+                raise Failed(f"training exited with {process.returncode} instead of {128 + signal.SIGTERM}")
+        finally:
+            process.kill()
+            process.wait()
         return f"{time.monotonic() - begin:.0f} s until the first log and a checkpoint"
 
     def call(*command: str) -> Callable[[], str]:

@@ -15,9 +15,10 @@ import pytest
 import harness
 import records
 from harness import MODES, Unavailable
+from targets import UNMEASURED
 
 TIMINGS = ("wall", "graph") if harness.ON_GPU else ("wall",)
-NOT_RUN = "not run"
+NO_TIME, NOT_RUN = UNMEASURED
 REHEARSING = records.REHEARSAL_VARIABLE in os.environ
 
 
@@ -101,7 +102,7 @@ def fill(
     reason_key = "graph_reason" if timing == "graph" else "reason"
     try:
         if out_of_time:
-            raise Unavailable("no time left")
+            raise Unavailable(NO_TIME)
         if timing == "graph" and cell["reason"]:
             raise Unavailable(cell["reason"])
         measured = measure(row.shrunk() if document["rehearsal"] else row, peer, mode, timing, benchmark)

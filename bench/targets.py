@@ -3,6 +3,8 @@
 from typing import Any
 
 MODE = "forward_backward"
+# Reasons of cells that another run may fill.
+UNMEASURED = ("no time left", "not run")
 
 
 def target(

@@ -65,7 +65,8 @@ def _obstacle_to_building() -> str | None:
     if compiler is None:
         obstacle = "it needs a C compiler: install gcc, or set CC to the path of one"
     else:
-        include = sysconfig.get_paths()["include"]
+        scheme = sysconfig.get_default_scheme()  # as Triton does: Debian's headers are where posix_prefix has them
+        include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
         command = [compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"]
         try:
             result = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True)
@@ -75,7 +76,10 @@ def _obstacle_to_building() -> str | None:
             if result.returncode == 0:
                 return None
             obstacle = f"{compiler} cannot compile against {include}/Python.h; install Python's headers (python3-dev)"
-    logging.getLogger(__name__).warning("Triton cannot be used, PyTorch's operations are used instead: %s.", obstacle)
+    message = (
+        "Triton's kernels cannot be launched: %s. Where the implementation is chosen automatically, PyTorch's is used."
+    )
+    logging.getLogger(__name__).warning(message, obstacle)
     return obstacle
 
 

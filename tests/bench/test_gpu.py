@@ -136,7 +136,7 @@ def test_one_screen_says_how_everything_went(rehearsal):
 
 
 @pytest.mark.multiprocess
-def test_everything_comes_back_in_six_files_at_most(rehearsal):
+def test_results_and_logs_are_few_files(rehearsal):
     assert len([path for path in rehearsal[0].rglob("*") if path.is_file()]) <= 6
     with tarfile.open(rehearsal[0] / "logs.tar.gz") as archive:
         names = {name.removeprefix("logs/") for name in archive.getnames()}
@@ -199,7 +199,11 @@ def test_summary_of_the_tests(tmp_path):
         ],
         True,
     )
-    assert lines(5)[1] is False and lines(1)[1] is True and lines(3, *good)[1] is True
+    assert lines(3, *good) == ([f"{total}; pytest's exit status 3, see its log"], True)
+    assert lines(5)[1] is False and lines(1)[1] is True
+    with (tmp_path / "tests" / gpu.OUTCOMES).open("a") as file:
+        file.write('{"test": "a.py::th')
+    assert gpu.outcomes.read(tmp_path / "tests" / gpu.OUTCOMES) == []
 
 
 def test_summary_of_checks(tmp_path):
@@ -213,7 +217,28 @@ def test_summary_of_checks(tmp_path):
     failed = "FAILED  b: ValueError: no"
     assert lines(1, f"ok      a: 1\n{failed}\n") == (["ops: 1 passed, 1 failed, 12 s", failed], True)
     assert lines(None, "ok      a: 1\n") == (["ops: 1 passed, 0 failed, stopped at its time limit, 12 s"], True)
-    assert lines(1, "Traceback\nImportError: x\n")[0][1] == "FAILED  ops: ImportError: x"
+    assert lines(1, "ImportError: x\n")[0][1] == "FAILED  ops: exit status 1, last line: ImportError: x"
+    assert lines(-11, "ok      a: 1\n")[0][1] == "FAILED  ops: exit status -11, last line: ok      a: 1"
+
+
+@pytest.mark.multiprocess
+def test_what_failed_of_ours_is_in_the_summary(document):
+    assert not [line for line in gpu.summarised(document) if line.startswith("FAILED")]
+    cell = next(cell for cell in document["rows"][0]["cells"] if cell["peer"] == "ours")
+    cell["reason"] = "its loss is 1, which should be 2"
+    (line,) = (line for line in gpu.summarised(document) if line.startswith("FAILED"))
+    assert line == "FAILED  dcvae, ours, forward: its loss is 1, which should be 2"
+
+
+@pytest.mark.multiprocess
+def test_children_of_what_is_stopped_end_too(tmp_path):
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    with (tmp_path / "log").open("w") as log:
+        assert gpu.run_python(["-c", code], rehearsal=True, seconds=5, grace=10, output=log) is None
+    child, until = Path(f"/proc/{int((tmp_path / 'log').read_text().split()[0])}/stat"), time.monotonic() + 60
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.multiprocess
@@ -242,19 +267,16 @@ def test_ctrl_c_ends_everything(tmp_path):
     """Also what runs in parallel, and the summary and the logs are there."""
     code = f"""
 import sys; sys.path.insert(0, {str(records.ROOT / "bench")!r}); import gpu
-sleep = ["-c", "import time; print('asleep', flush=True); time.sleep(600)"]
-gpu.smoke_jobs = lambda: [gpu.Job("a", sleep, 600), gpu.Job("b", sleep, 600)]
+sleep = "import os, pathlib, time; x = pathlib.Path({str(tmp_path)!r}) / '%s'; y = x.with_suffix('.new'); "
+sleep += "y.write_text(str(os.getpid())); y.rename(x); time.sleep(600)"
+gpu.smoke_jobs = lambda: [gpu.Job(name, ["-c", sleep % name], 600) for name in "ab"]
 sys.exit(gpu.main(["--cpu-rehearsal", "--out", {str(tmp_path)!r}, "--only", "smoke"]))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    children: list[str] = []
-    while len(children) < 2:
-        time.sleep(0.1)
+    while sum(file.exists() for file in (tmp_path / "a", tmp_path / "b")) < 2:
+        time.sleep(0.05)
         assert process.poll() is None
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for thread in Path(f"/proc/{process.pid}/task").iterdir():
-            children += (thread / "children").read_text().split()
-        children = sorted(set(children))
+    children = [file.read_text() for file in (tmp_path / "a", tmp_path / "b")]
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "interrupted: the rest was not run" in printed
@@ -262,11 +284,16 @@ sys.exit(gpu.main(["--cpu-rehearsal", "--out", {str(tmp_path)!r}, "--only", "smo
     assert (tmp_path / "logs.tar.gz").exists()
 
 
-def test_every_test_for_a_gpu_is_run(tmp_path):
-    command = gpu.Run(tmp_path / "logs", tmp_path, rehearsal=True, end=0).tests_job(None).command
-    paths = [records.ROOT / x for x in command if x.startswith("tests/")]
+def test_every_test_for_a_gpu_is_run(tmp_path, monkeypatch):
+    """The slowest folder first."""
+    jobs = []
+    monkeypatch.setattr(gpu.Run, "run", lambda self, job: jobs.append(job))
+    gpu.Run(tmp_path / "logs", tmp_path, rehearsal=True, end=0).everything(["device", "tests"])
+    device, tests = jobs
+    paths = [records.ROOT / x for x in tests.command if x.startswith("tests/")]
     covered = {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
     marked = {file for file in (records.ROOT / "tests").rglob("*.py") if "mark.gpu" in file.read_text()}
+    assert device.name == "device" and paths[0].name == "training"
     assert len(marked) > 5 and marked <= covered
 
 

@@ -119,6 +119,8 @@ def measured(times, peak=None):
                     "mode": mode,
                     "wall": wall and {"median_us": wall},
                     "graph": graph and {"median_us": graph},
+                    "reason": None,
+                    "graph_reason": None,
                     "peak_bytes": (peak or {}).get((row.name, peer)),
                 }
                 for mode in MODES
@@ -151,3 +153,11 @@ def test_targets_take_the_best_of_the_others():
     assert found["large", "times less extra memory than eager"] == (99.0, "eager", False)
     assert found["clip", "times faster than inf_cl"] == (2.9, "inf_cl", False)
     assert found["moco-fp32", "times faster than the fastest other"] == (None, None, None)
+
+
+@pytest.mark.parametrize("key", ["reason", "graph_reason"])
+@pytest.mark.parametrize("reason", ["no time left", "not run"])
+def test_nobody_is_the_fastest_while_somebody_is_not_measured(key, reason):
+    document = measured({("dcvae", "ours"): (20.0, 4.0), ("dcvae", "lightly"): (99.0, None)})
+    next(cell for cell in document["rows"][0]["cells"][::-1] if cell["peer"] == "inf_cl")[key] = reason
+    assert verdicts(document)["dcvae", "times faster than the fastest other"] == (None, "lightly", None)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcvae_kernels import choice, info_nce, spectral_norm
 
@@ -42,7 +43,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     for _ in range(2):
         assert choice.obstacle_to_triton(CUDA) == "it needs a C compiler: install gcc, or set CC to the path of one"
     (message,) = caplog.messages  # once
-    assert message.startswith("Triton cannot be used, PyTorch's operations are used instead: it needs a C compiler")
+    assert message.startswith("Triton's kernels cannot be launched: it needs a C compiler: install gcc")
 
 
 def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -57,15 +58,19 @@ def test_without_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert obstacle is not None and obstacle.endswith("Python.h; install Python's headers (python3-dev)")
 
 
-def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch):
-    """Where the tensors would be on a GPU."""
-    monkeypatch.setenv("CC", "/absent")
+def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     q = torch.randn(3, 4)
-    monkeypatch.setattr(info_nce_module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
-    assert info_nce_module._choose("auto", q, q) == "torch"
-    assert torch.isfinite(info_nce(q, q))
+    with FakeTensorMode():
+        on_gpu = torch.empty(3, 4, device="cuda")
+    monkeypatch.setattr(info_nce_module, "needs_definition", lambda *_: False)  # of tensors that are not only data
+    monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
+    assert info_nce_module._choose("auto", on_gpu, on_gpu) == "triton"
+    choice._obstacle_to_building.cache_clear()
+    monkeypatch.setenv("CC", "/absent")
+    assert info_nce_module._choose("auto", on_gpu, on_gpu) == "torch"
+    for module in (info_nce_module, spectral_norm_module):
+        monkeypatch.setattr(module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
     with pytest.raises(ValueError, match=r'impl="triton" cannot be used: the C compiler /absent cannot be run'):
         info_nce(q, q, impl="triton")
     with pytest.raises(ValueError, match=r'impl="triton" cannot be used for layer .* the C compiler /absent cannot'):
-        monkeypatch.setattr(spectral_norm_module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
         spectral_norm(nn.Sequential(nn.Linear(2, 2)), impl="triton")
