@@ -1,6 +1,6 @@
 """info_nce across the ranks of a group, against one process that has the whole batch, which each rank plays itself.
 
-Run as `test_info_nce_group.py RANK FILE`, this is one of three ranks.
+Run as `test_info_nce_group.py FILE`, this is three ranks, which meet at FILE.
 """
 
 import os
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from checks import leaves, randn
@@ -40,12 +41,9 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.multiprocess
 def test_like_one_process(tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")] for rank in range(WORLD)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+    command = [sys.executable, __file__, str(tmp_path / "rendezvous")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_what_is_no_group():
@@ -260,8 +258,8 @@ def of_all_ranks(on: Rank) -> None:
     of_one_rank(on)
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=WORLD)
+def main(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     two: Any = dist.new_group([0, 2])
     if two != dist.GroupMember.NON_GROUP_MEMBER:
         of_two_ranks(Rank(two))
@@ -270,3 +268,9 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     with pytest.raises(ValueError, match=r"group needs torch\.distributed to be initialized"):
         info_nce(randn(2, 3), randn(2, 3), group=everyone)
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # takes longer than all the rest, and forks need not do it again
+
+    start_processes(main, (sys.argv[1],), WORLD, start_method="fork")

@@ -1,10 +1,13 @@
-"""One of several processes that train together; run as `ranks_worker.py FOLDER ENGINES`.
+"""Processes that train together; run as `ranks_worker.py FOLDER TASK...`, such as `2:torch,1` for two ranks that train
+by torch and then by DeepSpeed's ZeRO stage 1.
 
 FOLDER holds what one process without DeepSpeed makes of the same images: see test_ranks.py.
 """
 
 import gc
 import hashlib
+import os
+import socket
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing import start_processes
 
 from dcvae_fast.config import (
     Config,
@@ -155,27 +159,43 @@ def collect_garbage_early() -> None:
     gc.freeze()  # all that has been imported, or it would take long
 
 
-def main(folder: Path, engines: list[str]) -> None:
+def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) -> None:
+    """What one of `count` ranks does; raises where it learns something else."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()})
     ranks = join()
     for name, config in CASES.items():
         if name == "growing":
             collect_garbage_early()
         states = torch.load(folder / f"{name}.pt", weights_only=True)
         for engine in engines:
-            train = replace(config.train, zero=None if engine == "torch" else int(engine))
-            step = TrainStep(replace(config, train=train), ranks=ranks)
+            settings = replace(config.train, zero=None if engine == "torch" else int(engine))
+            step = TrainStep(replace(config, train=settings), ranks=ranks)
             step.load_state_dict(states[0])
             half = deepcopy(follow(step, states, HALF))
             adopt(step, states[HALF])
             follow(step, states)
             if engine == engines[-1]:  # one process goes on with what several did, and they with what it did
                 if ranks.first:
-                    torch.save(half, folder / f"{name}-of-{ranks.count}.pt")
-                step = TrainStep(replace(config, train=train), ranks=ranks)
+                    torch.save(half, folder / f"{name}-of-{count}.pt")
+                step = TrainStep(replace(config, train=settings), ranks=ranks)
                 step.load_state_dict(states[HALF])
                 follow(step, states)
     leave(0)
 
 
+def main(folder: Path, tasks: list[str]) -> None:
+    """Each task is a number of ranks and their engines. Ranks are forks, as these imports take longer than training."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+
+    for task in tasks:
+        count, engines = task.split(":")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start_processes(train, (int(count), port, folder, engines.split(",")), int(count), start_method="fork")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2].split(","))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -85,13 +85,27 @@ def test_growth_begins_anew_what_it_has_to_and_leaves_the_rest():
     assert contrast.layers == ("low", "final") and contrast.queue.keys.shape[0] == 2
 
 
-@pytest.mark.parametrize("stop", [3, 6, 8, 9, 14, 17])
-def test_a_step_goes_on_from_its_state_at_any_point_of_growth(stop: int):
-    whole, first = TrainStep(CONFIG), TrainStep(CONFIG)
-    expected = advance(whole, 20)
-    advance(first, stop)
+STOPS = [3, 6, 8, 9, 14, 17]
+
+
+@pytest.fixture(scope="module")
+def stopped() -> tuple[dict[int, dict], list[dict[str, float]], TrainStep]:
+    """States on the way, and what a training that never stops makes of 20 iterations."""
+    step, states = TrainStep(CONFIG), {}
+    for stop in STOPS:
+        advance(step, stop - step.iterations)
+        states[stop] = deepcopy(step.state_dict())
+    whole = TrainStep(CONFIG)
+    return states, advance(whole, 20), whole
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_step_goes_on_from_its_state_at_any_point_of_growth(
+    stop: int, stopped: tuple[dict[int, dict], list[dict[str, float]], TrainStep]
+):
+    states, expected, whole = stopped
     second = TrainStep(CONFIG)
-    second.load_state_dict(deepcopy(first.state_dict()))
+    second.load_state_dict(deepcopy(states[stop]))
     assert advance(second, 20 - stop) == expected[stop:]
     for mine, theirs in zip(second.networks.state_dict().values(), whole.networks.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
