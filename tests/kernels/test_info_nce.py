@@ -97,6 +97,18 @@ def test_in_batch_and_symmetric(on: Implementation, b: int, temperature: float):
     torch.testing.assert_close(torch.autograd.grad(loss, (q, k)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_keys_in_the_batch(on: Implementation, dtype: torch.dtype):
+    """Gradients of queries and keys against fp64."""
+    b, d = (70, 128) if on.interpreted else (4096, 128) if on.device == "cuda" else (512, 128)
+    q, k = leaves(on.randn(b, d, dtype=dtype), on.randn(b, d, seed=1, dtype=dtype))
+    exact_q, exact_k = leaves(q, k, dtype=torch.float64)
+    logits = F.normalize(exact_q, dim=1) @ F.normalize(exact_k, dim=1).T / 0.07
+    expected = torch.autograd.grad(F.cross_entropy(logits, torch.arange(b)), (exact_q, exact_k))
+    for x, y in zip(torch.autograd.grad(on.info_nce(q, k), (q, k)), expected, strict=True):
+        assert (x.double() - y).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.norm()
+
+
 def test_simclr(on: Implementation):
     """NT-Xent of two views of each image, as the README writes it."""
     a, b = on.randn(5, 8), on.randn(5, 8, seed=1)

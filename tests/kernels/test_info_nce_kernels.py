@@ -139,10 +139,13 @@ FORMS: dict[str, dict[str, Any]] = {"queue": {}, "in-batch": {}, "symmetric": {"
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bitwise_the_same_every_time(on: Implementation, form: str):
-    b, k, runs = (20, 70, 2) if on.interpreted else (129, 4000, 50)
-    q, keys = on.randn(2, b, 16), on.randn(2, b, 16, seed=1)
-    queue = on.randn(2, k, 16, seed=2) if form == "queue" else None
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 16), (torch.bfloat16, 128)])
+def test_bitwise_the_same_every_time(on: Implementation, form: str, dtype: torch.dtype, d: int):
+    b, k, runs = (20, 70, 2) if on.interpreted else (129, 4000, 5)
+    if on.device == "cuda":
+        b, runs = 129 if form == "queue" else 2049, 50
+    q, keys = on.randn(2, b, d, dtype=dtype), on.randn(2, b, d, seed=1, dtype=dtype)
+    queue = on.randn(2, k, d, seed=2, dtype=dtype) if form == "queue" else None
     first = everything(on, q, keys, queue, **FORMS[form])
     for _ in range(runs - 1):
         assert all(map(torch.equal, first, everything(on, q, keys, queue, **FORMS[form])))
