@@ -12,6 +12,7 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,8 @@ def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) ->
 def main(folder: Path, tasks: list[str]) -> None:
     """Each task is a number of ranks and their engines. Ranks are forks, as these imports take longer than training."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
-
+    for name in ("deepspeed", "torch._inductor.compile_fx"):  # making an engine or an optimizer would import the latter
+        import_module(name)
     for task in tasks:
         count, engines = task.split(":")
         with socket.socket() as free:
