@@ -6,7 +6,6 @@ Run as `test_info_nce_group.py FILE`, this is three ranks, which meet at FILE.
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -272,5 +271,4 @@ def main(rank: int, file: str) -> None:
 
 
 if __name__ == "__main__":
-    import_module("torch._dynamo")  # takes longer than all the rest, and forks need not do it again
-    start_processes(main, (sys.argv[1],), WORLD, start_method="fork")
+    start_processes(main, (sys.argv[1],), WORLD, start_method="spawn")

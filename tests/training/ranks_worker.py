@@ -12,7 +12,6 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,7 @@ def collect_garbage_early() -> None:
 def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) -> None:
     """What one of `count` ranks does; raises where it learns something else."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
+    os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()})
     ranks = join()
     for name, config in CASES.items():
@@ -186,16 +186,13 @@ def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) ->
 
 
 def main(folder: Path, tasks: list[str]) -> None:
-    """Each task is a number of ranks and their engines. Ranks are forks, as these imports take longer than training."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    for name in ("deepspeed", "torch._inductor.compile_fx"):  # making an engine or an optimizer would import the latter
-        import_module(name)
+    """Each task is a number of ranks and their engines."""
     for task in tasks:
         count, engines = task.split(":")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        start_processes(train, (int(count), port, folder, engines.split(",")), int(count), start_method="fork")
+        start_processes(train, (int(count), port, folder, engines.split(",")), int(count), start_method="spawn")
 
 
 if __name__ == "__main__":
