@@ -244,7 +244,10 @@ def ending(status: int | None) -> str:
 
 
 def check_lines(ended: Ended) -> tuple[list[str], bool]:
-    """What bench/smoke.py found, and whether a check failed: everything about the device, elsewhere the failures."""
+    """Return the summary lines of a bench/smoke.py job, and whether a check failed.
+
+    For the device, all results are listed; for other jobs, only totals, skipped checks and failures.
+    """
     lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()
     passed = [line for line in lines if line.startswith("ok ")]
     failures = [line for line in lines if line.startswith("FAILED ")]
@@ -258,9 +261,9 @@ def check_lines(ended: Ended) -> tuple[list[str], bool]:
 
 
 def tests_lines(ended: Ended) -> tuple[list[str], bool]:
-    """How the tests went, and whether one failed: a line of totals, and a line for each failure.
+    """Return the summary lines of the tests (totals, then one line per failure), and whether a test failed.
 
-    A file that cannot be collected because a package is missing is not a failure, but is named with the package.
+    A file that cannot be collected because a package is missing does not count as a failure; it is listed with the package.
     """
     count, failed, uncollected = Counter(), [], []
     tests = outcomes.read(ended.log.parent / ended.job.name / OUTCOMES)

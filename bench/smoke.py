@@ -36,7 +36,7 @@ TRAIN_SECONDS = 90  # until training has logged for the first time: it compiles 
 
 
 class Failed(Exception):
-    """What a check found, in one sentence."""
+    """Raised by a check that fails; the message is one sentence."""
 
 
 # Each check yields (name, function that returns what to print).

@@ -40,8 +40,7 @@ def torchvision_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run does at its end takes longer than a short run: here its probe learns little, and no pictures are
-    made."""
+    """Shorten the end of a run: train the linear probe for 20 steps only, and write no grids."""
     from dcvae_fast.evaluation import probe
     from dcvae_fast.training import loop
 

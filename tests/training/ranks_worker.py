@@ -160,7 +160,7 @@ def collect_garbage_early() -> None:
 
 
 def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) -> None:
-    """What one of `count` ranks does; raises where it learns something else."""
+    """Train as one of `count` ranks. Raises AssertionError where the state differs from the recorded one."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()})

@@ -174,7 +174,7 @@ def whole_and_broken(tmp_path: Path) -> list[list[str]]:
 
 
 class Launched(NamedTuple):
-    """What two ranks did, started once: a list for each launch, of each rank's exit code and what it printed."""
+    """Results of runs on two ranks that share one start. Each run has, per rank, the exit code and the output."""
 
     mistakes: list[tuple[list, str]]
     of_mistakes: list[list[tuple[int, str]]]
@@ -208,7 +208,7 @@ def test_a_run_of_two_ranks_is_one_run(launched: Launched):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000000000032.pt", "000000000064.pt"]
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert len(list((run / "grids").iterdir())) == 3
-    # One process goes on with it.
+    # A single process continues the run.
     for folder in (run, alone):
         train(parse_config(tiny(folder, 80, *SMOOTH)).config, folder)
     lines, expected = (
