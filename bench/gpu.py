@@ -263,7 +263,7 @@ def check_lines(ended: Ended) -> tuple[list[str], bool]:
 def tests_lines(ended: Ended) -> tuple[list[str], bool]:
     """Return the summary lines of the tests (totals, then one line per failure), and whether a test failed.
 
-    A file that cannot be collected because a package is missing does not count as a failure; it is listed with the package.
+    A file that cannot be collected because a package is missing is listed with the package, not as a failure.
     """
     count, failed, uncollected = Counter(), [], []
     tests = outcomes.read(ended.log.parent / ended.job.name / OUTCOMES)

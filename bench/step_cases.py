@@ -210,6 +210,6 @@ def errors(row: Row, found: dict[str, torch.Tensor]) -> dict[str, float]:
     if expected is None:
         return {}
     error = abs(loss - expected) / max(1.0, abs(expected))
-    if error > TOLERANCE:
+    if not error <= TOLERANCE:  # `not` catches NaN
         raise Unavailable(f"its first loss is {loss:.5g}, and the baseline's {expected:.5g}")
     return {"loss_error": float(f"{error:.3g}")}

@@ -30,6 +30,11 @@ def floors_of(document: dict[str, Any], row: str, mode: str = MODE) -> dict[str,
     return next(r["floors"][mode] for r in document["rows"] if r["name"] == row)
 
 
+def measured(cell: dict[str, Any]) -> bool:
+    """Whether the cell holds a time or a lasting reason for not having one, called from Python and replayed."""
+    return cell["reason"] not in UNMEASURED and cell["graph_reason"] not in UNMEASURED
+
+
 def median(cell: dict[str, Any], how: str) -> float | None:
     """A cell's median in µs; `how` is "wall", called from Python, or "graph", replayed."""
     return cell[how] and cell[how]["median_us"]

@@ -45,13 +45,16 @@ def test_iterations_are_fully_faded_in_and_cost_what_the_plan_says():
     assert found["baseline"] / 1e12 == pytest.approx(2.0, abs=0.01)  # the authors'
 
 
-def test_wrong_losses_are_not_timed():
+def test_wrong_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     cifar, faces = SMALL
     good = {"loss/discriminator": torch.tensor(expected_loss(faces))}
     assert errors(faces, good) == {"loss_error": 0.0}
     with pytest.raises(Unavailable, match="its first loss is"):
         errors(faces, {"loss/discriminator": good["loss/discriminator"] + 0.1})
     assert errors(cifar, good) == {}
+    monkeypatch.setattr(step_cases, "expected_loss", lambda row: float("nan"))
+    with pytest.raises(Unavailable, match="its first loss is"):
+        errors(faces, good)
     with pytest.raises(Unavailable, match="its loss is nan"):
         errors(cifar, {"loss/discriminator": torch.tensor(float("nan"))})
 
