@@ -107,8 +107,8 @@ def step_checks(switches: list[str]) -> Iterator[Check]:
                 iterate = step_cases.switched(row, switch)
                 found = step_cases.errors(row, iterate())
                 step_cases.warm_up(row, iterate)
-                losses = [iterate() for _ in range(2 * row.period)]
-                last = {name: value.item() for metrics in losses for name, value in metrics.items()}
+                metrics = [iterate() for _ in range(2 * row.period)]
+                last = {name: value.item() for iteration in metrics for name, value in iteration.items()}
                 if not all(map(math.isfinite, last.values())):
                     raise Failed(f"a metric is not finite: {last}")
                 seconds = time.perf_counter() - begin
