@@ -16,27 +16,24 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import outcomes
 import records
 import tables
+from jobs import GRACE, Ended, Job, run_jobs
 from targets import UNMEASURED
 
 FIRST_SECONDS = 470
-# Time limits in seconds. After its limit, a process is interrupted; after a further GRACE, it is killed.
-DEVICE_SECONDS, SMOKE_SECONDS, TRAIN_SECONDS, TESTS_SECONDS, TEST_SECONDS, GRACE = 40, 150, 170, 180, 120, 10
+# Time limits in seconds.
+DEVICE_SECONDS, SMOKE_SECONDS, TRAIN_SECONDS, TESTS_SECONDS, TEST_SECONDS = 40, 150, 170, 180, 120
 # After its limit, a benchmark starts no further measurement, and has OVERTIME to finish the last one.
 BENCHMARKS = {"info_nce": 90, "spectral_norm": 40, "step": 420, "switches": 420, "pipelines": 50}
 OVERTIME = 20
@@ -45,35 +42,15 @@ PARTS = (*CHECKS, "tests", *BENCHMARKS)
 USUAL = ("tests", "info_nce", "spectral_norm", "pipelines")
 FIRST = (*CHECKS, "tests", "info_nce", "spectral_norm", "step")
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
+# The slowest first.
 TEST_FOLDERS = ("training", "kernels", "pipelines", "models", "evaluation", "bench")
+TEST_FILES = sorted(path.name for path in (records.ROOT / "tests").glob("test_*.py"))
+ALL_TESTS = [f"tests/{name}" for name in (*TEST_FOLDERS, *TEST_FILES)]
 WORKERS = 10
 NOT_PACKED = ("checkpoints", "tensorboard")
 DEFAULT_LOGS = records.ROOT / "build" / "gpu"
 OUTCOMES = "outcomes.jsonl"
-
-
-class Job(NamedTuple):
-    """A process: a Python command, its time limit in seconds, and additional environment variables.
-
-    The name is also that of its log and of its folder, which the process knows as $OUT.
-    """
-
-    name: str
-    command: list[str]
-    seconds: float
-    environment: Mapping[str, str] = MappingProxyType({})
-
-
-class Ended(NamedTuple):
-    """How a job ended.
-
-    status: its exit status; None if it was stopped at its time limit.
-    """
-
-    job: Job
-    status: int | None
-    seconds: float
-    log: Path
+REHEARSAL = {"CUDA_VISIBLE_DEVICES": "", records.REHEARSAL_VARIABLE: "1"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,14 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.cpu_rehearsal and not has_gpu():
         print("torch sees no CUDA device; --cpu-rehearsal shows what would run", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started ends, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C, kill all jobs and pack the logs
         signal.signal(number, signal.default_int_handler)
     seconds = options.seconds or (FIRST_SECONDS if options.first else math.inf)
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or (Path(temporary) / "results" if options.cpu_rehearsal else records.COMMITTED)
         run = Run(Path(temporary) / "logs", out, options.cpu_rehearsal, time.monotonic() + seconds)
         try:
-            run.everything(only)
+            run.run(only)
         except KeyboardInterrupt:
             run.add(["interrupted: the rest was not run"], failed=True)
         finally:
@@ -139,72 +116,56 @@ class Run:
     """
 
     def __init__(self, logs: Path, out: Path, rehearsal: bool, end: float):
+        """
+        Args:
+            logs: new folder for <job>.log, and for a folder of each job, which it knows as $OUT
+            end: when to have finished, in seconds of time.monotonic()
+        """
         self.logs, self.out, self.rehearsal, self.end = logs, out, rehearsal, end
         self.summary: list[str] = []
         self.failed = False
         logs.mkdir(parents=True)
 
-    def everything(self, only: Sequence[str]) -> None:
+    def run(self, only: Sequence[str]) -> None:
         if "device" in only:  # alone, because it measures
-            self.run(smoke_job("device", ["device"], DEVICE_SECONDS))
-        side_by_side = smoke_jobs() if "smoke" in only else []
-        side_by_side += train_jobs() if "train" in only else []
+            self.run_checks([smoke_job("device", ["device"], DEVICE_SECONDS)])
+        jobs = [*(smoke_jobs() if "smoke" in only else []), *(train_jobs() if "train" in only else [])]
         tests = [part for part in only if part not in PARTS]
         if "tests" in only or tests:
-            side_by_side.append(self.tests_job(tests or None))
-        if side_by_side:
-            with ThreadPoolExecutor(len(side_by_side)) as pool:
-                try:
-                    list(pool.map(self.run, side_by_side))
-                except KeyboardInterrupt:
-                    STOPPING.set()
-                    for process in list(RUNNING):
-                        kill(process)
-                    raise
+            jobs.append(tests_job(tests or ALL_TESTS, self.logs / "tests" / OUTCOMES))
+        self.run_checks(jobs)
         for name in (name for name in BENCHMARKS if name in only):
-            self.benchmark(name)
+            self.run_benchmark(name)
 
     def add(self, lines: list[str], failed: bool) -> None:
         self.summary += lines
         self.failed |= failed
 
-    def remaining(self) -> float:
-        return self.end - time.monotonic()
+    def limit(self, seconds: float, reserve: float) -> float:
+        """The time limit of a part that would take `seconds`, and leaves `reserve` of the time for everything."""
+        return math.inf if self.rehearsal else min(seconds, self.end - time.monotonic() - reserve)
 
-    def run(self, job: Job) -> None:
-        """Run a job to its end or to its time limit, and add how it ended to the summary."""
-        begin, log = time.monotonic(), self.logs / f"{job.name}.log"
-        out = self.logs / job.name
-        out.mkdir()
-        environment = {**job.environment, "OUT": str(out)}
-        seconds = math.inf if self.rehearsal else max(1.0, min(job.seconds, self.remaining() - GRACE))
-        with log.open("w", encoding="utf-8") as file:
-            status = run_python(job.command, self.rehearsal, seconds, GRACE, environment, file)
-        ended = Ended(job, status, time.monotonic() - begin, log)
-        print(f"{job.name}: {ending(status)}, {ended.seconds:.0f} s", flush=True)
-        self.add(*(tests_lines if job.name == "tests" else check_lines)(ended))
+    def run_checks(self, jobs: Sequence[Job]) -> None:
+        prepared = []
+        for job in jobs:
+            folder = self.logs / job.name
+            folder.mkdir()
+            environment = {**job.environment, "OUT": str(folder), **(REHEARSAL if self.rehearsal else {})}
+            seconds = max(1.0, self.limit(job.seconds, GRACE))
+            prepared.append(job._replace(log=folder.with_suffix(".log"), environment=environment, seconds=seconds))
+        with contextlib.closing(run_jobs(prepared)) as ended_jobs:
+            for ended in ended_jobs:
+                print(ended, flush=True)
+                self.add(*(tests_lines if ended.job.name == "tests" else check_lines)(ended))
 
-    def tests_job(self, tests: list[str] | None) -> Job:
-        folders = [f"tests/{name}" for name in TEST_FOLDERS]
-        files = [str(path.relative_to(records.ROOT)) for path in sorted(records.ROOT.glob("tests/test_*.py"))]
-        # The slowest tests are in the first folder.
-        command = ["-m", "pytest", *(tests or [*folders, *files]), "-m", "gpu", "-v", "--tb=short", "--no-header"]
-        command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
-        command += ["-p", "outcomes", f"--outcomes={self.logs / 'tests' / OUTCOMES}"]
-        if importlib.util.find_spec("xdist") is not None:
-            command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
-        if importlib.util.find_spec("pytest_timeout") is not None:
-            command += ["--timeout", str(TEST_SECONDS)]
-        return Job("tests", command, TESTS_SECONDS, {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"})
-
-    def benchmark(self, name: str) -> None:
-        seconds = math.inf if self.rehearsal else min(BENCHMARKS[name], self.remaining() - OVERTIME - GRACE)
+    def run_benchmark(self, name: str) -> None:
+        seconds = self.limit(BENCHMARKS[name], OVERTIME + GRACE)
         if seconds <= 0:
             self.add([f"{name}: no time left"], failed=False)
             return
-        path, status = run_benchmark(name, self.out, self.rehearsal, seconds=seconds, log=self.logs / f"{name}.log")
-        print(f"{name}: {ending(status)}", flush=True)
-        self.add([f"{name}: {ending(status)}, {path or 'no result file'}"], failed=status != 0)
+        path, ended = run_benchmark(name, self.out, self.rehearsal, seconds=seconds, log=self.logs / f"{name}.log")
+        print(ended, flush=True)
+        self.add([f"{ended}, {path or 'no result file'}"], failed=ended.status != 0)
         self.add(summarised(records.read(path)) if path else [], failed=False)
 
     def pack(self, folder: Path) -> None:
@@ -218,7 +179,7 @@ class Run:
 
 
 def smoke_job(name: str, arguments: list[str], seconds: float, **environment: str) -> Job:
-    return Job(name, ["bench/smoke.py", *arguments], seconds, environment)
+    return Job(name, ["bench/smoke.py", *arguments], seconds, environment=environment)
 
 
 def smoke_jobs() -> list[Job]:
@@ -239,8 +200,16 @@ def train_jobs() -> list[Job]:
     ]
 
 
-def ending(status: int | None) -> str:
-    return "stopped at its time limit" if status is None else f"exit status {status}"
+def tests_job(tests: Sequence[str], outcomes_file: Path) -> Job:
+    """The tests among these that are marked gpu, in parallel where pytest-xdist is installed."""
+    command = ["-m", "pytest", *tests, "-m", "gpu", "-v", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "-p", "outcomes", f"--outcomes={outcomes_file}"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command += ["--timeout", str(TEST_SECONDS)]
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    return Job("tests", command, TESTS_SECONDS, environment=environment)
 
 
 def check_lines(ended: Ended) -> tuple[list[str], bool]:
@@ -248,7 +217,8 @@ def check_lines(ended: Ended) -> tuple[list[str], bool]:
 
     For the device, all results are listed; for other jobs, only totals, skipped checks and failures.
     """
-    lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    assert ended.job.log is not None
+    lines = ended.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
     passed = [line for line in lines if line.startswith("ok ")]
     failures = [line for line in lines if line.startswith("FAILED ")]
     skipped = [line for line in lines if line.startswith("skipped ")]
@@ -266,7 +236,7 @@ def tests_lines(ended: Ended) -> tuple[list[str], bool]:
     A file that cannot be collected because a package is missing is listed with the package, not as a failure.
     """
     count, failed, uncollected = Counter(), [], []
-    tests = outcomes.read(ended.log.parent / ended.job.name / OUTCOMES)
+    tests = outcomes.read(Path(ended.job.environment["OUT"]) / OUTCOMES)
     for test in tests:
         text = test.get("text", "")
         absent = re.search(r"ModuleNotFoundError: No module named '((?!dcvae_)[\w.]+)'", text)
@@ -293,9 +263,8 @@ def run_benchmark(
     only: str | None = None,
     seconds: float | None = None,
     log: Path | None = None,
-) -> tuple[Path | None, int | None]:
-    """Run bench/test_NAME.py. Return the result file, or None if it wrote none, and pytest's exit status, or None if it
-    was stopped.
+) -> tuple[Path | None, Ended]:
+    """Run bench/test_NAME.py. Return the result file, None if it wrote none, and how pytest ended.
 
     Args:
         only: pytest's -k.
@@ -306,67 +275,9 @@ def run_benchmark(
     before = {path: path.stat().st_mtime_ns for path in out.glob(f"*/{name}.json")}
     command = ["-m", "pytest", f"bench/test_{name}.py", "-q", "-s", "--benchmark-quiet", f"--results={out.resolve()}"]
     command += ["-p", "no:cacheprovider", f"--deadline={seconds}"] + (["-k", only] if only else [])
-    with open(log or os.devnull, "w", encoding="utf-8") as file:
-        status = run_python(command, rehearsal, seconds + OVERTIME, GRACE, output=file if log else None)
+    (ended,) = run_jobs([Job(name, command, seconds + OVERTIME, log, REHEARSAL if rehearsal else {})])
     written = [path for path in out.glob(f"*/{name}.json") if path.stat().st_mtime_ns != before.get(path)]
-    return (written[0] if written else None), status
-
-
-def run_python(
-    arguments: list[str],
-    rehearsal: bool,
-    seconds: float,
-    grace: float,
-    environment: Mapping[str, str] = MappingProxyType({}),
-    output: Any = None,
-) -> int | None:
-    """Run Python. Return its exit status, or None if it was interrupted after `seconds`; it is killed `grace` later."""
-    paths = [str(records.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
-    variables = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
-        "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONUNBUFFERED": "1",
-        **({"CUDA_VISIBLE_DEVICES": "", records.REHEARSAL_VARIABLE: "1"} if rehearsal else {}),
-        **environment,
-    }
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=records.ROOT,
-        env=variables,
-        stdout=output,
-        stderr=output and subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_hear_interrupts,
-    )
-    RUNNING.add(process)
-    if STOPPING.is_set():
-        kill(process)
-    try:
-        return process.wait(None if seconds == math.inf else seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then reports what it has
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-        return None
-    finally:
-        kill(process)
-        RUNNING.discard(process)
-
-
-RUNNING: set[subprocess.Popen] = set()
-STOPPING = threading.Event()  # no process may start any more
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill a process and everything in its group, even if the process itself has ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _hear_interrupts() -> None:
-    """A shell lets its background processes ignore SIGINT, and their children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return (written[0] if written else None), ended
 
 
 def summarised(document: dict[str, Any]) -> list[str]:

@@ -90,14 +90,14 @@ def test_fresh_run(tmp_path, monkeypatch, capfd):
     run = gpu.run_benchmark
 
     def run_and_commit(name, out, *arguments, **options):
-        path, status = run(name, out, *arguments, **options)
+        path, ended = run(name, out, *arguments, **options)
         assert path is not None
         document = records.read(path)
         for cell in (cell for row in document["rows"] for cell in row["cells"] if cell["wall"]):
             assert cell["peer"] == "ours"
             cell["wall"]["median_us"] *= 1000
         records.write(tmp_path / "cpu" / path.name, document)
-        return path, status
+        return path, ended
 
     monkeypatch.setattr(gpu, "BENCHMARKS", {"spectral_norm": 1000})  # one is enough
     monkeypatch.setattr(gpu, "run_benchmark", run_and_commit)

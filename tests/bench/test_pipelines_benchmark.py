@@ -47,9 +47,9 @@ def rehearsal(folder, tmp_path_factory):
     """The result of bench/test_pipelines.py, run small, and pytest's status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
-        path, status = gpu.run_benchmark("pipelines", tmp_path_factory.mktemp("results"), rehearsal=True)
+        path, ended = gpu.run_benchmark("pipelines", tmp_path_factory.mktemp("results"), rehearsal=True)
     assert path is not None
-    return records.read(path), status
+    return records.read(path), ended.status
 
 
 @pytest.mark.multiprocess

@@ -58,7 +58,7 @@ def test_without_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert obstacle is not None and obstacle.endswith("Python.h; install Python's headers (python3-dev)")
 
 
-def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     q = torch.randn(3, 4)
     with FakeTensorMode():
         on_gpu = torch.empty(3, 4, device="cuda")
@@ -67,7 +67,8 @@ def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert info_nce_module._choose("auto", on_gpu, on_gpu) == "triton"
     choice._obstacle_to_building.cache_clear()
     monkeypatch.setenv("CC", "/absent")
-    assert info_nce_module._choose("auto", on_gpu, on_gpu) == "torch"
+    assert info_nce_module._choose("torch", on_gpu, on_gpu) == "torch" and not caplog.messages
+    assert info_nce_module._choose("auto", on_gpu, on_gpu) == "torch" and caplog.messages
     for module in (info_nce_module, spectral_norm_module):
         monkeypatch.setattr(module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
     with pytest.raises(ValueError, match=r'impl="triton" cannot be used: the C compiler /absent cannot be run'):

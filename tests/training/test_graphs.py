@@ -1,16 +1,19 @@
 """Iterations from graphs are those that run eagerly; here with a stand-in for CUDA graphs, and with these on a GPU."""
 
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.training.graphs import PATIENCE, WARM_UPS, Graphs, uses_graphs
+from dcvae_fast.training.graphs import PATIENCE, WARM_UPS, CudaRecorder, Graphs, uses_graphs
 from dcvae_fast.training.ranks import Ranks
 from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
@@ -218,6 +221,19 @@ def test_a_state_that_is_loaded_is_gone_on_from():
         assert_equal(found, expected)
     assert_equal(dict(ours.networks.state_dict()), dict(eager.networks.state_dict()))
     assert len(recorders) == 2
+
+
+def test_garbage_is_collected_before_a_capture(monkeypatch: pytest.MonkeyPatch):
+    """Autograd graphs of earlier iterations may lie in reference cycles."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    cycle = nn.Module()
+    cycle.__dict__["itself"], alive = cycle, weakref.ref(cycle)
+    del cycle
+    assert CudaRecorder(torch.device("cuda"))(alive)[0] is None
 
 
 def test_a_plan_is_made_of_runs_with_graphs_too():
