@@ -1,12 +1,13 @@
-"""Everything that needs a GPU: its tests, the benchmarks, and a summary of both on one screen.
+"""Run the tests and benchmarks that need a GPU, and print a summary that fits on one screen.
 
-`--first` is for a machine on which the project has never run: it also checks the device, runs each op and each kind of
-training iteration once, and trains, stops, resumes and samples; all within 470 seconds. No failure stops what follows.
+With `--first`, for a machine on which the project has never run, also check the device, run each op and each kind of
+training iteration once, and train, stop, resume and sample, all within 470 seconds. A failing part does not stop later
+parts.
 
-Works from a plain checkout: Python 3.11, torch, Triton, pytest and pytest-benchmark are enough, nothing is installed or
-fetched, and what needs other packages is skipped and named. Tests run in parallel where pytest-xdist is installed.
-Results go to OUT/<device>/<benchmark>.json; the logs, the tests' outcomes and the pictures to OUT/logs.tar.gz.
-Exits with 1 if a check, a test, or a benchmark of ours fails; a missed target is only reported.
+Needs only a checkout, Python 3.11, torch, Triton, pytest and pytest-benchmark. Installs and downloads nothing. Skips
+whatever needs other packages, and names it. Runs tests in parallel if pytest-xdist is installed. Writes results to
+OUT/<device>/<benchmark>.json, and logs, test outcomes and pictures to OUT/logs.tar.gz. Exits with 1 if a check, a test
+or one of our benchmarks fails; missed targets are only reported.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from targets import UNMEASURED
 FIRST_SECONDS = 470
 # Time limits in seconds.
 DEVICE_SECONDS, SMOKE_SECONDS, TRAIN_SECONDS, TESTS_SECONDS, TEST_SECONDS = 40, 150, 170, 180, 120
-# After its limit, a benchmark starts no further measurement, and has OVERTIME to finish the last one.
+# A benchmark that reaches its limit starts no new measurement and has OVERTIME to finish the current one.
 BENCHMARKS = {"info_nce": 90, "spectral_norm": 40, "step": 420, "switches": 420, "pipelines": 50}
 OVERTIME = 20
 CHECKS = ("device", "smoke", "train")
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.cpu_rehearsal and not has_gpu():
         print("torch sees no CUDA device; --cpu-rehearsal shows what would run", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C, kill all jobs and pack the logs
+    for number in (signal.SIGTERM, signal.SIGHUP):  # handle like Ctrl-C: kill all jobs, pack the logs
         signal.signal(number, signal.default_int_handler)
     seconds = options.seconds or (FIRST_SECONDS if options.first else math.inf)
     with tempfile.TemporaryDirectory() as temporary:
@@ -118,8 +119,8 @@ class Run:
     def __init__(self, logs: Path, out: Path, rehearsal: bool, end: float):
         """
         Args:
-            logs: new folder for <job>.log, and for a folder of each job, which it knows as $OUT
-            end: when to have finished, in seconds of time.monotonic()
+            logs: folder to create; receives <job>.log and a folder per job, passed to the job as $OUT
+            end: deadline for all parts, in seconds of time.monotonic()
         """
         self.logs, self.out, self.rehearsal, self.end = logs, out, rehearsal, end
         self.summary: list[str] = []
@@ -142,7 +143,7 @@ class Run:
         self.failed |= failed
 
     def limit(self, seconds: float, reserve: float) -> float:
-        """The time limit of a part that would take `seconds`, and leaves `reserve` of the time for everything."""
+        """Return `seconds`, or less if the time left for all parts, minus `reserve`, is shorter."""
         return math.inf if self.rehearsal else min(seconds, self.end - time.monotonic() - reserve)
 
     def run_checks(self, jobs: Sequence[Job]) -> None:
@@ -169,7 +170,7 @@ class Run:
         self.add(summarised(records.read(path)) if path else [], failed=False)
 
     def pack(self, folder: Path) -> None:
-        """Write the summary, the logs, and what jobs left in their folders, to `folder`/logs.tar.gz."""
+        """Write the summary, the logs and the jobs' folders to `folder`/logs.tar.gz."""
         path = folder / "logs.tar.gz"
         self.summary.append(f"logs: {path}")
         (self.logs / "summary.txt").write_text("\n".join(self.summary) + "\n", encoding="utf-8")
@@ -183,7 +184,7 @@ def smoke_job(name: str, arguments: list[str], seconds: float, **environment: st
 
 
 def smoke_jobs() -> list[Job]:
-    """Jobs that check the ops, and training iterations: in float32, eager and as CUDA graphs, and as fast as can be."""
+    """Jobs that run the ops and training iterations once: float32 eager, float32 with graphs, and the fast path."""
     return [
         smoke_job("ops", ["ops"], SMOKE_SECONDS),
         smoke_job("iterations", ["step", "none", "graphs"], SMOKE_SECONDS),
@@ -192,7 +193,7 @@ def smoke_jobs() -> list[Job]:
 
 
 def train_jobs() -> list[Job]:
-    """Jobs that train with the defaults for a GPU, and without torch.compile and CUDA graphs."""
+    """Jobs that train the digits: with the default settings, and without torch.compile and CUDA graphs."""
     eager = ["--train.compile", "false", "--train.graphs", "false"]
     return [
         smoke_job("train", ["train"], TRAIN_SECONDS, TORCHINDUCTOR_COMPILE_THREADS="4"),
@@ -201,7 +202,7 @@ def train_jobs() -> list[Job]:
 
 
 def tests_job(tests: Sequence[str], outcomes_file: Path) -> Job:
-    """The tests among these that are marked gpu, in parallel where pytest-xdist is installed."""
+    """Job that runs the tests marked gpu among `tests`, in parallel if pytest-xdist is installed."""
     command = ["-m", "pytest", *tests, "-m", "gpu", "-v", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "-p", "outcomes", f"--outcomes={outcomes_file}"]
     if importlib.util.find_spec("xdist") is not None:
@@ -250,7 +251,7 @@ def tests_lines(ended: Ended) -> tuple[list[str], bool]:
     total = f"tests: {count['passed']} passed, {count['skipped']} skipped, {len(failed)} failed, {ended.seconds:.0f} s"
     total += f"; not collected: {', '.join(uncollected)}" if uncollected else ""
     total += "; stopped at the time limit, the rest not run" if ended.status is None else ""
-    # pytest returns 1 for files that it could not collect, too, and 5 if there was no test.
+    # pytest also exits with 1 if a file could not be collected, and with 5 if no test was selected.
     broken = ended.status not in (0, 1, 5, None) or (ended.status == 1 and not tests)
     total += f"; pytest's exit status {ended.status}, see its log" if broken else ""
     return [total, *failed], bool(failed) or broken or ended.status is None
@@ -264,7 +265,7 @@ def run_benchmark(
     seconds: float | None = None,
     log: Path | None = None,
 ) -> tuple[Path | None, Ended]:
-    """Run bench/test_NAME.py. Return the result file, None if it wrote none, and how pytest ended.
+    """Run bench/test_NAME.py. Return the result file, or None if there is none, and how pytest ended.
 
     Args:
         only: pytest's -k.
@@ -281,7 +282,7 @@ def run_benchmark(
 
 
 def summarised(document: dict[str, Any]) -> list[str]:
-    """Lines for one screen: times, targets, what failed of ours, and the names of cells without a time."""
+    """Return summary lines: times, targets, failures of our implementation, and cells without a time."""
     kind = tables.KINDS[document["benchmark"]]
     *headings, last = (heading.replace("`", "") for heading in kind.speeds)
     lines = [
@@ -308,7 +309,7 @@ def summarised(document: dict[str, Any]) -> list[str]:
 
 
 def named(document: dict[str, Any], reason: str) -> str:
-    """Rows with cells that were not measured for this reason, each with its implementations in brackets."""
+    """List the rows that have cells with this reason, with the implementations in brackets."""
     rows = []
     for row in document["rows"]:
         cells = [cell for cell in row["cells"] if reason in (cell["reason"], cell["graph_reason"])]

@@ -38,7 +38,7 @@ def one_sentence(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines()
-    # The compiler quotes a traceback, whose last line says what went wrong.
+    # Compiler errors contain a traceback of a subprocess; its last line is the actual error.
     quoted = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
     text = f"{type(error).__name__}: {quoted[-1] if quoted else lines[0] if lines else 'no message'}"
     return text if len(text) <= 160 else text[:159] + "…"
@@ -133,7 +133,7 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             for _ in range(CALLS_PER_GRAPH):
                 result = call()
     except Exception:
-        # The generator still takes part in the capture that failed, and would refuse to draw. A complete one ends that.
+        # A failed capture leaves the random generator in capture mode, in which drawing raises. A new capture resets it.
         with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=DEVICE)
         raise
@@ -171,10 +171,13 @@ def launches(call: Callable[[], Any]) -> int | None:
 
 
 def waiting_share(call: Callable[[], Any], wall_us: float) -> float | None:
-    """A lower bound of the share of the time in which the device has nothing to do, if one call takes `wall_us`
-    unprofiled, and works in one stream. None on a CPU, or without a working profiler.
+    """Return a lower bound of the share of time in which the device is idle, or None on a CPU or without a profiler.
 
-    It is a bound because kernels are timed while they are profiled, which lengthens them, those of a graph above all.
+    The profiler makes kernels slower, especially in CUDA graphs, so the true idle share may be larger.
+
+    Args:
+        call: uses a single stream.
+        wall_us: time of one call without the profiler, in µs.
     """
     events = device_events(call)
     if events is None:

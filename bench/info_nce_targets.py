@@ -28,7 +28,7 @@ def targets(document: dict[str, Any]) -> list[dict[str, Any]]:
         others = {peer: cell for (name, peer), cell in cells.items() if name == row and peer != "ours"}
         timed = [(time, peer) for peer, cell in others.items() if (time := fastest_us(cell))]
         time, peer = min(timed, default=(None, None))
-        if not all(map(measured, others.values())):  # any of those missing may be the fastest
+        if not all(map(measured, others.values())):  # an unmeasured one may be the fastest
             time = peer = None
         faster = ratio(time, median(cells[row, "ours"], "graph"))
         found.append(entry(row, "times faster than the fastest other, replayed", required, faster, peer))

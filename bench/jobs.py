@@ -1,4 +1,4 @@
-"""Python processes that run in parallel, each with a time limit and a log. Imports no torch."""
+"""Run Python processes in parallel, each with a time limit and a log. Imports no torch."""
 
 import contextlib
 import os
@@ -20,10 +20,10 @@ class Job(NamedTuple):
     """A Python process.
 
     Attributes:
-        command: Python's arguments
-        seconds: time limit; may be infinite
-        log: file for its output; None for the terminal
-        environment: variables to add
+        command: arguments of the Python interpreter
+        seconds: time limit, may be infinite
+        log: file for stdout and stderr, or None for the terminal
+        environment: additional variables
     """
 
     name: str
@@ -51,10 +51,10 @@ class Ended(NamedTuple):
 
 
 def run_jobs(jobs: Sequence[Job]) -> Generator[Ended]:
-    """Run jobs in parallel, and yield each as soon as it has ended.
+    """Run jobs in parallel and yield each one when it ends.
 
-    A job that reaches its time limit is interrupted, so that it can report what it has, and killed GRACE seconds later.
-    Whatever it has started is killed when it ends. All are killed if the iteration is left early, by Ctrl-C too.
+    Send SIGINT to a job at its time limit, so that it can write its results, and kill it GRACE seconds later. Kill the
+    children of a job when it ends. Kill all jobs if the caller stops iterating or presses Ctrl-C.
     """
     begin, running, interrupted = time.monotonic(), {}, set()
     try:
@@ -66,7 +66,7 @@ def run_jobs(jobs: Sequence[Job]) -> Generator[Ended]:
                 if seconds > job.seconds + GRACE:
                     kill(process)
                 if process.poll() is not None:
-                    kill(process)  # what it has started
+                    kill(process)  # its children
                     del running[process]
                     yield Ended(job, None if process in interrupted else process.returncode, seconds)
                 elif seconds > job.seconds and process not in interrupted:
@@ -94,7 +94,7 @@ def start(job: Job) -> subprocess.Popen:
             stdout=log,
             stderr=log and subprocess.STDOUT,
             start_new_session=True,
-            # A shell lets its background processes ignore SIGINT, and their children inherit that.
+            # Background processes of a shell ignore SIGINT, and their children inherit this.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 

@@ -1,7 +1,7 @@
-"""A pytest plugin: `-p outcomes --outcomes FILE` writes each test's outcome to FILE as soon as it is known.
+"""Pytest plugin that writes the outcome of each test to a file as soon as the test ends.
 
-A JUnit report is written when all tests have run, and is lost if they are stopped. Each line is a JSON object: test,
-outcome (passed, failed or skipped), seconds and, unless it passed, the text. Imports no torch.
+Use `-p outcomes --outcomes FILE`. Unlike a JUnit report, the file survives if pytest is killed. Each line is a JSON
+object with test, outcome (passed, failed, skipped), seconds and, unless the test passed, text. Imports no torch.
 """
 
 import json
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--outcomes")
-    if path is not None and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the main process
+    if path is not None and not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
         config.pluginmanager.register(Outcomes(path.open("w", encoding="utf-8")))
 
 
@@ -42,6 +42,6 @@ class Outcomes:
 
 
 def read(path: Path) -> list[dict]:
-    """The outcomes in a file; none if it is missing. Leaves out a last line that is not complete."""
+    """Read outcomes; return [] if the file is missing. Ignores an incomplete last line."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

@@ -1,11 +1,11 @@
-"""One run of everything that a GPU can break, without measuring: `python bench/smoke.py CHECK`, as bench/gpu.py does.
+"""Check that everything runs on this device: `python bench/smoke.py CHECK`. Used by bench/gpu.py.
 
-    device         the device, versions, what is installed and missing, and the measured matrix and copy rates
-    ops            info_nce and spectral_norm, forward and backward, in every dtype against float64
-    step SWITCH…   iterations of two networks with each of these settings of step_cases.SWITCHES
-    train [--X Y]  trains the digits, stops by SIGTERM, resumes, then samples and reconstructs; into the folder $OUT
+    device         print the device, versions, installed and missing packages, measured matrix and copy rates
+    ops            compare info_nce and spectral_norm with float64, forward and backward, in every dtype
+    step SWITCH…   run iterations of two networks with each of these settings of step_cases.SWITCHES
+    train [--X Y]  train the digits, stop by SIGTERM, resume, sample and reconstruct; writes to the folder $OUT
 
-Prints a line for each check. Exits with 1 if one failed, after the others have run.
+Prints one line per check. Exits with 1 if a check failed, after running all of them.
 """
 
 import math
@@ -30,16 +30,16 @@ OPTIONAL = (
     "pytest_timeout safetensors scipy sklearn tensorboard torch_fidelity torchvision xdist yaml"
 ).split()
 FOR_TRAINING = ("PIL", "jsonargparse", "numpy", "safetensors", "sklearn", "tensorboard", "yaml")
-# A network of either architecture. The growing one is at the first resolution at which all of its layers are used.
+# One network of each architecture. 16×16 is the first resolution at which the growing one uses all its heads.
 NETWORKS = {"cifar10-64": {}, "faces64": {"resolution": 16, "narrow": True}}
-TRAIN_SECONDS = 90  # until training has logged for the first time: it compiles before
+TRAIN_SECONDS = 90  # limit for the first log line, including compilation
 
 
 class Failed(Exception):
     """Raised by a check that fails; the message is one sentence."""
 
 
-# Each check yields (name, function that returns what to print).
+# Name of a check, and a function that runs it and returns what to print.
 Check = tuple[str, Callable[[], Any]]
 
 
@@ -68,7 +68,7 @@ def ops_checks(_: list[str]) -> Iterator[Check]:
     from info_nce_peers import ours
 
     for row in (row for row in info_nce_cases.ROWS if not row.name.endswith("-bf16")):
-        # The sizes of the benchmark need no more than a second, except the largest.
+        # The float64 reference of the largest rows takes too long.
         small = replace(row, batch=min(row.batch, 1024), queue=row.queue and min(row.queue, 8192))
         for dtype in ("float32", "bfloat16", "float16"):
             case = replace(small if harness.ON_GPU else row.shrunk(), dtype=dtype)

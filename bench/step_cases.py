@@ -187,22 +187,22 @@ def flops(row: Row) -> dict[str, float]:
             with flop_counter() as counter:
                 iterate()
             counts.append(counter.get_total_flops())
-        # The first iteration of a period steps the autoencoder, and the others are alike.
+        # Only the first iteration of a period steps the autoencoder; the others cost the same.
         found[peer] = (counts[0] + (row.period - 1) * counts[-1]) / row.period
     return found
 
 
 @functools.cache
 def expected_loss(row: Row) -> float | None:
-    """The loss of the baseline's first iteration; None for cifar10, where ours iterates spectral norms less often."""
+    """Loss of the baseline's first iteration; None for cifar10, whose baseline updates spectral norms more often."""
     return baseline(row)()["loss/discriminator"].item() if row.config.model.grows else None
 
 
 def errors(row: Row, found: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far the first iteration's loss is from the baseline's, if there is one to expect.
+    """Compare the loss of the first iteration with the baseline's.
 
     Raises:
-        Unavailable: more than rounding explains, or it is not finite.
+        Unavailable: the loss differs by more than rounding errors, or is not finite.
     """
     loss, expected = found["loss/discriminator"].item(), expected_loss(row)
     if not math.isfinite(loss):

@@ -242,8 +242,8 @@ images; at 128×128 and above, the iteration is a stand-in, matrix products of a
 ABOUT_STEP = """\
 The baseline is the
 authors' iteration in plain PyTorch: eager, float32, each step with passes of its own. An iteration's GFLOP are ours;
-memory is the most that was taken from the device. The GPU has nothing to do for at least the share of the time under
-"waiting": kernels are timed by the profiler, which lengthens them."""
+memory is the peak that torch reserved. "Waiting" is a lower bound of the share of time in which the GPU is idle,
+because the profiler makes kernels slower."""
 
 ABOUT_SWITCHES = """\
 All of them do the same arithmetic. None is eager, float32, channels

@@ -3,7 +3,7 @@
 from typing import Any
 
 MODE = "forward_backward"
-# Reasons of cells that another run may fill.
+# Reasons of cells without a time that another run may measure.
 UNMEASURED = ("no time left", "not run")
 
 
@@ -31,7 +31,7 @@ def floors_of(document: dict[str, Any], row: str, mode: str = MODE) -> dict[str,
 
 
 def measured(cell: dict[str, Any]) -> bool:
-    """Whether the cell holds a time or a lasting reason for not having one, called from Python and replayed."""
+    """Return whether the cell has both times, or final reasons for missing ones."""
     return cell["reason"] not in UNMEASURED and cell["graph_reason"] not in UNMEASURED
 
 

@@ -24,8 +24,7 @@ pytestmark = pytest.mark.benchmark(timer=harness.timer, disable_gc=True)
 BENCHMARK = suite.Benchmark("info_nce", ROWS, PEERS, PACKAGES, targets)
 
 
-# Forward and backward before forward alone, and there ours and eager PyTorch in all rows before the others: what the
-# targets need comes first.
+# What the targets need comes first: forward and backward of ours and eager PyTorch in all rows, then of the others.
 ORDER = [
     ("forward_backward", ["ours", "eager"]),
     ("forward_backward", [peer for peer in PEERS if peer not in ("ours", "eager")]),

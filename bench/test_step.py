@@ -31,7 +31,7 @@ def test_step(row: Row, peer: str, mode: str, timing: str, fill: Callable[..., N
 
 def measure(row: Row, peer: str, mode: str, timing: str, benchmark: Any) -> dict[str, Any]:
     """What belongs into the cell of the result file: times are those of an iteration."""
-    expected_loss(row)  # a whole iteration of the baseline, whose memory is not to be counted
+    expected_loss(row)  # runs the baseline once, so it must come before memory is counted
     harness.reset_peak()
     iterate = MAKERS[peer](row)
     found = errors(row, iterate())

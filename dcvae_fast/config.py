@@ -276,8 +276,8 @@ class TrainConfig:
         checkpoint_activations: progressive: keep less for the backward pass and compute it again
         precision: of the networks' arithmetic where it does no harm (autocast); float16 scales the losses, for GPUs
             without bfloat16. Weights, and everything else, are float32
-        compile: whether torch compiles the networks, which takes a minute or two at each resolution; null for: on GPUs
-            where there are a C compiler and Python's headers
+        compile: whether torch compiles the networks, which takes a minute or two at each resolution; null: on GPUs,
+            if a C compiler and Python's headers are installed
         graphs: whether whole iterations become CUDA graphs, so that the processor has next to nothing to do; null for:
             on a single GPU, unless DeepSpeed, float16 or another Adam than torch's is asked for
         engine: what averages gradients over processes and steps: torch, or deepspeed; auto is deepspeed where its

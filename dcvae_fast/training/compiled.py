@@ -13,7 +13,7 @@ from dcvae_kernels.choice import obstacle_to_building
 
 
 def uses_compile(config: Config, device: torch.device) -> bool:
-    """As `train.compile` says, or where it leaves that open, on GPUs where Triton can build its launchers."""
+    """Return `train.compile`; if that is None, whether the device is a GPU and Triton can build its launchers."""
     if config.train.compile is not None:
         return config.train.compile and device.type != "meta"
     return device.type == "cuda" and obstacle_to_building() is None

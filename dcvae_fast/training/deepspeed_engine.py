@@ -169,8 +169,8 @@ class _ZeroUnit(_DeepSpeedUnit):
     def close(self) -> None:
         zero = self._optimizer
         super().close()
-        # DeepSpeed destroys an engine a second time when it is collected. That would clear `_hp_mapping` of parameters
-        # which a newer engine holds by then.
+        # DeepSpeed destroys an engine again when it is garbage-collected. That would clear `_hp_mapping` of parameters
+        # that belong to a newer engine by then.
         for members in zero.bit16_groups:
             members.clear()
 

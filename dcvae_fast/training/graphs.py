@@ -37,8 +37,8 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        # Autograd graphs of earlier iterations may still be alive in reference cycles. Their AccumulateGrad nodes would
-        # be reused here, and would accumulate in the stream of those iterations, outside of the capture.
+        # Reference cycles may keep autograd graphs of earlier iterations alive. Their AccumulateGrad nodes would be
+        # reused, and would accumulate in the stream of those iterations, outside the capture.
         gc.collect()
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
@@ -62,7 +62,7 @@ class Graphs:
         Args:
             recorder: makes one, with memory of its own.
         """
-        # torch.optim would import it during an iteration, which may be one that is captured.
+        # torch.optim imports it in the first step of an optimizer, which must not happen during a capture.
         import torch._dynamo  # noqa: F401
 
         self._make_recorder = recorder

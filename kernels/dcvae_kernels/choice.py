@@ -52,9 +52,9 @@ def _triton_runs_on(index: int) -> bool:
 
 @constant
 def obstacle_to_building() -> str | None:
-    """Why Triton cannot compile the C code that launches its kernels, or None. Logs a warning, once.
+    """Return why Triton cannot compile the C code that launches its kernels, or None. Logs a warning once.
 
-    Otherwise Triton would raise at the first launch, in the middle of a forward pass.
+    Without this check Triton would raise at the first launch, in the middle of a forward pass.
     """
     return _obstacle_to_building()
 
@@ -65,7 +65,7 @@ def _obstacle_to_building() -> str | None:
     if compiler is None:
         obstacle = "it needs a C compiler: install gcc, or set CC to the path of one"
     else:
-        scheme = sysconfig.get_default_scheme()  # as Triton does: Debian's headers are where posix_prefix has them
+        scheme = sysconfig.get_default_scheme()  # Triton does the same, for Debian
         include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
         command = [compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"]
         try:

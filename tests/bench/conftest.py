@@ -23,7 +23,7 @@ def script():
 
 @pytest.fixture(scope="session")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of results and what was printed: everything but training, and two of the tests."""
+    """Result folder and output of a rehearsal of everything except training, with two of the tests."""
     folder = tmp_path_factory.mktemp("results")
     parts = ("device", "smoke", "tests/kernels/test_info_nce.py::test_simclr", "info_nce", "spectral_norm", "step")
     arguments = ("--first", "--cpu-rehearsal", "--out", folder, "--only", *parts)

@@ -25,7 +25,7 @@ def spectral_norm_document() -> dict:
 
 @pytest.fixture
 def compare(document, tmp_path, script):
-    """Compares a committed result with what `change` makes of a row's cells."""
+    """Compare a committed result with a copy in which `change` has modified a row."""
 
     def run(change, row="dcvae"):
         fresh = copy.deepcopy(document)
@@ -86,7 +86,7 @@ def test_device_without_committed_file(tmp_path, script):
 
 
 def test_fresh_run(tmp_path, monkeypatch, capfd):
-    """Ours is measured, and compared with a committed file in which it is 1000 times as slow."""
+    """Measure ours, and compare with a committed file in which it is 1000 times slower."""
     run = gpu.run_benchmark
 
     def run_and_commit(name, out, *arguments, **options):

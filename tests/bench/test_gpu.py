@@ -1,4 +1,4 @@
-"""`python bench/gpu.py`: what its rehearsal writes and prints, how it sums up, and how it stops."""
+"""Tests of `python bench/gpu.py`: results, summary and logs of its rehearsal, time limits, Ctrl-C."""
 
 import json
 import signal
@@ -235,7 +235,7 @@ def test_each_command_takes_eight_minutes_at_most():
     tests = gpu.TESTS_SECONDS + gpu.GRACE
     assert tests + sum(benchmarks[name] for name in gpu.USUAL if name != "tests") <= 480
     assert benchmarks["step"] <= 480 and benchmarks["switches"] <= 480
-    # With --first the benchmark of iterations, the last part, takes what the others leave: some of it at least.
+    # With --first, the last part, the benchmark of iterations, gets the time that is left; there must be some.
     checks = max(gpu.SMOKE_SECONDS, gpu.TRAIN_SECONDS, gpu.TESTS_SECONDS) + gpu.DEVICE_SECONDS + 2 * gpu.GRACE
     assert checks + benchmarks["info_nce"] + benchmarks["spectral_norm"] + gpu.OVERTIME < gpu.FIRST_SECONDS <= 470
 

@@ -1,4 +1,4 @@
-"""Jobs in parallel: their time limits, and what ends with them."""
+"""Tests of parallel jobs: time limits, exit statuses, and cleanup of processes."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from jobs import Job, run_jobs
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, log: Path, *times: float) -> None:
-    """Let the jobs' clock stand still until something is in the log, and then take these times."""
+    """Stop the clock of `jobs` at 0 until the log has content, then return `times`, and the last one from then on."""
     rest = iter(times)
     last = 0.0
 

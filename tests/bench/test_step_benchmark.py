@@ -1,4 +1,4 @@
-"""The benchmark of training iterations judges right: wrong losses, memory, recipes, targets, the table."""
+"""Tests of the benchmark of training iterations: wrong losses, memory, recipes, targets, tables."""
 
 import weakref
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_wrong_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_memory_of_ours_is_counted_without_the_baseline(monkeypatch: pytest.MonkeyPatch):
-    """An iteration of the baseline gives the loss to expect; ours is not there yet then, nor is memory counted."""
+    """The baseline's iteration that computes the expected loss must end before memory is counted."""
     used = peak = 0
 
     def take(amount: int) -> None:

@@ -118,7 +118,7 @@ def poisoned() -> Iterator[Callable[[], bool]]:
 
 def device_kernels(call: Callable[[], Any]) -> list[str]:
     """Return the names of the kernels, copies and fills that a call puts on the GPU, in order."""
-    from harness import device_events  # of bench/, which is not importable where this file is run by a script
+    from harness import device_events  # in bench/, which scripts that import this file do not have on their path
 
     events = device_events(call)
     if events is None:

@@ -1,8 +1,7 @@
 """Compiles the launches of a Triton module for GPUs that are not there, and reports what the compiler says of them.
 
-A launch is recorded instead of made, so that what is compiled is what the launch code would have asked for. Run as a
-script, with `info_nce` or `spectral_norm`, it prints as JSON what configurations of its kernels need, with `--all` what
-every one does.
+Launches are recorded instead of executed, so the compiled programs are those that the launch code asks for. Run as a
+script with `info_nce` or `spectral_norm`, prints the resources of kernels as JSON; with `--all`, of all configurations.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Which implementation is chosen where Triton cannot build the C code that launches its kernels."""
+"""Tests of the choice of implementation when Triton cannot build the C code that launches its kernels."""
 
 import sys
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     q = torch.randn(3, 4)
     with FakeTensorMode():
         on_gpu = torch.empty(3, 4, device="cuda")
-    monkeypatch.setattr(info_nce_module, "needs_definition", lambda *_: False)  # of tensors that are not only data
+    monkeypatch.setattr(info_nce_module, "needs_definition", lambda *_: False)  # fake tensors are a subclass
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
     assert info_nce_module._choose("auto", on_gpu, on_gpu) == "triton"
     choice._obstacle_to_building.cache_clear()

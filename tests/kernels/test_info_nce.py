@@ -72,8 +72,8 @@ def test_no_worse_than_eager_against_fp64(
         scale = x_exact.grad.norm() if d > 1 else 1 / temperature
         tolerance = 2e-6 if dtype == torch.float32 else 1e-2
         if on.impl == "triton" and not on.interpreted:
-            # The compiler may order the sum of a row's squares by the tile's layout, which differs between forward and
-            # backward. Similarities then differ by their rounding, and e^{similarity/τ} by 1/τ times that.
+            # The compiler may sum the squares of a row in another order in backward than in forward. The similarities
+            # then differ by a rounding error, which e^{similarity/τ} multiplies by 1/τ.
             tolerance = max(tolerance, 2**-23 / temperature)
         tolerance *= scale
         error, eager_error = ((grad.double() - x_exact.grad).norm() for grad in (x.grad, x_eager.grad))
@@ -99,7 +99,7 @@ def test_in_batch_and_symmetric(on: Implementation, b: int, temperature: float):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_keys_in_the_batch(on: Implementation, dtype: torch.dtype):
-    """Gradients of queries and keys against fp64."""
+    """Compare the gradients of queries and keys with fp64."""
     b, d = (70, 128) if on.interpreted else (4096, 128) if on.device == "cuda" else (512, 128)
     q, k = leaves(on.randn(b, d, dtype=dtype), on.randn(b, d, seed=1, dtype=dtype))
     exact_q, exact_k = leaves(q, k, dtype=torch.float64)
@@ -480,7 +480,7 @@ def test_autocast_changes_nothing(on: Implementation, dtype: torch.dtype):
     assert half.dtype == dtype
     assert torch.equal(loss, expected)
     assert mixed.dtype == torch.float32
-    # On a GPU, a program that loads half precision may add in another order than one that loads float32.
+    # Compiled kernels for half precision may add in another order than those for float32.
     torch.testing.assert_close(mixed, on.info_nce(half.float(), k, queue), rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(loss, (q, k, queue))
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k, queue)), rtol=0, atol=0)

@@ -1,6 +1,6 @@
 """info_nce across the ranks of a group, against one process that has the whole batch, which each rank plays itself.
 
-Run as `test_info_nce_group.py FILE`, this is three ranks, which meet at FILE.
+Run as `test_info_nce_group.py FILE`, start three ranks with FILE as rendezvous.
 """
 
 import os

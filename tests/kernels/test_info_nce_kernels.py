@@ -152,7 +152,7 @@ def test_bitwise_the_same_every_time(on: Implementation, form: str, dtype: torch
 
 
 def surrounded(x: Tensor | None, by: float) -> Tensor | None:
-    """A copy of x in a larger buffer that holds `by` on all sides of it, between its rows too."""
+    """Copy x into a larger buffer that is filled with `by` around x and between its rows."""
     if x is None:
         return None
     padded = torch.full([n + 6 for n in x.shape], by, dtype=x.dtype, device=x.device)
@@ -165,10 +165,10 @@ def surrounded(x: Tensor | None, by: float) -> Tensor | None:
 def test_reads_and_writes_nothing_beyond_its_buffers(
     triton_on: Implementation, form: str, dtype: torch.dtype, s: int, b: int, k: int, d: int
 ):
-    """NaN around the inputs would reach the loss; buffers that launches allocate are poisoned, between guards.
+    """Surround inputs with NaN, which would reach the loss, and allocated buffers with guard values.
 
-    The expectation comes from buffers of the same strides and alignment: others have programs of their own, which may
-    add in another order.
+    The expected values come from buffers with the same strides and alignment, because Triton compiles other kernels for
+    other strides, which may add in another order.
     """
     inputs = [triton_on.randn(s, n, d, seed=i, dtype=dtype) for i, n in enumerate((b, b, k))]
     inputs = inputs if form == "queue" else [*inputs[:2], None]

@@ -74,9 +74,9 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("n_power_iterations", [1, 2, 5])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_same_as_torch_step_by_step(on: Implementation, n_power_iterations: int, channels_last: bool):
-    """Weights, u, v, outputs and all gradients, in steps of an optimizer, each from the state of torch's network.
+    """Compare weights, u, v, outputs and gradients in each optimizer step, starting from the state of torch's network.
 
-    Left to themselves they would part, for Adam makes whole steps of gradients that are nothing but rounding.
+    Without copying the state the networks would diverge: Adam makes full steps from gradients that are rounding errors.
     """
     theirs, ours = pair(n_power_iterations)
     if channels_last:

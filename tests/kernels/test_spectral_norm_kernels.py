@@ -59,7 +59,7 @@ def test_no_other_launches_than_ours(triton_on: Implementation):
     assert [name for name in device_kernels(step) if "memset" not in name.lower()] == UPDATE + GRADIENT
 
 
-# With one block and several, in rows and columns, and with a rest.
+# One and several blocks of rows and of columns, with and without a partial block.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((1, 9), 0),
     ((9, 1), 0),
@@ -110,7 +110,7 @@ def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_l
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     for x, y in zip(ours, exact, strict=True):
         assert x.dtype == dtype
-        # A 1×1 weight's gradient is 0, the difference of two numbers of about 1.
+        # The gradient of a 1×1 weight is 0, computed as the difference of two numbers near 1.
         assert (x.double() - y).norm() <= tolerance * y.norm().clamp_min(1)
     for x, w in zip(ours, weights, strict=False):
         assert x.stride() == w.stride()

@@ -1,7 +1,7 @@
-"""Processes that train together; run as `ranks_worker.py FOLDER TASK...`, such as `2:torch,1` for two ranks that train
-by torch and then by DeepSpeed's ZeRO stage 1.
+"""Train with several ranks: `ranks_worker.py FOLDER TASK...`.
 
-FOLDER holds what one process without DeepSpeed makes of the same images: see test_ranks.py.
+The task `2:torch,1` starts two ranks that train with torch, and again with ZeRO stage 1 of DeepSpeed. FOLDER holds the
+states of one process without DeepSpeed on the same images: see test_ranks.py.
 """
 
 import gc
@@ -36,10 +36,10 @@ from dcvae_pipelines import Batch
 State = dict[str, Any]
 
 HALF, ITERATIONS = 5, 10
-# With the usual ε Adam makes a whole step of a gradient that is nothing but rounding, and the same step of a gradient
-# that is wrong by a factor. With a larger one the steps follow the gradients.
+# With the default ε, Adam makes full steps from gradients that are rounding errors, and the same steps from gradients
+# that are wrong by a factor. With a larger ε, steps are proportional to gradients.
 SMOOTH = OptimConfig(eps=1e-2)
-# The autoencoder is stepped in every second iteration, with local patches from the fifth on; both queues wrap around.
+# Steps the autoencoder in every second iteration, with local patches from the fifth on. Both queues wrap around.
 FIXED = Config(
     model=ModelConfig(latent_dim=4, image_channels=1, decoder_width=4, encoder_width=4, discriminator_width=4),
     contrast=ContrastConfig(negatives=20, local_start_images=24),
@@ -78,10 +78,10 @@ def advance(step: TrainStep, until: int) -> None:
 
 
 def record(config: Config) -> list[State]:
-    """States of one process without DeepSpeed: at the beginning and after each iteration."""
+    """Return the states of one process without DeepSpeed, before training and after each iteration."""
     step, states = TrainStep(config), []
     with torch.no_grad():
-        # At 32×32 log-variances would begin between -40 and 30, and the gradient of their exp would swallow all others.
+        # At 32×32 log-variances start between -40 and 30; the gradient of their exp would dominate all others.
         for name, parameter in step.networks.encoder.named_parameters():
             if name.endswith("bias"):
                 parameter *= 0.01
@@ -92,7 +92,7 @@ def record(config: Config) -> list[State]:
 
 
 def learned(state: State) -> dict[str, torch.Tensor]:
-    """Everything that iterations make: networks, averages, batch statistics, queues, Adam's moments."""
+    """Return all that an iteration changes: networks, averages, batch statistics, queues, Adam's moments."""
     moments = state["optimizers"]["moments"]
     flat = {f"{name}/{kind}": torch.as_tensor(x) for name, found in moments.items() for kind, x in found.items()}
     return {**state["networks"], **flat}
@@ -110,7 +110,7 @@ def assert_same(state: State, expected: State) -> None:
 
 
 def adopt(step: TrainStep, state: State) -> None:
-    """Go on from the state of another training after as many iterations, with the optimizers that there are."""
+    """Load the state of another training after the same number of iterations into the existing optimizers."""
     step.networks.load_state_dict(state["networks"])
     moments = {name: Moments(**found) for name, found in state["optimizers"]["moments"].items()}
     names = {parameter: name for name, parameter in step.networks.named_parameters()}
@@ -122,10 +122,10 @@ def adopt(step: TrainStep, state: State) -> None:
 
 
 def follow(step: TrainStep, states: list[State], until: int = ITERATIONS) -> State:
-    """Compare each iteration with the one recorded, from the state recorded before it; return the last state.
+    """Run each iteration from the recorded state before it, compare with the recorded state after it, return the last.
 
-    Left to themselves the trainings would part, for adversarial training amplifies rounding errors from one iteration
-    to the next.
+    Without loading the recorded states the trainings would diverge, because adversarial training amplifies rounding
+    errors.
     """
     while True:
         advance(step, step.iterations + 1)
@@ -144,7 +144,7 @@ def check_same_everywhere(step: TrainStep, state: State) -> None:
 
 
 def collect_garbage_early() -> None:
-    """Let garbage, which may be collected at any time, be so where DeepSpeed's older engines could harm a new one."""
+    """Collect garbage right after DeepSpeed makes an engine, when an older engine could harm the new one."""
     import deepspeed
 
     initialize = deepspeed.initialize
@@ -156,7 +156,7 @@ def collect_garbage_early() -> None:
         return made
 
     deepspeed.initialize = and_collect
-    gc.freeze()  # all that has been imported, or it would take long
+    gc.freeze()  # without imported modules, collection is fast
 
 
 def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) -> None:
@@ -176,7 +176,7 @@ def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) ->
             half = deepcopy(follow(step, states, HALF))
             adopt(step, states[HALF])
             follow(step, states)
-            if engine == engines[-1]:  # one process goes on with what several did, and they with what it did
+            if engine == engines[-1]:  # one process continues from the state of several, and several from that of one
                 if ranks.first:
                     torch.save(half, folder / f"{name}-of-{count}.pt")
                 step = TrainStep(replace(config, train=settings), ranks=ranks)
@@ -186,7 +186,7 @@ def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) ->
 
 
 def main(folder: Path, tasks: list[str]) -> None:
-    """Each task is a number of ranks and their engines."""
+    """Run tasks such as `2:torch,1`: a number of ranks, and their engines."""
     for task in tasks:
         count, engines = task.split(":")
         with socket.socket() as free:

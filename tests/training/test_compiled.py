@@ -44,7 +44,7 @@ def assert_close(ours: TrainStep, eager: TrainStep, iterations: int, tolerance: 
     for found, expected in follow(ours, eager, iterations):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            # A rank may change where two similarities are nearly the same.
+            # Rounding may change the rank of a positive that is nearly as similar as a negative.
             most = 1 / eager.point.batch + 1e-6 if name.startswith("contrast/top1") else tolerance
             assert found[name].item() == pytest.approx(value.item(), rel=tolerance, abs=most), name
 
@@ -93,7 +93,7 @@ def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.Monk
         step(batch_of(step, 0))
 
 
-# How far the mean over all iterations may be from that in float32: relatively, or absolutely.
+# Relative and absolute bounds for the difference of the mean over all iterations from float32.
 BOUNDS = {
     "loss/contrast": (0.02, 0.0),
     "pixel_mse": (0.02, 0.0),
@@ -128,7 +128,7 @@ def test_the_fast_path_stays_near_float32(compiler: Any):
         (None, "cuda", None, True),
         (None, "cuda", "no C compiler", False),
         (None, "cpu", None, False),
-        (True, "cuda", "no C compiler", True),  # and says why it cannot
+        (True, "cuda", "no C compiler", True),  # raises an error with the reason
         (True, "cpu", None, True),
         (False, "cuda", None, False),
         (True, "meta", None, False),
@@ -143,8 +143,10 @@ def test_when_networks_are_compiled(
 
 
 def test_kernels_stay_loaded_when_another_resolution_is_compiled(monkeypatch: pytest.MonkeyPatch):
-    """A graph of another TrainStep may hold kernels of the modules that the compiler has made: Triton unloads a kernel
-    as soon as nothing refers to it, and torch keeps these modules, of which a graph knows nothing."""
+    """A CUDA graph of another TrainStep may use kernels of compiled modules, without a reference to them.
+
+    Triton unloads a kernel when its last reference is gone, so torch must keep the modules.
+    """
     from torch._inductor.codecache import PyCodeCache
 
     made = ModuleType("made by the compiler")
@@ -161,7 +163,7 @@ def test_compiled_to_machine_code(config: Config):
     assert_close(TrainStep(compiled(config)), TrainStep(config), 26 if config.model.grows else 8)
 
 
-# On a GPU, networks that grow end with 8×8: compiling each phase takes a minute on a fast processor.
+# Growing networks stop at 8×8 on a GPU, because compiling a phase takes a minute.
 @pytest.mark.gpu
 @pytest.mark.parametrize(("config", "iterations"), [(SMALL, 100), (GROWING, 16)], ids=["32", "growing"])
 def test_the_fast_path_on_a_gpu(config: Config, iterations: int):
@@ -173,7 +175,7 @@ def test_the_fast_path_on_a_gpu(config: Config, iterations: int):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("config", "iterations"), [(SMALL, 20), (GROWING, 24)], ids=["32", "growing"])
 def test_graphs_on_a_gpu(config: Config, iterations: int):
-    """In float32, not compiled: as they run eagerly, up to rounding."""
+    """Compare replayed with eager iterations, in float32 without torch.compile."""
     eager = replace(config, train=replace(config.train, compile=False, graphs=False))
     with_graphs = replace(eager, train=replace(eager.train, graphs=True))
     ours, theirs = TrainStep(with_graphs, "cuda"), TrainStep(eager, "cuda")

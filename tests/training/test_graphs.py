@@ -44,7 +44,7 @@ GROWING = Config(
     optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
     train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
 )
-# Two iterations in each of these phases.
+# Two iterations in each phase.
 GROWING_FAST = replace(GROWING, growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 8, 16: 8}))
 
 
@@ -85,10 +85,10 @@ def advance(step: TrainStep, iterations: int, sizes: Sequence[int | None] = (Non
 
 
 def follow(ours: TrainStep, theirs: TrainStep, iterations: int) -> Iterator[tuple[Metrics, Metrics]]:
-    """Train both, each iteration from the state of `theirs`, and yield the metrics of both.
+    """Train both, starting each iteration from the state of `theirs`, and yield the metrics of both.
 
-    Left to themselves they would part: Adam turns rounding errors of small gradients into whole steps, and adversarial
-    training amplifies these, so that after 30 iterations nothing can be said about what caused a difference.
+    Without copying the state the two would diverge: Adam makes full steps from gradients that are rounding errors, and
+    adversarial training amplifies the differences.
     """
     advancing = zip(advance(ours, iterations), advance(theirs, iterations), strict=True)
     for metrics in advancing:
@@ -101,8 +101,7 @@ def follow(ours: TrainStep, theirs: TrainStep, iterations: int) -> Iterator[tupl
 def follow_weights(
     ours: TrainStep, theirs: TrainStep, iterations: int
 ) -> Iterator[tuple[Metrics, Metrics, tuple[float, float]]]:
-    """The same; also yield how far the weights of both are apart after an iteration, and how far it has moved them:
-    sums over all weights."""
+    """Like `follow`, and also yield two sums over all weights: |ours - theirs| and |theirs after - theirs before|."""
     before = [p.detach().clone() for p in theirs.networks.parameters()]
     for found, expected in follow(ours, theirs, iterations):
         after = [p.detach() for p in theirs.networks.parameters()]
@@ -224,7 +223,7 @@ def test_a_state_that_is_loaded_is_gone_on_from():
 
 
 def test_garbage_is_collected_before_a_capture(monkeypatch: pytest.MonkeyPatch):
-    """Autograd graphs of earlier iterations may lie in reference cycles."""
+    """Reference cycles may keep autograd graphs of earlier iterations alive."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

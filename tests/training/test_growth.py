@@ -90,7 +90,7 @@ STOPS = [3, 6, 8, 9, 14, 17]
 
 @pytest.fixture(scope="module")
 def stopped() -> tuple[dict[int, dict], list[dict[str, float]], TrainStep]:
-    """States on the way, and what a training that never stops makes of 20 iterations."""
+    """States at STOPS, and the metrics and final step of 20 uninterrupted iterations."""
     step, states = TrainStep(CONFIG), {}
     for stop in STOPS:
         advance(step, stop - step.iterations)

@@ -65,7 +65,7 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[str]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what one process without DeepSpeed learns, iteration by iteration."""
+    """Folder with the states of one process without DeepSpeed after each iteration."""
     folder = tmp_path_factory.mktemp("alone")
     for name, config in CASES.items():
         torch.save(record(config), folder / f"{name}.pt")
@@ -74,7 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("tasks", [("1:1", "2:torch,1"), pytest.param(("2:0,2",), marks=pytest.mark.slow)])
 def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, tasks: tuple[str, ...]):
-    """And at half-time any other may go on with it; weights, averages, batch statistics, queues, moments."""
+    """Compare weights, averages, batch statistics, queues and moments; also continue a training with another engine."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), str(alone), *tasks]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -85,7 +85,7 @@ def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, 
         follow(step, torch.load(alone / f"{name}.pt", weights_only=True))
 
 
-# With the usual ε Adam would make whole steps of gradients that are nothing but rounding.
+# With the default ε, Adam makes full steps from gradients that are rounding errors.
 SMOOTH = ["--optim.eps", "0.01"]
 
 
@@ -114,7 +114,7 @@ def run_all(runs: list, count: int = 2) -> list[list[tuple[int, str]]]:
 
 
 def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
-    """Settings, or lists of settings by rank, that one rank finds wrong, and what it says."""
+    """Wrong settings, or lists of settings by rank, and the expected error message."""
     tiny = ["--recipe", str(TINY), "--train.images", "32", "--run", str(tmp_path / "run")]
     other = ["--recipe", "digits", "--train.images", "32", "--run", str(tmp_path / "run")]
     few = [f"{i}.png" for i in range(2)]
@@ -163,7 +163,7 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
 
 
 def whole_and_broken(tmp_path: Path) -> list[list[str]]:
-    """A run, and one of which an image cannot be read."""
+    """Settings of a run, and of a run with an unreadable image."""
     images = tmp_path / "images"
     images.mkdir()
     for i in range(40):
@@ -200,7 +200,7 @@ def test_one_rank_says_what_is_wrong_and_none_hangs(launched: Launched):
 
 
 def test_a_run_of_two_ranks_is_one_run(launched: Launched):
-    """One log, one checkpoint, one set of pictures; and a rank that cannot read its images ends all, without loss."""
+    """There is one log, one checkpoint and one set of pictures; an unreadable image stops all ranks without loss."""
     (first, second), (one, other) = launched.of_runs
     assert first[0] == second[0] == 0 and "On 360 held-out images" in first[1] and not second[1].strip()
 

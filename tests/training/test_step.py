@@ -21,7 +21,7 @@ CONFIG = Config(
         image_channels=1, latent_dim=Z, decoder_width=8, encoder_width=4, discriminator_width=4, contrast_dim=D
     ),
     contrast=ContrastConfig(negatives=10, layers=("b2", "final"), momentum=0.9),
-    # With the usual ε Adam would make whole steps of gradients that are nothing but rounding (a bias before BatchNorm).
+    # With the default ε, Adam makes full steps from gradients that are rounding errors (of a bias before BatchNorm).
     optim=OptimConfig(lr=1e-3, eps=1e-3),
     train=TrainConfig(batch=B, sampled_batch=SAMPLED, n_critic=2, average=0.9),
 )
@@ -156,7 +156,7 @@ def assert_same(ours: TrainStep, plain: Plain) -> None:
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """Adversarial training amplifies rounding errors from one iteration to the next: these begin small."""
+    """Use float64, because adversarial training amplifies rounding errors."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
