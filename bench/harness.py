@@ -133,7 +133,7 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             for _ in range(CALLS_PER_GRAPH):
                 result = call()
     except Exception:
-        # A failed capture leaves the random generator in capture mode, in which drawing raises. A new capture resets it.
+        # A failed capture leaves the random generator in capture mode, in which drawing raises. A new one resets it.
         with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=DEVICE)
         raise

@@ -105,7 +105,8 @@ class _SpectralNorm(nn.Module):
         rows, columns = as_matrix(weight, dim).shape
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
-        spectral_norm_update([weight], [self._u], [self._v], [dim], 15, eps)
+        if not weight.is_meta:  # nothing to iterate, and models are often built on the meta device first
+            spectral_norm_update([weight], [self._u], [self._v], [dim], 15, eps)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.normalized is not None:

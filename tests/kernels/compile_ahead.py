@@ -27,7 +27,6 @@ from triton.compiler import ASTSource
 
 from dcvae_kernels.triton import info_nce, spectral_norm
 
-CAPABILITIES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
     torch.float16: "*fp16",
@@ -119,10 +118,11 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
     )
 
 
-def compile_all(jobs: Iterable[tuple[Launch, int]]) -> list[Resources]:
-    """Compiles launches for compute capabilities (80 is sm_80), on all cores."""
+def compile_all(launches: Iterable[Launch], capabilities: Iterable[int]) -> dict[tuple[Launch, int], Resources]:
+    """Compiles each for each compute capability (80 is sm_80), on all cores."""
+    jobs = [(launch, capability) for launch in dict.fromkeys(launches) for capability in capabilities]
     with ProcessPoolExecutor() as pool:
-        return list(pool.map(_compile, jobs))
+        return dict(zip(jobs, pool.map(_compile, jobs), strict=True))
 
 
 def _compile(job: tuple[Launch, int]) -> Resources:
@@ -150,25 +150,21 @@ def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:
     return (index[name],) if isinstance(name, str) else (index[name[0]], name[1])
 
 
-def info_nce_launches(all_of_them: bool) -> dict[tuple[Launch, int], dict[str, Any]]:
-    """Launches and the compute capabilities to compile them for.
+def info_nce_launches(full: bool) -> dict[Launch, dict[str, Any]]:
+    """Record the launches of info_nce by D, dtype and number of rows, with all options on.
 
     Args:
-        all_of_them: every choice of sizes, by D, dtype, number of rows, kind of maximum and number of splits, for every
-            capability: 5 CPU minutes. Otherwise every choice of tiles for sm_90, and two choices of D for the others.
+        full: also vary the kind of maximum and the number of splits, and use all D. Otherwise D is DC-VAE's and MoCo's.
     """
     found = {}
-    for d, dtype, capability in itertools.product(
-        (16, 64, 128, 256, 512), (torch.float32, torch.bfloat16), CAPABILITIES
-    ):
-        if all_of_them or capability == 90 or d in (16, 128):
-            learned = all_of_them or (d, capability) == (16, 90)
-            for launch in record(info_nce, partial(_launch_everything, d, dtype, all_of_them, learned)):
-                found[launch, capability] = {"kernel": launch.kernel, "D": d, "dtype": str(dtype)[len("torch.") :]}
+    dims = (16, 64, 128, 256, 512) if full else (16, 128)
+    for d, dtype in itertools.product(dims, (torch.float32, torch.bfloat16)):
+        for launch in record(info_nce, partial(_launch_everything, d, dtype, full)):
+            found[launch] = {"kernel": launch.kernel, "D": d, "dtype": str(dtype).removeprefix("torch.")}
     return found
 
 
-def _launch_everything(d: int, dtype: torch.dtype, all_of_them: bool, learned_too: bool) -> None:
+def _launch_everything(d: int, dtype: torch.dtype, full: bool) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -177,29 +173,25 @@ def _launch_everything(d: int, dtype: torch.dtype, all_of_them: bool, learned_to
 
     valid, learned = empty(dtype=torch.int64), empty(dtype=torch.float32)
     few, many, queue = empty(1, 128, d), empty(1, 4096, d), empty(1, 8096, d)
-    # Only float32 has other tiles for many rows.
-    rows = (few, many) if all_of_them or dtype == torch.float32 else (few,)
-    cases = [(q, queue, None) for q in rows]
-    if learned_too:
-        cases += [(q, queue, learned) for q in rows]
-    if all_of_them:
-        cases += [(few, empty(1, 16, d), None), (many, queue[:, :300], None)]  # in one split, and in few
+    cases = [(few, queue, None), (many, queue, None)]
+    if full:
+        cases += [(few, queue, learned), (many, queue, learned)]
+        cases += [(few, empty(1, 16, d), None), (many, queue[:, :300], None)]  # one split, and few
     for q, keys, temperature in cases:
         options = (valid, ids(q.shape[1]), ids(keys.shape[1]), temperature, 0.07, True)
         info_nce.forward(q, q, keys, *options, False, "mean", [True] * 5)
-    for q in rows:
+    for q in (few, many):
         state = empty(2, 3, q.shape[1], dtype=torch.float32)
         options = (None, ids(q.shape[1]), ids(q.shape[1]), learned, 0.07, True)
         info_nce.backward_sweep(empty(dtype=torch.float32), q, q, *options, True, 1.0, state, False, True)
 
 
-def spectral_norm_launches(all_of_them: bool) -> dict[tuple[Launch, int], dict[str, Any]]:
-    """For one layer and for many, in one and in two iterations, for every capability."""
+def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
+    """Record the launches for one layer and for many, in one and in two iterations."""
     found = {}
-    for layers, dtype in itertools.product((1, 25, 100), (torch.float32, torch.bfloat16)):
+    for layers, dtype in itertools.product((1, 25, 100) if full else (1, 100), (torch.float32, torch.bfloat16)):
         for launch in record(spectral_norm, partial(_launch_update, layers, dtype)):
-            for capability in CAPABILITIES:
-                found[launch, capability] = {"kernel": launch.kernel, "layers": layers, "dtype": str(dtype)[6:]}
+            found[launch] = {"kernel": launch.kernel, "layers": layers, "dtype": str(dtype).removeprefix("torch.")}
     return found
 
 
@@ -213,7 +205,9 @@ def _launch_update(layers: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    operation, *rest = sys.argv[1:]
-    jobs = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[operation](rest == ["--all"])
-    results = zip(jobs.items(), compile_all(jobs), strict=True)
-    print(json.dumps([about | {"capability": job[1]} | asdict(resources) for (job, about), resources in results]))
+    operation, *options = sys.argv[1:]
+    recorded = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[operation]
+    launches = recorded(full=options == ["--all"])
+    results = compile_all(launches, (80, 90, 100))
+    report = [launches[launch] | {"capability": x} | asdict(result) for (launch, x), result in results.items()]
+    print(json.dumps(report))

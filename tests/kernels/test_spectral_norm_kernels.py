@@ -165,8 +165,9 @@ def test_cuda_graph(triton_on: Implementation):
 REGISTERS, SHARED = 128, 4096
 
 
-def test_compiles_for_gpus_that_are_not_here():
-    programs = compiled_ahead("spectral_norm")
+@pytest.mark.parametrize("options", [(), pytest.param(("--all",), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_compiles_for_gpus_that_are_not_here(options: tuple[str, ...]):
+    programs = compiled_ahead("spectral_norm", *options)
     assert {(x["kernel"], x["capability"]) for x in programs} == {
         (k, c) for k in UPDATE + GRADIENT for c in (80, 90, 100)
     }
