@@ -88,17 +88,8 @@ def test_what_is_not_installed_is_named(monkeypatch, saved, capsys):
 
 @pytest.mark.multiprocess
 def test_a_closed_pipe_does_not_stop_training(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "dcvae_fast.cli",
-        "train",
-        *TINY,
-        "--train.images",
-        "48",
-        "--run",
-        str(tmp_path / "run"),
-    ]
+    settings = ["--train.images", "48", "--run", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "dcvae_fast.cli", "train", *TINY, *settings]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     process.stdout.readline()

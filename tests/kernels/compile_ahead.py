@@ -151,39 +151,37 @@ def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:
 
 
 def info_nce_launches(full: bool) -> dict[Launch, dict[str, Any]]:
-    """Record the launches of info_nce by D, dtype and number of rows, with all options on.
+    """Record the launches of info_nce by D, dtype and number of queries, with all options on.
 
     Args:
-        full: also vary the kind of maximum and the number of splits, and use all D. Otherwise D is DC-VAE's and MoCo's.
+        full: all D, each with few and many queries, also varying the kind of maximum and the number of splits.
+            Otherwise the shapes of DC-VAE, and those of a large batch.
     """
+    dims = (16, 64, 128, 256, 512)
+    shapes = itertools.product(dims, (128, 4096)) if full else ((16, 128), (128, 4096))
     found = {}
-    dims = (16, 64, 128, 256, 512) if full else (16, 128)
-    for d, dtype in itertools.product(dims, (torch.float32, torch.bfloat16)):
-        for launch in record(info_nce, partial(_launch_everything, d, dtype, full)):
+    for (d, queries), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+        for launch in record(info_nce, partial(_launch_everything, queries, d, dtype, full)):
             found[launch] = {"kernel": launch.kernel, "D": d, "dtype": str(dtype).removeprefix("torch.")}
     return found
 
 
-def _launch_everything(d: int, dtype: torch.dtype, full: bool) -> None:
+def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def ids(count: int) -> Tensor:
-        return empty(count, dtype=torch.int64)
-
-    valid, learned = empty(dtype=torch.int64), empty(dtype=torch.float32)
-    few, many, queue = empty(1, 128, d), empty(1, 4096, d), empty(1, 8096, d)
-    cases = [(few, queue, None), (many, queue, None)]
-    if full:
-        cases += [(few, queue, learned), (many, queue, learned)]
-        cases += [(few, empty(1, 16, d), None), (many, queue[:, :300], None)]  # one split, and few
-    for q, keys, temperature in cases:
-        options = (valid, ids(q.shape[1]), ids(keys.shape[1]), temperature, 0.07, True)
+    valid, learned, ids = empty(dtype=torch.int64), empty(dtype=torch.float32), empty(queries, dtype=torch.int64)
+    q, queue = empty(1, queries, d), empty(1, 8096, d)
+    cases = [(queue, None)]
+    if full:  # also one split, and few
+        cases += [(queue, learned), (empty(1, 16, d), None), (queue[:, :300], None)]
+    for keys, temperature in cases:
+        key_ids = empty(keys.shape[1], dtype=torch.int64)
+        options = (valid, ids, key_ids, temperature, 0.07, True)
         info_nce.forward(q, q, keys, *options, False, "mean", [True] * 5)
-    for q in (few, many):
-        state = empty(2, 3, q.shape[1], dtype=torch.float32)
-        options = (None, ids(q.shape[1]), ids(q.shape[1]), learned, 0.07, True)
-        info_nce.backward_sweep(empty(dtype=torch.float32), q, q, *options, True, 1.0, state, False, True)
+    state = empty(2, 3, queries, dtype=torch.float32)
+    options = (None, ids, ids, learned, 0.07, True)
+    info_nce.backward_sweep(empty(dtype=torch.float32), q, q, *options, True, 1.0, state, False, True)
 
 
 def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:

@@ -105,9 +105,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", ["frozen", "queue", "in-batch", "symmetric"])
 def test_logits_are_never_in_memory(on: Implementation, form: str):
-    b, k, d = (64, 4000, 4) if on.interpreted else (2048, 40_000, 8)
+    b, k, d = (64, 2000, 4) if on.interpreted else (2048, 40_000, 8)
     if form in ("in-batch", "symmetric"):
-        b = k = 400 if on.interpreted else 8192
+        b = k = 200 if on.interpreted else 8192
     q, keys, queue = leaves(on.randn(b, d), on.randn(b, d, seed=1), on.randn(k, d, seed=2))
     with Largest() as largest:
         if form in ("in-batch", "symmetric"):
@@ -141,7 +141,7 @@ FORMS: dict[str, dict[str, Any]] = {"queue": {}, "in-batch": {}, "symmetric": {"
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 16), (torch.bfloat16, 128)])
 def test_bitwise_the_same_every_time(on: Implementation, form: str, dtype: torch.dtype, d: int):
-    b, k, runs = (20, 70, 2) if on.interpreted else (129, 4000, 5)
+    b, k, runs = (5, 70, 2) if on.interpreted else (129, 4000, 5)
     if on.device == "cuda":
         b, runs = 129 if form == "queue" else 2049, 50
     q, keys = on.randn(2, b, d, dtype=dtype), on.randn(2, b, d, seed=1, dtype=dtype)
@@ -161,7 +161,7 @@ def surrounded(x: Tensor | None, by: float) -> Tensor | None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("s", "b", "k", "d"), [(2, 1, 1, 1), (2, 17, 33, 15), (1, 65, 66, 48), (1, 3, 5, 513)])
+@pytest.mark.parametrize(("s", "b", "k", "d"), [(2, 1, 1, 1), (2, 9, 33, 48), (1, 65, 66, 15), (1, 3, 5, 513)])
 def test_reads_and_writes_nothing_beyond_its_buffers(
     triton_on: Implementation, form: str, dtype: torch.dtype, s: int, b: int, k: int, d: int
 ):

@@ -1,13 +1,12 @@
-"""Train with several ranks: `ranks_worker.py FOLDER TASK...`.
+"""Train as one of several ranks, with one engine after the other: `ranks_worker.py FOLDER ENGINES`.
 
-The task `2:torch,1` starts two ranks that train with torch, and again with ZeRO stage 1 of DeepSpeed. FOLDER holds the
-states of one process without DeepSpeed on the same images: see test_ranks.py.
+ENGINES `torch,1` is torch, then ZeRO stage 1 of DeepSpeed. FOLDER holds the states of one process without DeepSpeed on
+the same images. The environment is that of a launcher: see test_ranks.py.
 """
 
 import gc
 import hashlib
 import os
-import socket
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import start_processes
 
 from dcvae_fast.config import (
     Config,
@@ -159,11 +157,9 @@ def collect_garbage_early() -> None:
     gc.freeze()  # without imported modules, collection is fast
 
 
-def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) -> None:
-    """Train as one of `count` ranks. Raises AssertionError where the state differs from the recorded one."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
+def main(folder: Path, engines: list[str]) -> None:
+    """Train as a rank. Raises AssertionError where the state differs from the recorded one."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()})
     ranks = join()
     for name, config in CASES.items():
         if name == "growing":
@@ -178,22 +174,12 @@ def train(rank: int, count: int, port: int, folder: Path, engines: list[str]) ->
             follow(step, states)
             if engine == engines[-1]:  # one process continues from the state of several, and several from that of one
                 if ranks.first:
-                    torch.save(half, folder / f"{name}-of-{count}.pt")
+                    torch.save(half, folder / f"{name}-of-{ranks.count}.pt")
                 step = TrainStep(replace(config, train=settings), ranks=ranks)
                 step.load_state_dict(states[HALF])
                 follow(step, states)
     leave(0)
 
 
-def main(folder: Path, tasks: list[str]) -> None:
-    """Run tasks such as `2:torch,1`: a number of ranks, and their engines."""
-    for task in tasks:
-        count, engines = task.split(":")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        start_processes(train, (int(count), port, folder, engines.split(",")), int(count), start_method="spawn")
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","))

@@ -130,7 +130,7 @@ CASES = {
     "no final": (replace(SMALL, contrast=replace(SMALL.contrast, layers=("b1",))), 12),
     "local": (replace(SMALL, contrast=replace(SMALL.contrast, local_start_images=40)), 26),
     "growing": (GROWING, 44),
-    "micro": (replace(GROWING, train=replace(GROWING.train, micro_batch=4, checkpoint_activations=True)), 24),
+    "micro": (replace(GROWING, train=replace(GROWING.train, micro_batch=4, checkpoint_activations=True)), 16),
 }
 
 

@@ -1,6 +1,5 @@
 """Several processes (gloo, on the CPU) do what one does, by torch and by DeepSpeed; and end well."""
 
-import itertools
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -72,17 +72,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tasks", [("1:1", "2:torch,1"), pytest.param(("2:0,2",), marks=pytest.mark.slow)])
-def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, tasks: tuple[str, ...]):
-    """Compare weights, averages, batch statistics, queues and moments; also continue a training with another engine."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER), str(alone), *tasks]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    for task, (name, config) in itertools.product(tasks, CASES.items()):
-        step = TrainStep(config)
-        step.load_state_dict(torch.load(alone / f"{name}-of-{task[0]}.pt", weights_only=True))
-        follow(step, torch.load(alone / f"{name}.pt", weights_only=True))
+@pytest.mark.parametrize("tasks", [((1, "1"), (2, "torch,1")), pytest.param(((2, "0,2"),), marks=pytest.mark.slow)])
+def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, tasks: Sequence[tuple[int, str]]):
+    """Compare weights, averages, batch statistics, queues and moments; also continue a training with another engine.
+
+    A task is a number of ranks and the engines that they use in turn: torch, or a ZeRO stage of DeepSpeed.
+    """
+    for count, engines in tasks:
+        processes = start(count, [str(WORKER), str(alone), engines])
+        printed = finish(processes)
+        assert all(process.returncode == 0 for process in processes), "\n".join(printed)
+        for name, config in CASES.items():
+            step = TrainStep(config)
+            step.load_state_dict(torch.load(alone / f"{name}-of-{count}.pt", weights_only=True))
+            follow(step, torch.load(alone / f"{name}.pt", weights_only=True))
 
 
 # With the default ε, Adam makes full steps from gradients that are rounding errors.
