@@ -243,7 +243,8 @@ def test_each_command_takes_eight_minutes_at_most():
 @pytest.mark.multiprocess
 def test_ctrl_c_kills_all_jobs_and_keeps_the_logs(tmp_path):
     code = f"""
-import sys; sys.path.insert(0, {str(records.ROOT / "bench")!r}); import gpu
+import signal, sys; sys.path.insert(0, {str(records.ROOT / "bench")!r}); import gpu
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background jobs ignore it
 sleep = "import os, pathlib, time; x = pathlib.Path({str(tmp_path)!r}) / '%s'; y = x.with_suffix('.new'); "
 sleep += "y.write_text(str(os.getpid())); y.rename(x); time.sleep(600)"
 gpu.smoke_jobs = lambda: [gpu.Job(name, ["-c", sleep % name], 600) for name in "ab"]
