@@ -33,8 +33,11 @@ def test_hand_computed(on: Implementation):
 
 
 def sizes() -> list[tuple[int, int, int, int, float]]:
-    """Every pair (B, K), with small D, S and the temperature taking turns, then all D with one and several scales."""
-    dims, scales, temperatures = cycle((1, 15, 16, 48)), cycle((3, 1, 2)), cycle(TEMPERATURES)
+    """Every pair (B, K), with small D, S and the temperature taking turns, then all D with one and several scales.
+
+    The turns have lengths without a common factor, so that no K always comes with the same temperature.
+    """
+    dims, scales, temperatures = cycle((1, 15, 16, 48, 7, 16, 17)), cycle((3, 1, 2)), cycle((*TEMPERATURES, 0.2))
     pairs = product([1, 63, 65, 129], [1, 31, 8096, 8192])
     cases = [(b, k, next(dims), next(scales), next(temperatures)) for b, k in pairs]
     cases += [(5, 31, d, s, next(temperatures)) for d, s in product([1, 15, 16, 48, 128], [1, 2, 3])]
