@@ -1,6 +1,6 @@
 """info_nce across the ranks of a group, against one process that has the whole batch, which each rank plays itself.
 
-Run as `test_info_nce_group.py FILE`, start three ranks with FILE as rendezvous.
+Run as `test_info_nce_group.py RANK FILE`, this is one of three ranks.
 """
 
 import os
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from checks import leaves, randn
@@ -41,9 +40,16 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.multiprocess
 def test_like_one_process(tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, str(tmp_path / "rendezvous")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")] for rank in range(WORLD)]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_what_is_no_group():
@@ -258,8 +264,8 @@ def of_all_ranks(on: Rank) -> None:
     of_one_rank(on)
 
 
-def main(rank: int, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+if __name__ == "__main__":
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=WORLD)
     two: Any = dist.new_group([0, 2])
     if two != dist.GroupMember.NON_GROUP_MEMBER:
         of_two_ranks(Rank(two))
@@ -268,7 +274,3 @@ def main(rank: int, file: str) -> None:
     dist.destroy_process_group()
     with pytest.raises(ValueError, match=r"group needs torch\.distributed to be initialized"):
         info_nce(randn(2, 3), randn(2, 3), group=everyone)
-
-
-if __name__ == "__main__":
-    start_processes(main, (sys.argv[1],), WORLD, start_method="spawn")

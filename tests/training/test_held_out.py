@@ -13,7 +13,6 @@ from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError
-from dcvae_fast.evaluation import probe
 from dcvae_fast.training import held_out
 from dcvae_fast.training.checkpoint import load_checkpoint
 from dcvae_fast.training.held_out import HeldOut, held_out_images
@@ -33,12 +32,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("rows")
-def test_they_are_logged_at_their_times_and_training_stays_bitwise_the_same(tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures("rows", "quick_ends")
+def test_they_are_logged_at_their_times_and_training_stays_bitwise_the_same(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     measured = ["--log.held_out", "40", "--log.metrics_every", "64", "--log.fid_images", "30"]
-    monkeypatch.setattr(probe, "STEPS", 20)
     train(config_of("--train.images", "160"), tmp_path / "plain")
     assert "held out" not in capsys.readouterr().out
     train(config_of("--train.images", "160", *measured), tmp_path / "measured")
