@@ -38,7 +38,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.models.layers import SumOverRanks
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.plan import passages, stage_costs
-from dcvae_fast.training.ranks import Ranks, join, leave
+from dcvae_fast.distributed import Ranks, exit_process, init_distributed
 from dcvae_fast.training.schedule import stages
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
@@ -149,13 +149,13 @@ def count(recipe: str, config: Config, engine: str, ranks: Ranks) -> list[dict[s
             step(_images(step))
         with Counter() as counter:
             for _ in range(period):
-                ranks.worst(0)  # as the loop does
+                ranks.all_reduce_max(0)  # as the loop does
                 step(_images(step))
         row = {
             "recipe": recipe,
             "resolution": stage.resolution,
             "engine": engine,
-            "batch": step.point.batch * ranks.count,
+            "batch": step.point.batch * ranks.world_size,
             "iterations": period,
             "operators": counter.operators / period,
             "collectives": [
@@ -166,7 +166,7 @@ def count(recipe: str, config: Config, engine: str, ranks: Ranks) -> list[dict[s
             "parameters": sum(parameter.numel() for parameter in step.engine.moments()),
         }
         rows.append(row)
-        if ranks.first:
+        if ranks.is_first:
             print(recipe, stage.resolution, engine, row["collectives"], flush=True)
     step.engine.reset(step.point.lr, step.point.batch)  # DeepSpeed's hooks would keep all that this engine held
     return rows
@@ -183,7 +183,7 @@ def message_us(ranks: Ranks) -> float:
     times = []
     for _ in range(MESSAGES):
         began = time.perf_counter()
-        ranks.worst(0)
+        ranks.all_reduce_max(0)
         times.append((time.perf_counter() - began) * 1e6)
     return statistics.median(times)
 
@@ -360,17 +360,17 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("RANK", "0") == "0":
         planned = [cost for recipe, config in configs.items() for cost in costs(recipe, config)]
     torch.manual_seed(0)
-    ranks = join()
+    ranks = init_distributed()
     rows = []
     for recipe, config in configs.items():
         for engine in options.engines.split(","):
             rows += count(recipe, config, engine, ranks)
     took = message_us(ranks)
-    if ranks.first and options.out is not None:
+    if ranks.is_first and options.out is not None:
         head = {"benchmark": "collectives", **records.environment(("deepspeed",)), "device": "cpu", "rehearsal": False}
-        document = {**head, "ranks": ranks.count, "message_us": took, "rows": rows, "costs": planned}
+        document = {**head, "ranks": ranks.world_size, "message_us": took, "rows": rows, "costs": planned}
         records.write(options.out, document)
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -34,16 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] != ["train"]:
         return _run(argv)
-    from dcvae_fast.training.ranks import leave, met
+    from dcvae_fast.distributed import exit_process, is_distributed
 
     try:
         code = _run(argv)
     except Exception:
-        if not met():
+        if not is_distributed():
             raise
         traceback.print_exc()
         code = 1
-    leave(code)
+    exit_process(code)
     return code
 
 
@@ -215,15 +215,15 @@ def parse_config(argv: Sequence[str]) -> Options:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from dcvae_fast.training.ranks import join
+    from dcvae_fast.distributed import init_distributed
 
-    ranks = join()
-    with ranks.together():
+    ranks = init_distributed()
+    with ranks.raise_on_all_ranks():
         config, folder, dry_run, profile = parse_config(argv)
     settings = {f"{section}.{name}": x for section, some in to_dict(config).items() for name, x in some.items()}
     ranks.check_same({"--dry-run": dry_run, **{name: x for name, x in settings.items() if name not in OF_A_MACHINE}})
     if dry_run:
-        if ranks.first:
+        if ranks.is_first:
             _print_plan(config)
         return 0
     from dcvae_fast.training.loop import train
@@ -231,10 +231,10 @@ def _train(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     outcome = train(config, folder, ranks, profile)
     if outcome.signal:
-        if ranks.first:
+        if ranks.is_first:
             print(f"Stopped after {outcome.images:,} of {config.train.images:,} images; the same command goes on.")
         return 128 + outcome.signal
-    if not ranks.first:
+    if not ranks.is_first:
         return 0
     if outcome.trained:
         print(f"{outcome.images:,} images shown; this call took {(time.perf_counter() - began) / 60:.1f} minutes.")
@@ -345,7 +345,7 @@ def _counters() -> Callable[[str, int, int], None]:
 
 def _summary(config: Config, folder: Path, images: int) -> str:
     """Reconstruction error and linear probe on held-out images, measured once and kept in RUN/summary.json."""
-    from dcvae_fast.training.checkpoint import write_aside
+    from dcvae_fast.run_folder import atomic_write
 
     path = folder / SUMMARY_FILE
     try:
@@ -354,7 +354,7 @@ def _summary(config: Config, folder: Path, images: int) -> str:
         summary = None
     if not isinstance(summary, dict) or summary.get("images") != images:
         summary = {"images": images, **_measure(config, folder)}
-        write_aside(path, (json.dumps(summary, indent=2) + "\n").encode())
+        atomic_write(path, (json.dumps(summary, indent=2) + "\n").encode())
     probe = summary.get("probe_accuracy")
     return (
         f"On {summary['held_out']:,} held-out images: reconstruction error {summary['pixel_error']:.4f}"
@@ -535,7 +535,7 @@ def _reproduce(argv: Sequence[str]) -> int:
 def _data_of(arguments: argparse.Namespace, needed: bool):
     """The data set that the options or the run's own settings name, and how many images the run has been shown."""
     from dcvae_fast.evaluation import Splits
-    from dcvae_fast.training.checkpoint import is_run, load_checkpoint
+    from dcvae_fast.run_folder import is_run, load_checkpoint
 
     data, images, folder = None, None, Path(arguments.model)
     if is_run(folder) and (state := load_checkpoint(folder)):

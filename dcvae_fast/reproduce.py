@@ -19,7 +19,7 @@ from dcvae_fast.evaluation.plot import plot_curves
 from dcvae_fast.evaluation.protocol import Progress, data_of
 from dcvae_fast.evaluation.tables import FIGURE7_EPOCHS, NEGATIVES, Key, Result, Table, as_json, markdown
 from dcvae_fast.models.dcvae import DCVAE
-from dcvae_fast.training.checkpoint import images_shown, write_aside
+from dcvae_fast.run_folder import images_shown, atomic_write
 from dcvae_fast.training.compiled import forget_compiled
 from dcvae_fast.training.held_out import held_out_images
 from dcvae_fast.training.log import METRICS_FILE, remarked, say
@@ -380,9 +380,9 @@ def _write(
     out: Path,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / f"{table.name}.md", markdown(table, results).encode())
+    atomic_write(out / f"{table.name}.md", markdown(table, results).encode())
     content = json.dumps(as_json(table, results), indent=2, ensure_ascii=False) + "\n"
-    write_aside(out / f"{table.name}.json", content.encode())
+    atomic_write(out / f"{table.name}.json", content.encode())
     if table.name == "figure7":
         _plot(table, runs, results, splits, out)
 

@@ -18,7 +18,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of
 from dcvae_fast.evaluation.tables import TABLES, Key
-from dcvae_fast.training.checkpoint import images_shown
+from dcvae_fast.run_folder import images_shown
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import passages
 from dcvae_fast.training.schedule import stages

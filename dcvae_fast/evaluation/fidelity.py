@@ -1,7 +1,6 @@
 """FID, Inception score, KID, precision and recall: torch-fidelity's networks and formulas, no other file imports it."""
 
 import hashlib
-import os
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from dcvae_fast.config import ModelConfig
 from dcvae_fast.evaluation.measurement import hash_weights
 from dcvae_fast.evaluation.pretrained import Extractor, downloads_in, find_weights, read_weights
+from dcvae_fast.run_folder import atomic_write
 from dcvae_pipelines import EncodedSet, ImageSet
 
 INCEPTION, LPIPS = "inception-v3-compat", "lpips-vgg16"
@@ -91,7 +91,7 @@ def real_features(
     if cache is None:
         return features_of(batches, extractor, layers)
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     name = hashlib.sha256(f"{key()} {extractor.name} {hash_weights(extractor.network)}".encode()).hexdigest()[:32]
     path = cache / f"{name}.safetensors"
@@ -102,12 +102,7 @@ def real_features(
             pass
     features = features_of(batches, extractor, layers)
     cache.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file(features, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    atomic_write(path, save(features))
     return features
 
 

@@ -101,9 +101,3 @@ def reconstructions(
             posterior = model.encode(real)
             latents = posterior.mean if noise is None else posterior.at(noise.take(len(real)).to(model.device))
             yield real, model.decode(latents)
-
-
-def to_bytes(images: Tensor, *, rounded: bool = True) -> Tensor:
-    """Images in [-1, 1] → uint8, rounded to the nearest value or, as the authors' code has it, down."""
-    pixels = images.float().add(1).mul(127.5)
-    return (pixels.round() if rounded else pixels).clamp(0, 255).to(torch.uint8)

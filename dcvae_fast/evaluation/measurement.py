@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from dcvae_fast.errors import EvaluationError, reason
+from dcvae_fast.run_folder import atomic_write
 
 # In a run's folder.
 EVALUATION_FILE = "evaluation.json"
@@ -94,9 +94,7 @@ def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
         kept = [elsewhere | old for old in stored["measurements"] if any(old.get(key) != new[key] for key in keys)]
     content = json.dumps({**head, "measurements": [*kept, new]}, indent=2, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(content + "\n")
-    os.replace(aside, path)
+    atomic_write(path, content + "\n")
 
 
 def table(measured: Sequence[Measurement]) -> str:

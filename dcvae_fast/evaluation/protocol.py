@@ -12,9 +12,10 @@ from torch.backends import cudnn
 
 from dcvae_fast.errors import EvaluationError
 from dcvae_fast.evaluation import fidelity, perceptual, probe
-from dcvae_fast.evaluation.images import Splits, evenly, parts, reconstructions, samples, to_bytes
+from dcvae_fast.evaluation.images import Splits, evenly, parts, reconstructions, samples
 from dcvae_fast.evaluation.measurement import Measurement, Subject
 from dcvae_fast.evaluation.pretrained import Extractor
+from dcvae_fast.images import to_bytes
 from dcvae_fast.models.dcvae import DCVAE
 
 METRICS = (*fidelity.FEATURE_METRICS, "pixel", "perceptual", "ppl", "probe")

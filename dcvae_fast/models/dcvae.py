@@ -123,7 +123,7 @@ class DCVAE(nn.Module):
         Raises:
             RunError: there is no model at that place, or its files are damaged.
         """
-        from dcvae_fast.training.checkpoint import is_run, load_weights
+        from dcvae_fast.run_folder import is_run, load_weights
 
         folder = Path(name_or_path)
         if is_run(folder):

@@ -1,23 +1,28 @@
-"""The engine by DeepSpeed: its collectives, and ZeRO, which cuts Adam's moments up among the ranks."""
+"""Training by optimizers with one step count for all their parameters: DeepSpeed's, with ZeRO, and Apex's.
+
+Such an optimizer steps all its parameters together and takes a missing gradient for zeros, which decays moments. The
+parameters are therefore split, at run time, into units that are always stepped together, each with its own optimizer.
+"""
 
 import gc
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcvae_fast.config import Config
+from dcvae_fast.distributed import Ranks, init_process_group
 from dcvae_fast.errors import ConfigError, reason
-from dcvae_fast.training.engine import Engine, Parameters, TorchUnit, Unit
-from dcvae_fast.training.optim import Moments, read_moments, write_moments
-from dcvae_fast.training.ranks import Ranks, connect
+from dcvae_fast.training.engine import Engine, Parameters
+from dcvae_fast.training.optim import Moments, adam, read_moments, write_moments
 from dcvae_fast.training.schedule import point, stages
 
 # What a user's JSON may say besides what is compared with the recipe: how DeepSpeed communicates and what it reports.
@@ -54,11 +59,141 @@ NO_STAGE_3 = (
 )
 
 
-class DeepSpeedEngine(Engine):
-    """Each unit is a DeepSpeed engine of its own, whose loss has the unit's gradients: Σ ⟨gradient, parameter⟩.
+class Unit(Protocol):
+    """Parameters that are always stepped together, and their optimizer."""
 
-    So one loss may train parameters of several DeepSpeed engines, and one of those may be trained by several losses.
-    Weights are float32 there, too: what autocast computes in is not DeepSpeed's concern. They lose the channels-last
+    parameters: Parameters
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Step all parameters, given the gradient of each."""
+        ...
+
+    def moments(self) -> list[Moments]:
+        """Return the moments of each parameter, whole, the same on all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Release the parameters, which keep their values."""
+        ...
+
+
+MakeUnit = Callable[[Parameters, Sequence[Moments] | None], Unit]
+
+
+class Units(torch.optim.Optimizer):
+    """Steps the units whose parameters have gradients.
+
+    Parameters that receive their first gradient together form a unit, which is split when a step leaves out some of
+    them.
+    """
+
+    def __init__(self, parameters: Parameters, make: MakeUnit):
+        super().__init__(parameters, {})
+        self._make = make
+        self.units: list[Unit] = []
+        self.loaded: dict[nn.Parameter, Moments] = {}
+        """moments of parameters that are in no unit yet"""
+
+    def step(self, closure: None = None) -> None:
+        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        self.zero_grad()  # ZeRO would add to them
+        for unit in self._units_of(gradients):
+            unit.step([gradients[parameter] for parameter in unit.parameters])
+
+    def _units_of(self, stepped: Mapping[nn.Parameter, Tensor]) -> list[Unit]:
+        """Return the units that hold these parameters and no others; split and make units as needed."""
+        units = []
+        for unit in self.units:
+            inside = [parameter in stepped for parameter in unit.parameters]
+            if all(inside) or not any(inside):
+                units.append(unit)
+                continue
+            moments = unit.moments()
+            unit.close()
+            for side in (True, False):
+                part = [i for i, is_inside in enumerate(inside) if is_inside is side]
+                units.append(self._make([unit.parameters[i] for i in part], [moments[i] for i in part]))
+        known = {parameter for unit in units for parameter in unit.parameters}
+        new = defaultdict(list)  # by step count: a unit has only one
+        for parameter in stepped:
+            if parameter not in known:
+                moments = self.loaded.pop(parameter, None)
+                new[moments and moments.step].append((parameter, moments))
+        for step, pairs in new.items():
+            parameters, moments = zip(*pairs, strict=True)
+            units.append(self._make(parameters, None if step is None else moments))
+        self.units = units
+        return [unit for unit in units if unit.parameters[0] in stepped]
+
+    def moments(self) -> dict[nn.Parameter, Moments]:
+        held = {p: moments for unit in self.units for p, moments in zip(unit.parameters, unit.moments(), strict=True)}
+        return self.loaded | held
+
+    def close(self) -> None:
+        for unit in self.units:
+            unit.close()
+        self.units = []
+
+
+class TorchUnit:
+    """A unit whose optimizer has torch's interface, and whose gradients are averaged already."""
+
+    def __init__(self, parameters: Parameters, optimizer: Any, moments: Sequence[Moments] | None):
+        self.parameters, self._optimizer = parameters, optimizer
+        if moments is not None:
+            self._load(moments)
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def moments(self) -> list[Moments]:
+        group_of = self._group_of()
+        return [read_moments(self._optimizer, group_of[p], p) for p in self.parameters]
+
+    def _load(self, moments: Sequence[Moments]) -> None:
+        group_of = self._group_of()
+        for parameter, of_parameter in zip(self.parameters, moments, strict=True):
+            write_moments(self._optimizer, group_of[parameter], parameter, of_parameter)
+
+    def _group_of(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {p: group for group in self._optimizer.param_groups for p in group["params"]}
+
+    def close(self) -> None:
+        pass
+
+
+class UnitEngine(Engine):
+    """An engine whose parameters are stepped in units; by itself, for Apex's Adam."""
+
+    optimizer: Units
+
+    def reset(self, lr: float, batch: int) -> None:
+        if hasattr(self, "optimizer"):
+            self.optimizer.close()
+        self._lr, self._batch = lr, batch
+        self.optimizer = Units(self.parameters, self._make)
+
+    def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:
+        return TorchUnit(parameters, self._adam_of(parameters), moments)
+
+    def _adam_of(self, parameters: Parameters) -> torch.optim.Optimizer:
+        return adam(parameters, self._config, self._lr, self._scales)
+
+    def moments(self) -> dict[nn.Parameter, Moments]:
+        return self.optimizer.moments()
+
+    def _load_moments(self, moments: Mapping[nn.Parameter, Moments]) -> None:
+        self.optimizer.loaded = dict(moments)
+
+
+class DeepSpeedEngine(UnitEngine):
+    """An engine whose units are DeepSpeed engines, each with the loss Σ ⟨gradient, parameter⟩.
+
+    A loss may thus train parameters of several DeepSpeed engines, and a DeepSpeed engine may be trained by several
+    losses. Weights stay float32; autocast decides what is computed in lower precision. They lose the channels-last
     layout, which ZeRO's flat buffers do not keep.
     """
 
@@ -84,12 +219,12 @@ class DeepSpeedEngine(Engine):
         self._deepspeed, self.settings = deepspeed, settings
         super().__init__(*args, **kwargs)
         if not dist.is_initialized():  # DeepSpeed needs the others, even where there are none
-            connect(store=dist.HashStore(), rank=0, world_size=1)
+            init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # it reads this, too
 
     def describe(self) -> str:
         stage = self.settings["zero_optimization"]["stage"]
-        ranks = f"{self._ranks.count} rank{'s' if self._ranks.count > 1 else ''}"
+        ranks = f"{self.ranks.world_size} rank{'s' if self.ranks.world_size > 1 else ''}"
         return f"DeepSpeed {self._deepspeed.__version__}, ZeRO stage {stage}, {ranks}"
 
     def reset(self, lr: float, batch: int) -> None:
@@ -105,7 +240,11 @@ class DeepSpeedEngine(Engine):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
-        """The units do it."""
+        """Leave that to DeepSpeed. But if float16 gradients overflow on one rank, no rank may step."""
+        if self.scaler.is_enabled():
+            is_finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            if self.ranks.all_reduce_max(0 if is_finite else 1):
+                gradients[0].fill_(math.inf)
 
     def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:
         elements = sum(parameter.numel() for parameter in parameters)
@@ -116,12 +255,12 @@ class DeepSpeedEngine(Engine):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         engine, *_ = self._deepspeed.initialize(
             model=_InnerProduct(parameters),
-            optimizer=self._adam(parameters),
+            optimizer=self._adam_of(parameters),
             config=settings,
             dist_init_required=False,
         )
         kind = _ZeroUnit if zero["stage"] else _DeepSpeedUnit
-        return kind(engine, parameters, self._ranks, moments)
+        return kind(engine, parameters, self.ranks, moments)
 
 
 class _InnerProduct(nn.Module):
@@ -183,8 +322,8 @@ class _ZeroUnit(_DeepSpeedUnit):
             for mine, average in zip(whole[parameter], averages, strict=True):
                 mine[here] = average[there]
         for x in whole.values():  # one by one, to hold little at a time
-            self._ranks.sum_([x])
-        step = self._ranks.worst(step)  # a rank may have no part of any
+            self._ranks.all_reduce_sum_([x])
+        step = self._ranks.all_reduce_max(step)  # a rank may have no part of any
         return [Moments(step, *(x.view(p.shape) for x in whole[p])) for p in self.parameters]
 
     def _load(self, moments: Sequence[Moments]) -> None:

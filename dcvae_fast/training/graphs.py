@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.training.ranks import ALONE, Ranks
+from dcvae_fast.distributed import SINGLE, Ranks
 
 T = TypeVar("T")
 Results = dict[str, Tensor]
@@ -66,7 +66,6 @@ class Graphs:
         import torch._dynamo  # noqa: F401
 
         self._make_recorder = recorder
-        self._setting: Hashable = None
         self.forget()
 
     def forget(self) -> None:
@@ -75,19 +74,13 @@ class Graphs:
         self._seen: dict[Hashable, int] = defaultdict(int)
         self._record: Recorder | None = None
 
-    def run(
-        self, setting: Hashable, kind: Hashable, work: Callable[[list[Tensor]], Results], inputs: list[Tensor]
-    ) -> Results:
-        """What work(inputs) returns, scalars.
+    def run(self, kind: Hashable, work: Callable[[list[Tensor]], Results], inputs: list[Tensor]) -> Results:
+        """Return the scalars that work(inputs) returns.
 
         Args:
-            setting: what the graphs recorded so far hold for; where it changes they are forgotten.
             kind: work that launches the same on inputs of the same shapes is of one kind. It may read and write other
-                tensors, always the same ones, and has no other effects.
+                tensors, always the same ones until `forget` is called, and has no other effects.
         """
-        if setting != self._setting:
-            self.forget()
-            self._setting = setting
         kind = (kind, tuple(x.shape for x in inputs))
         if kind not in self._graphs:
             self._seen[kind] += 1
@@ -109,7 +102,7 @@ class Graphs:
         return Graph(own, results, replay)
 
 
-def uses_graphs(config: Config, device: torch.device, ranks: Ranks = ALONE) -> bool:
+def uses_graphs(config: Config, device: torch.device, ranks: Ranks = SINGLE) -> bool:
     """Whether iterations become CUDA graphs: as `train.graphs` says, or where it leaves that open, where they can.
 
     Raises:
@@ -129,4 +122,4 @@ def uses_graphs(config: Config, device: torch.device, ranks: Ranks = ALONE) -> b
         obstacle = f"optim.fused is {config.optim.fused}"
     if wanted and obstacle:
         raise ConfigError(f"train.graphs is true, but {obstacle}: there can be no CUDA graphs.")
-    return obstacle is None and (wanted or ranks.count == 1)
+    return obstacle is None and (wanted or ranks.world_size == 1)

@@ -10,9 +10,10 @@ from torch.backends import cudnn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError, EvaluationError
-from dcvae_fast.evaluation.images import evenly, parts, reconstructions, samples, to_bytes
+from dcvae_fast.evaluation.images import evenly, parts, reconstructions, samples
 from dcvae_fast.evaluation.perceptual import images_at_once, pixel_error
 from dcvae_fast.evaluation.probe import linear_probe, posterior_means
+from dcvae_fast.images import to_bytes
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_pipelines import EncodedSet, ImageSet, decode_images

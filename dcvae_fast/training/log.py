@@ -1,10 +1,12 @@
-"""metrics.jsonl, TensorBoard, the progress line, image grids: the only place of training that waits for the device."""
+"""metrics.jsonl, TensorBoard, the progress line, image grids.
+
+Training waits for the device here, where checkpoints are saved, and while it is profiled: nowhere else.
+"""
 
 import io
 import json
+import logging
 import math
-import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import DivergedError
-from dcvae_fast.training.checkpoint import write_aside
-from dcvae_fast.training.ranks import ALONE, Ranks
+from dcvae_fast.images import make_grid, png_bytes, to_bytes
+from dcvae_fast.run_folder import atomic_write
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE, TENSORBOARD, GRIDS = "metrics.jsonl", "tensorboard", "grids"
 
@@ -25,12 +29,12 @@ METRICS_FILE, TENSORBOARD, GRIDS = "metrics.jsonl", "tensorboard", "grids"
 class Log:
     """Collects metrics on the device, and writes their means over iterations and ranks when told to."""
 
-    def __init__(self, folder: Path, images: int, total: int, ranks: Ranks = ALONE):
+    def __init__(self, folder: Path, images: int, total: int, ranks: Ranks = SINGLE):
         """Continue the log of a run after `images` of `total` images; what was logged beyond them is dropped.
 
         Only the first of several ranks writes."""
         self.folder, self.total, self._ranks = folder, total, ranks
-        if ranks.first:
+        if ranks.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
             _drop_after(folder / METRICS_FILE, images)
@@ -59,14 +63,14 @@ class Log:
         if not names:
             return
         sums = torch.stack([self._sums[name].float() for name in names]).cpu()  # waits for the device
-        self._ranks.average_([sums])
+        self._ranks.all_reduce_mean_([sums])
         means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
-        with self._ranks.together():
+        with self._ranks.raise_on_all_ranks():
             if bad := [name for name, value in means.items() if not math.isfinite(value)]:
                 raise DivergedError(
                     f"{self.folder}: {bad[0]} became {means[bad[0]]} between {self._images:,} and {images:,} images."
                 )
-            if self._ranks.first:
+            if self._ranks.is_first:
                 self._record(images, means)
         self._restart(images)
 
@@ -74,7 +78,7 @@ class Log:
         seconds = time.perf_counter() - self._time
         rate, waiting = (images - self._images) / seconds, self._waited / seconds
         self._append(images, {"images_per_second": rate, "waiting_for_data": waiting, **means})
-        say(_progress_line(images, self.total, rate, waiting, means))
+        logger.info(_progress_line(images, self.total, rate, waiting, means))
 
     def _append(self, images: int, record: dict[str, float]) -> None:
         with open(self.folder / METRICS_FILE, "a") as file:
@@ -85,7 +89,7 @@ class Log:
     def held_out(self, images: int, measured: dict[str, float]) -> None:
         """Write metrics of held-out images as `held_out/NAME`, a line of their own, and a line to the terminal."""
         self._append(images, {f"held_out/{name}": value for name, value in measured.items()})
-        say("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items()))
+        logger.info("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -103,7 +107,7 @@ class Log:
         sheet = make_grid(tiles, columns)
         path = self.folder / GRIDS / f"{name}-{images:012d}.png"
         path.parent.mkdir(exist_ok=True)
-        write_aside(path, png_bytes(sheet))
+        atomic_write(path, png_bytes(sheet))
         self._tensorboard.add_image(name, sheet, images)
         return path
 
@@ -114,7 +118,7 @@ class Log:
 
         rows = self.folder / GRIDS / "growth"
         rows.mkdir(parents=True, exist_ok=True)
-        write_aside(rows / f"{samples.shape[-1]:04d}.png", png_bytes(torch.cat(list(_to_bytes(samples)), dim=2)))
+        atomic_write(rows / f"{samples.shape[-1]:04d}.png", png_bytes(torch.cat(list(to_bytes(samples).cpu()), dim=2)))
         images = [Image.open(path) for path in sorted(rows.glob("*.png"))]
         height = max(64, max(image.height for image in images))
         width = len(samples) * height
@@ -124,59 +128,12 @@ class Log:
         content = io.BytesIO()
         sheet.save(content, format="PNG")
         path = self.folder / GRIDS / "growth.png"
-        write_aside(path, content.getvalue())
+        atomic_write(path, content.getvalue())
         return path
 
     def close(self) -> None:
-        if self._ranks.first:
+        if self._ranks.is_first:
             self._tensorboard.close()
-
-
-_remarks: list[str] = []
-
-
-@contextmanager
-def remarked(remark: str | None) -> Iterator[None]:
-    """Inside, every line that is said ends in this."""
-    _remarks.append(f"  [{remark}]" if remark else "")
-    try:
-        yield
-    finally:
-        _remarks.pop()
-
-
-def say(line: str) -> None:
-    """Print a line, on the first of several ranks. Where nobody reads any more (a closed pipe), go on in silence:
-    training is not to stop for that."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    try:
-        print(line + "".join(_remarks), flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open until the end
-
-
-def make_grid(tiles: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1] → a sheet uint8 [3, H', W'], row by row; small ones are enlarged to 64 pixels."""
-    from torchvision.utils import make_grid as sheet
-
-    scale = max(1, 64 // tiles.shape[-1])
-    pixels = _to_bytes(tiles).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return sheet(pixels, nrow=columns, padding=gap, pad_value=255)
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] → uint8 on the CPU."""
-    return images.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
-def png_bytes(sheet: Tensor) -> bytes:
-    """uint8 [C, H, W], one channel or three → the bytes of a PNG file."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).numpy()).save(file, format="PNG")
-    return file.getvalue()
 
 
 def _progress_line(images: int, total: int, rate: float, waiting: float, means: dict[str, float]) -> str:
@@ -205,7 +162,7 @@ def _drop_after(path: Path, images: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _images_of(line) <= images]
     if kept != lines:
-        write_aside(path, b"".join(kept))
+        atomic_write(path, b"".join(kept))
 
 
 def _images_of(line: bytes) -> float:

@@ -77,10 +77,13 @@ def _other(kind: str) -> Any:
 
 
 def read_moments(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Moments:
-    """Of a parameter in one of the optimizer's groups, after a step."""
-    state, last = optimizer.state[parameter], optimizer.state[group["params"][-1]]
-    # Apex counts the group's steps, DeepSpeed those of its last parameter; with torch all counts are the same.
-    step = last["step"] if "step" in last else group["step"]
+    """Return the moments of a parameter of one of the optimizer's groups, after a step."""
+    state = optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.Adam):
+        step = state["step"]
+    else:  # Apex counts the steps of a group, DeepSpeed those of the group's last parameter
+        last = optimizer.state[group["params"][-1]]
+        step = last["step"] if "step" in last else group["step"]
     return Moments(int(step), state["exp_avg"], state["exp_avg_sq"])
 
 

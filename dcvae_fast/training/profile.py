@@ -1,5 +1,6 @@
 """Where the time of iterations goes: a trace of a few of them, and a table of what took longest."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dcvae_fast.config import Config
-from dcvae_fast.training.checkpoint import write_aside
+from dcvae_fast.run_folder import atomic_write
 from dcvae_fast.training.graphs import WARM_UPS
-from dcvae_fast.training.log import say
+
+logger = logging.getLogger(__name__)
 
 FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "top20.txt"
 ROWS = 20
@@ -54,7 +56,7 @@ class Profiler:
         if self._profile is not None:
             self._profile.stop()
         if self._seen < self._wait + self._iterations:
-            say(f"Nothing was profiled: that takes {self._wait + self._iterations} iterations.")
+            logger.info(f"Nothing was profiled: that takes {self._wait + self._iterations} iterations.")
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -71,8 +73,8 @@ class Profiler:
         each = f"{self._iterations} iterations, {self._images:,} images, {seconds:.3f} s while being profiled"
         if on_gpu:
             each += f"; the GPU computed for {busy_seconds(found) / seconds:.0%} of it"
-        write_aside(self._folder / TABLE_FILE, f"{each}\n{table}".encode())
-        say(f"{each}\n{table}\nThe trace is in {self._folder / TRACE_FILE}, this table in {TABLE_FILE} beside it.")
+        atomic_write(self._folder / TABLE_FILE, f"{each}\n{table}")
+        logger.info(f"{each}\n{table}\nThe trace is in {self._folder / TRACE_FILE}, this table in {TABLE_FILE} beside it.")
 
 
 def busy_seconds(found: profile) -> float:

@@ -27,7 +27,7 @@ from dcvae_fast.config import (
     TrainConfig,
 )
 from dcvae_fast.training.optim import Moments
-from dcvae_fast.training.ranks import join, leave
+from dcvae_fast.distributed import exit_process, init_distributed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
 
@@ -59,12 +59,12 @@ CASES = {"fixed": FIXED, "growing": GROWING}
 
 def batch_of(step: TrainStep, number: int, refill: bool = False) -> Batch:
     """This rank's share of the images of an iteration."""
-    n = step.point.batch * step.ranks.count
+    n = step.point.batch * step.ranks.world_size
     generator = torch.Generator().manual_seed(2 * number + refill)
     shape = (n, step.config.model.image_channels, step.resolution, step.resolution)
     images = torch.rand(shape, generator=generator) * 2 - 1
     ids = torch.arange(n) + n * number
-    return Batch(step.ranks.own(images).clone(), step.ranks.own(ids).clone())
+    return Batch(step.ranks.shard(images).clone(), step.ranks.shard(ids).clone())
 
 
 def advance(step: TrainStep, until: int) -> None:
@@ -138,7 +138,7 @@ def follow(step: TrainStep, states: list[State], until: int = ITERATIONS) -> Sta
 def check_same_everywhere(step: TrainStep, state: State) -> None:
     """Bit by bit, on all ranks."""
     digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in learned(state).values())).digest()
-    assert step.ranks.all(digest) == [digest] * step.ranks.count
+    assert step.ranks.all_gather_object(digest) == [digest] * step.ranks.world_size
 
 
 def collect_garbage_early() -> None:
@@ -160,7 +160,7 @@ def collect_garbage_early() -> None:
 def main(folder: Path, engines: list[str]) -> None:
     """Train as a rank. Raises AssertionError where the state differs from the recorded one."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    ranks = join()
+    ranks = init_distributed()
     for name, config in CASES.items():
         if name == "growing":
             collect_garbage_early()
@@ -173,12 +173,12 @@ def main(folder: Path, engines: list[str]) -> None:
             adopt(step, states[HALF])
             follow(step, states)
             if engine == engines[-1]:  # one process continues from the state of several, and several from that of one
-                if ranks.first:
-                    torch.save(half, folder / f"{name}-of-{ranks.count}.pt")
+                if ranks.is_first:
+                    torch.save(half, folder / f"{name}-of-{ranks.world_size}.pt")
                 step = TrainStep(replace(config, train=settings), ranks=ranks)
                 step.load_state_dict(states[HALF])
                 follow(step, states)
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

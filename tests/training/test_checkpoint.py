@@ -12,7 +12,7 @@ import torch
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import RunError
-from dcvae_fast.training.checkpoint import (
+from dcvae_fast.run_folder import (
     is_run,
     load_checkpoint,
     load_weights,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.graphs import PATIENCE, WARM_UPS, CudaRecorder, Graphs, uses_graphs
-from dcvae_fast.training.ranks import Ranks
+from dcvae_fast.distributed import Ranks
 from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
 from recorder import CpuRecorder
@@ -58,8 +58,7 @@ def batch_of(step: TrainStep, seed: int, n: int | None = None) -> Batch:
 def state_of(step: TrainStep) -> Sequence[Tensor]:
     """All that an iteration writes to."""
     networks = [*step.networks.parameters(), *step.networks.buffers()]
-    optimizers = [unit._optimizer for unit in step.engine._units]  # type: ignore[attr-defined]
-    moments = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
+    moments = [x for state in step.engine.optimizer.state.values() for x in state.values()]
     return networks + moments
 
 
@@ -178,7 +177,7 @@ def test_no_kind_is_recorded_while_another_still_needs_memory_but_none_waits_for
     graphs, x = Graphs(lambda: record), [torch.zeros(1)]
 
     def run(kind: str) -> None:
-        graphs.run("setting", kind, lambda inputs: {"kind": inputs[0]}, x)
+        graphs.run(kind, lambda inputs: {"kind": inputs[0]}, x)
         recorded.append(len(graphs._graphs))
 
     for kind in ["often"] * 2 + ["seldom"] + ["often"] * 5 + ["seldom"] * 2 + ["often", "seldom"]:
@@ -262,9 +261,9 @@ def test_graphs_are_used_where_there_can_be_any(settings: dict[str, Any], obstac
     device = torch.device(settings.get("device", "cuda"))
     assert uses_graphs(configured(None), device) is (obstacle is None)
     assert not uses_graphs(configured(False), device)
-    assert not uses_graphs(configured(None), device, Ranks(count=2))
+    assert not uses_graphs(configured(None), device, Ranks(world_size=2))
     if obstacle is None:
-        assert uses_graphs(configured(True), device) and uses_graphs(configured(True), device, Ranks(count=2))
+        assert uses_graphs(configured(True), device) and uses_graphs(configured(True), device, Ranks(world_size=2))
         return
     with pytest.raises(ConfigError, match=f"train.graphs is true, but {obstacle}"):
         uses_graphs(configured(True), device)

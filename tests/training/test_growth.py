@@ -15,7 +15,7 @@ from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.config import Config, ContrastConfig, DataConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
 from dcvae_fast.models.progressive import Trunk
-from dcvae_fast.training.checkpoint import load_checkpoint
+from dcvae_fast.run_folder import load_checkpoint
 from dcvae_fast.training.loop import train
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep

@@ -16,7 +16,7 @@ from PIL import Image
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
 from dcvae_fast.training import loop
-from dcvae_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dcvae_fast.run_folder import load_checkpoint, save_checkpoint
 from dcvae_fast.training.loop import open_data, open_source, train
 from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dcvae_fast.cli import parse_config
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.training.checkpoint import load_checkpoint
+from dcvae_fast.run_folder import load_checkpoint
 from dcvae_fast.training.loop import train
 from dcvae_fast.training.step import TrainStep
 from ranks_worker import CASES, FIXED, advance, follow, record
@@ -96,11 +96,11 @@ def tiny(folder: Path, images: int, *more: str) -> list[str]:
 RUN_ALL = """
 import json, os, sys
 from dcvae_fast import cli
-from dcvae_fast.training.ranks import leave
+from dcvae_fast.distributed import exit_process
 for settings in json.loads(sys.argv[1]):
     mine = settings[int(os.environ["RANK"])] if isinstance(settings[0], list) else settings
     print("exit", cli._run(["train", *mine]), flush=True)
-leave(0)
+exit_process(0)
 """
 
 

@@ -1,20 +1,20 @@
-"""The run folder, and checkpoints that survive a kill, a full disk and a damaged file.
+"""The run folder: its layout, atomic writes, and checkpoints that survive a kill, a full disk and a damaged file.
 
 RUN/config.yaml                    what is trained
 RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
 RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
 """
 
-import fcntl
 import logging
 import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dcvae_fast.config import Config, differences, to_dict
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
 FORMAT = 3  # of a checkpoint's contents
 
 
@@ -52,12 +53,12 @@ def prepare_run(folder: Path, config: Config) -> None:
             )
         return
     # What a start that was killed may leave is no reason to refuse.
-    begun = [folder / CHECKPOINTS, folder / f"{CONFIG_FILE}.tmp"]
-    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(begun) or _newest_first(folder)):
+    begun = {folder / CHECKPOINTS, *folder.glob(f"{CONFIG_FILE}*.tmp")}
+    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - begun or _newest_first(folder)):
         raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        write_aside(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        atomic_write(path, yaml.safe_dump(to_dict(config), sort_keys=False))
     except OSError as error:
         raise RunError(f"{folder}: the run folder cannot be made ({error}).") from error
 
@@ -69,11 +70,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another one does.
     """
-    with open(folder / CONFIG_FILE, "r+") as file:  # on NFS only what is open for writing can be locked
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder} is being trained by another process.") from error
+    try:
+        lock = FileLock(folder / LOCK_FILE).acquire(blocking=False)
+    except Timeout as error:
+        raise RunError(f"{folder} is being trained by another process.") from error
+    with lock:
         for half_written in (folder / CHECKPOINTS).glob("*.tmp"):  # by a run that was killed
             half_written.unlink()
         yield
@@ -91,16 +92,10 @@ def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int)
         RunError: it could not be written, for lack of space say; what was there is still there.
     """
     path = folder / CHECKPOINTS / f"{images:012d}.pt"
-    aside = path.with_suffix(".tmp")
     try:
-        with open(aside, "wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer may turn the former into the latter
-        aside.unlink(missing_ok=True)
         held = _newest_first(folder)
         still = f"the newest one is {held[0]}" if held else "there is none yet"
         raise RunError(
@@ -171,17 +166,26 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {**state["config"], "model": model}, weights
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    aside = path.with_name(path.name + ".tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` if the block succeeds: a reader, or a crash at any time, sees the old
+    content or the new one, never a part."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        _sync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a whole file as `replacing` does; text as UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -1,0 +1,101 @@
+"""The images of a run, as its configuration describes them."""
+
+import logging
+import os
+
+import torch
+
+from dcvae_fast.config import Config
+from dcvae_fast.distributed import SINGLE, Ranks
+from dcvae_fast.errors import ConfigError
+from dcvae_fast.training.schedule import point
+from dcvae_pipelines import DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
+
+logger = logging.getLogger(__name__)
+
+
+def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
+    """A split of the configured data set.
+
+    Raises:
+        DataError: it is missing or damaged.
+        ConfigError: its images do not fit the networks.
+    """
+    data, model = config.data, config.model
+    images = load_dataset(data.name, data.root, split, data.download)
+    if isinstance(images, ImageSet):
+        channels, size = images.images.shape[1], images.images.shape[2]
+        if channels != model.image_channels:
+            raise ConfigError(f"model.image_channels is {model.image_channels}, but {data.name} has {channels}.")
+        if size != model.resolution:
+            raise ConfigError(f"{data.name} has images of {size}×{size}, but the networks are for {model.resolution}.")
+    return images
+
+
+def first_images(config: Config, split: str, count: int, resolution: int | None = None) -> ImageSet:
+    """The first `count` images of a split, or fewer if there are fewer, decoded as the networks see them, in the end if
+    no other resolution is given.
+
+    Raises:
+        DataError: the split is missing or damaged, or one of the images and `data.on_corrupt` is stop.
+        ConfigError: its images do not fit the networks.
+    """
+    data, model = config.data, config.model
+    return decode_images(
+        open_data(config, split),
+        count,
+        resolution=resolution or model.resolution,
+        channels=model.image_channels,
+        on_corrupt=data.on_corrupt,
+    )
+
+
+def training_images(config: Config) -> ImageSet | EncodedSet:
+    """The training split; decoded, where `data.resident` says so.
+
+    Raises:
+        DataError: the split is missing or damaged, or is to be decoded, and one of its images cannot be.
+        ConfigError: its images do not fit the networks.
+    """
+    images, model = open_data(config, "train"), config.model
+    if not config.data.resident or isinstance(images, ImageSet):
+        return images
+    logger.info("Decoding %s images once", f"{len(images):,}")
+    return decode_images(images, len(images), resolution=model.resolution, channels=model.image_channels)
+
+
+def open_source(
+    config: Config,
+    images: ImageSet | EncodedSet,
+    device: torch.device,
+    ranks: Ranks = SINGLE,
+    seed: int | None = None,
+) -> Source:
+    """Batches for training, this rank's share of them, as they are at the beginning; `seed` is of their order, else the
+    configuration's.
+
+    Raises:
+        DataError: there are fewer images than ranks, or than a setting needs.
+    """
+    data, model, train, start = config.data, config.model, config.train, point(config, 0, ranks.world_size)
+    if ranks.world_size > len(images):
+        raise DataError(f"{images.name} has fewer images, {len(images)}, than there are ranks, {ranks.world_size}.")
+    source = make_source(
+        images,
+        resolution=model.resolution,
+        channels=model.image_channels,
+        batch=start.batch,
+        seed=train.seed if seed is None else seed,
+        device=device,
+        rank=ranks.rank,
+        ranks=ranks.world_size,
+        mirror=data.mirror,
+        drop_last=data.drop_last,
+        threads=data.threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size),
+        prefetch=data.prefetch,
+        on_corrupt=data.on_corrupt,
+    )
+    source.set_resolution(start.resolution)
+    return source
+
+

@@ -1,0 +1,67 @@
+"""The networks of a run and their moving averages."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from dcvae_fast.config import Config
+from dcvae_fast.contrast import InstanceContrast
+from dcvae_fast.models.build import build_autoencoder, build_discriminator
+from dcvae_fast.models.progressive import LOW
+from dcvae_fast.training.seeding import derive_seed
+
+
+class Networks(nn.Module):
+    """Encoder E, decoder G, discriminator C and momentum discriminator C′, initialised from `train.seed` alone.
+
+    Attributes:
+        encoder, decoder, discriminator: E, G and C
+        decoder_average: moving average of G, which makes samples and reconstructions
+        contrast: C′ and its queues; None if the objective contrasts no instances
+        layers: layers of C whose features are compared at the present resolution
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        model, seed = config.model, config.train.seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "networks"))
+            self.encoder, self.decoder = build_autoencoder(model)
+            self.discriminator = build_discriminator(model)
+            self.contrast = None
+            if config.loss.instance == "contrast":
+                self.contrast = InstanceContrast(
+                    self.discriminator,
+                    config.contrast,
+                    model.contrast_dim,
+                    model.discriminator_width,
+                    derive_seed(seed, "queue"),
+                )
+        self.decoder_average = deepcopy(self.decoder).requires_grad_(False)
+        self._config = config
+        self.layers = config.contrast.layers
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters, by the names that the objectives' steps use."""
+        critic = self.discriminator.critic
+        groups = {
+            "encoder": self.encoder,
+            "decoder": self.decoder,
+            "trunk": critic.trunk,
+            "score": critic.score,
+            "heads": self.discriminator.heads,
+        }
+        return {name: list(network.parameters()) for name, network in groups.items()}
+
+    def restart_contrast(self, resolution: int) -> None:
+        """Compare the layers that exist at this resolution, with an empty queue."""
+        has_low = not self._config.model.grows or resolution >= LOW
+        self.layers = tuple(layer for layer in self._config.contrast.layers if has_low or layer != "low")
+        if self.contrast is not None:
+            self.contrast.restart(self.layers)
+
+    def compilable(self) -> list[nn.Module]:
+        """The modules whose forward passes torch.compile takes."""
+        modules = [self.encoder.trunk, self.decoder, self.discriminator.critic]
+        return modules if self.contrast is None else [*modules, self.contrast.momentum.critic]
