@@ -45,7 +45,7 @@ def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     from dcvae_fast.training import loop
 
     monkeypatch.setattr(probe, "STEPS", 20)
-    monkeypatch.setattr(loop, "write_grids", lambda log, step, images: None)
+    monkeypatch.setattr(loop, "write_grids", lambda step, log, images: None)
 
 
 class Rows(nn.Module):

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from dcvae_fast.config import ContrastConfig
-from dcvae_fast.contrast import InstanceContrast
+from dcvae_fast.contrast import InstanceContrast, Keys
 from dcvae_fast.models.autogan import Discriminator
+from dcvae_fast.models.layers import Critique
 
 WIDTH, D = 6, 5
 
@@ -16,6 +17,21 @@ def make(**settings) -> tuple[Discriminator, InstanceContrast]:
     discriminator = Discriminator(WIDTH, 1, D)
     config = ContrastConfig(**{"negatives": 12, **settings})
     return discriminator, InstanceContrast(discriminator, config, D, WIDTH, seed=1)
+
+
+class Given(Discriminator):
+    """A discriminator that embeds all images as given, [S, B, D]."""
+
+    def __init__(self, embeddings: torch.Tensor):
+        super().__init__(WIDTH, 1, D)
+        self.embeddings = embeddings
+
+    def embed(self, critique: Critique, layers: object) -> torch.Tensor:
+        return self.embeddings
+
+
+def loss_of(contrast: InstanceContrast, q: torch.Tensor, k: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return contrast.loss(Given(q), torch.zeros(q.shape[1], 1, 32, 32), Keys(k), ids)[0]
 
 
 def cross_entropy(q, k, negatives, temperature=0.07):
@@ -31,9 +47,10 @@ def test_loss_is_the_mean_of_cross_entropies(layers):
     torch.manual_seed(1)
     images, rec = torch.rand(2, 4, 1, 32, 32)
     contrast.eval()
-    keys, critique = contrast.keys(images)
-    queries = discriminator.eval().embed(discriminator(rec), layers)
-    loss, metrics = contrast.loss(queries, keys, torch.arange(4))
+    discriminator.eval()
+    loss, metrics = contrast.loss(discriminator, rec, contrast.keys(images), torch.arange(4))
+    queries, keys = discriminator.embed(discriminator(rec), layers), discriminator.embed(discriminator(images), layers)
+    torch.testing.assert_close(contrast.keys(images, at_once=3).embeddings, keys)  # C′ starts as C
     pairs = [cross_entropy(queries[s], keys[s], contrast.queue.keys[s]) for s in range(len(layers))]
     torch.testing.assert_close(loss, torch.stack([each for each, _ in pairs]).mean())
     for layer, (_, logits) in zip(layers, pairs, strict=True):
@@ -41,16 +58,15 @@ def test_loss_is_the_mean_of_cross_entropies(layers):
         torch.testing.assert_close(metrics[f"contrast/top1_{layer}"], top1)
         top5 = (logits.topk(5).indices == 0).any(1).float().mean()
         torch.testing.assert_close(metrics[f"contrast/top5_{layer}"], top5)
-    torch.testing.assert_close(keys[-1], contrast.momentum.embed(critique, layers)[-1])
 
 
 def test_an_empty_queue_counts_only_what_fills_it():
     _, contrast = make(layers=("final",))
     torch.manual_seed(1)
     q, k, older = torch.randn(3, 1, 4, D)
-    assert contrast.loss(q, k, torch.arange(4))[0].item() == 0
-    contrast.queue.enqueue(older, torch.arange(10, 14))
-    torch.testing.assert_close(contrast.loss(q, k, torch.arange(4))[0], cross_entropy(q[0], k[0], older[0])[0])
+    assert loss_of(contrast, q, k, torch.arange(4)).item() == 0
+    contrast.enqueue(Keys(older), torch.arange(10, 14))
+    torch.testing.assert_close(loss_of(contrast, q, k, torch.arange(4)), cross_entropy(q[0], k[0], older[0])[0])
 
 
 def test_an_images_own_keys_are_no_negatives_unless_wanted():
@@ -59,9 +75,9 @@ def test_an_images_own_keys_are_no_negatives_unless_wanted():
     other = torch.randn(1, 1, D)
     for exclude in (True, False):
         _, contrast = make(layers=("final",), exclude_same_image=exclude)
-        contrast.queue.enqueue(torch.cat([older, other], dim=1), torch.tensor([7, 8]))
+        contrast.enqueue(Keys(torch.cat([older, other], dim=1)), torch.tensor([7, 8]))
         negatives = other[0] if exclude else torch.cat([older, other], dim=1)[0]
-        torch.testing.assert_close(contrast.loss(q, k, torch.tensor([7]))[0], cross_entropy(q[0], k[0], negatives)[0])
+        torch.testing.assert_close(loss_of(contrast, q, k, torch.tensor([7])), cross_entropy(q[0], k[0], negatives)[0])
 
 
 def test_momentum_network_follows_and_takes_no_gradient():
@@ -74,23 +90,36 @@ def test_momentum_network_follows_and_takes_no_gradient():
     for was, now, current in zip(before, contrast.momentum.parameters(), discriminator.parameters(), strict=True):
         torch.testing.assert_close(now, 0.9 * was + 0.1 * current)
         assert not now.requires_grad
-    keys, _ = contrast.keys(torch.rand(2, 1, 32, 32))
-    assert not keys.requires_grad
+    assert not contrast.keys(torch.rand(2, 1, 32, 32)).embeddings.requires_grad
 
 
 def test_local_patches_are_one_location_of_the_feature_map():
     discriminator, contrast = make(local_layers=("b1", "b3"), local_start_images=0)
-    critique = discriminator(torch.rand(3, 1, 32, 32))
-    patches = contrast.local_patches(critique, torch.tensor([0.999]))
-    torch.testing.assert_close(patches[0], critique.features["b1"][:, :, 15, 15])
-    torch.testing.assert_close(patches[1], critique.features["b3"][:, :, 7, 7])
-    patches = contrast.local_patches(critique, torch.tensor([70 / 256]))
-    torch.testing.assert_close(patches[0], critique.features["b1"][:, :, 4, 6])
-    torch.testing.assert_close(patches[1], critique.features["b3"][:, :, 2, 1])  # 17.5 of 64
-    assert contrast.local_queue is not None
+    contrast.eval()
+    discriminator.eval()
+    images = torch.rand(3, 1, 32, 32)
+    features = discriminator(images).features
+    for location, b1, b3 in ((0.999, (15, 15), (7, 7)), (70 / 256, (4, 6), (2, 1))):  # of 256 positions, and of 64
+        patches = contrast.keys(images, torch.tensor([location])).patches
+        assert patches is not None
+        torch.testing.assert_close(patches[0], features["b1"][:, :, *b1])
+        torch.testing.assert_close(patches[1], features["b3"][:, :, *b3])
+
+
+def test_the_loss_of_local_patches_is_added():
+    discriminator, contrast = make(local_layers=("b1", "b3"), local_start_images=0)
+    contrast.eval()
+    discriminator.eval()
+    older, images, rec = torch.rand(3, 4, 1, 32, 32)
+    location = torch.tensor([0.4])
+    contrast.enqueue(contrast.keys(older, location), torch.arange(10, 14))
+    keys = contrast.keys(images, location)
+    total, metrics = contrast.loss(discriminator, rec, keys, torch.arange(4))
+    assert contrast.local_queue is not None and keys.patches is not None
     assert contrast.local_queue.keys.shape == (2, 12, WIDTH)
-    contrast.local_queue.enqueue(torch.randn(2, 4, WIDTH), torch.arange(4))
-    queries, keys = patches.detach(), torch.randn(2, 3, WIDTH)
-    expected = [cross_entropy(queries[s], keys[s], contrast.local_queue.keys[s, :4])[0] for s in range(2)]
-    loss = contrast.local_loss(queries, keys, torch.arange(10, 13))
-    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    features = discriminator(rec).features
+    queries = [features["b1"].flatten(2)[:, :, 102], features["b3"].flatten(2)[:, :, 25]]
+    expected = [cross_entropy(queries[s], keys.patches[s], contrast.local_queue.keys[s, :4])[0] for s in range(2)]
+    torch.testing.assert_close(metrics["loss/contrast_local"], torch.stack(expected).mean())
+    without, _ = contrast.loss(discriminator, rec, Keys(keys.embeddings), torch.arange(4))
+    torch.testing.assert_close(total, without + metrics["loss/contrast_local"])

@@ -97,5 +97,3 @@ def open_source(
     )
     source.set_resolution(start.resolution)
     return source
-
-

@@ -122,6 +122,4 @@ class Engine:
         self._load_moments({self.names[name]: Moments(**moments) for name, moments in state["moments"].items()})
         if self.scaler.is_enabled() and (scale := state["loss_scale"]) is not None:
             steps = scale["steps"] % self._config.loss_scale_window
-            self.scaler.load_state_dict(
-                {**self.scaler.state_dict(), "scale": scale["value"], "_growth_tracker": steps}
-            )
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale["value"], "_growth_tracker": steps})

@@ -89,7 +89,9 @@ class Log:
     def held_out(self, images: int, measured: dict[str, float]) -> None:
         """Write metrics of held-out images as `held_out/NAME`, a line of their own, and a line to the terminal."""
         self._append(images, {f"held_out/{name}": value for name, value in measured.items()})
-        logger.info("held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items()))
+        logger.info(
+            "held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items())
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

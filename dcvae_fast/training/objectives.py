@@ -141,9 +141,7 @@ def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> 
         metrics["loss/adversarial"] = adversarial.detach()
         total = total + adversarial
     if networks.contrast is not None and inputs.keys is not None:
-        instance, contrast_metrics = networks.contrast.loss(
-            networks.discriminator, rec.images, inputs.keys, inputs.ids
-        )
+        instance, contrast_metrics = networks.contrast.loss(networks.discriminator, rec.images, inputs.keys, inputs.ids)
         metrics |= contrast_metrics
     elif loss.instance == "feature":
         instance = _feature_loss(networks, inputs.images, rec.images)

@@ -74,7 +74,9 @@ class Profiler:
         if on_gpu:
             each += f"; the GPU computed for {busy_seconds(found) / seconds:.0%} of it"
         atomic_write(self._folder / TABLE_FILE, f"{each}\n{table}")
-        logger.info(f"{each}\n{table}\nThe trace is in {self._folder / TRACE_FILE}, this table in {TABLE_FILE} beside it.")
+        logger.info(
+            f"{each}\n{table}\nThe trace is in {self._folder / TRACE_FILE}, this table in {TABLE_FILE} beside it."
+        )
 
 
 def busy_seconds(found: profile) -> float:

@@ -26,6 +26,7 @@ from dcvae_fast.config import (
     OptimConfig,
     TrainConfig,
 )
+from dcvae_fast.training.deepspeed_engine import UnitEngine
 from dcvae_fast.training.optim import Moments
 from dcvae_fast.distributed import exit_process, init_distributed
 from dcvae_fast.training.step import TrainStep
@@ -110,9 +111,12 @@ def assert_same(state: State, expected: State) -> None:
 def adopt(step: TrainStep, state: State) -> None:
     """Load the state of another training after the same number of iterations into the existing optimizers."""
     step.networks.load_state_dict(state["networks"])
+    if not isinstance(step.engine, UnitEngine):
+        step.engine.load_state_dict(state["optimizers"])
+        return
     moments = {name: Moments(**found) for name, found in state["optimizers"]["moments"].items()}
     names = {parameter: name for name, parameter in step.networks.named_parameters()}
-    for unit in step.engine._units:
+    for unit in step.engine.optimizer.units:
         unit._load([moments[names[parameter]] for parameter in unit.parameters])  # type: ignore[attr-defined]
         optimizer = unit._optimizer  # type: ignore[attr-defined]
         if hasattr(optimizer, "refresh_fp32_params"):  # ZeRO has copies of the weights

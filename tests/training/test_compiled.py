@@ -16,7 +16,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training import compiled as compiled_module
 from dcvae_fast.training.log import Log
-from dcvae_fast.training.loop import write_grids
+from dcvae_fast.training.snapshots import write_grids
 from dcvae_fast.training.step import TrainStep
 from test_graphs import GROWING, GROWING_FAST, SMALL, batch_of, follow, with_graphs
 
@@ -55,7 +55,7 @@ def test_compiled_iterations_are_the_eager_ones(compiler: Any, tmp_path: Path):
     known = compiler["stats"]["unique_graphs"]
     assert known >= 9 and not compiler["graph_break"]
     log = Log(tmp_path, 0, 100)
-    write_grids(log, ours, torch.zeros(9, 1, 32, 32, dtype=torch.uint8))  # other sizes, in evaluation mode
+    write_grids(ours, log, torch.zeros(9, 1, 32, 32, dtype=torch.uint8))  # other sizes, in evaluation mode
     log.close()
     assert compiler["stats"]["unique_graphs"] == known
 

@@ -8,9 +8,11 @@ from torch import nn
 
 from dcvae_fast.config import Config, OptimConfig, TrainConfig
 from dcvae_fast.errors import DivergedError
+from dcvae_fast.models.build import learning_rate_scales
+from dcvae_fast.training.deepspeed_engine import UnitEngine
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.step import TrainStep
-from test_graphs import GROWING_FAST, SMALL, advance, follow_weights
+from test_graphs import CASES, GROWING, GROWING_FAST, SMALL, advance, assert_equal, follow_weights
 
 CONFIG = Config(
     optim=OptimConfig(lr=0.1, loss_scale=2.0**10, loss_scale_window=3), train=TrainConfig(precision="float16")
@@ -23,50 +25,68 @@ class Net(nn.Module):
         self.a, self.b, self.c = (nn.Parameter(torch.ones(2)) for _ in range(3))
 
 
-def engine(config: Config = CONFIG) -> tuple[Net, Engine]:
+def engine(config: Config = CONFIG, kind: type[Engine] = Engine) -> tuple[Net, Engine]:
     net = Net()
-    return net, Engine(net, {"ab": [net.a, net.b], "c": [net.c]}, config)
+    return net, kind(net, {"ab": [net.a, net.b], "c": [net.c]}, config)
 
 
 def units(of: Engine, net: Net) -> list[list[str]]:
     names = {p: name for name, p in net.named_parameters()}
-    return sorted(sorted(names[p] for p in unit.parameters) for unit in of._units)
+    assert isinstance(of, UnitEngine)
+    return sorted(sorted(names[p] for p in unit.parameters) for unit in of.optimizer.units)
 
 
 def test_units_are_what_is_always_stepped_together():
-    net, ours = engine()
+    net, ours = engine(kind=UnitEngine)
     ours.backward((net.a + net.b + net.c).sum(), ["ab", "c"])
     ours.step()
     assert units(ours, net) == [["a", "b", "c"]]
     ours.backward((net.a + net.c).sum(), ["ab"])  # nothing for b; c is not asked for
     ours.step()
     assert units(ours, net) == [["a"], ["b", "c"]]
-    steps = {net_name: found["step"] for net_name, found in ours.state_dict()["moments"].items()}
+    steps = {net_name: moments["step"] for net_name, moments in ours.state_dict()["moments"].items()}
     assert steps == {"a": 2, "b": 1, "c": 1}
 
     # Loaded, those of one step count begin as one.
-    other_net, other = engine()
+    other_net, other = engine(kind=UnitEngine)
     other.load_state_dict(ours.state_dict())
     assert other.state_dict()["moments"].keys() == {"a", "b", "c"}
     other.backward((other_net.a + other_net.b + other_net.c).sum(), ["ab", "c"])
     other.step()
     assert units(other, other_net) == [["a"], ["b", "c"]]
-    assert {found.step for found in other.moments().values()} == {2, 3}
+    assert {moments.step for moments in other.moments().values()} == {2, 3}
     ours.reset(0.2, 1)
     assert not ours.moments()
 
 
-def test_losses_are_scaled_and_steps_that_overflow_are_left_out():
-    net, ours = engine()
-    plain_net, plain = engine(replace(CONFIG, train=TrainConfig()))
-    scale = ours.loss_scale
-    assert scale is not None and plain.loss_scale is None
+@pytest.mark.parametrize("case", ["local", "joint", "growing", "float16"])
+def test_units_and_one_adam_learn_the_same_bit_by_bit(case):
+    config, iterations = CASES.get(case, (GROWING, 12))
+    if case == "float16":
+        config = replace(config, train=replace(config.train, precision="float16"))
+    ours, in_units = TrainStep(config), TrainStep(config)
+    in_units.engine = UnitEngine(
+        in_units.networks, in_units.networks.groups(), config, scales=learning_rate_scales(in_units.networks)
+    )
+    in_units.grow(in_units.point)
+    for expected, metrics in zip(advance(ours, iterations), advance(in_units, iterations), strict=True):
+        assert_equal(metrics, expected)
+    assert_equal(dict(in_units.networks.state_dict()), dict(ours.networks.state_dict()))
+    assert_equal(in_units.engine.state_dict(), ours.engine.state_dict())
+
+
+@pytest.mark.parametrize("kind", [Engine, UnitEngine])
+def test_losses_are_scaled_and_steps_that_overflow_are_left_out(kind):
+    net, ours = engine(kind=kind)
+    plain_net, plain = engine(replace(CONFIG, train=TrainConfig()), kind)
+    scaler = ours.scaler
+    assert scaler.is_enabled() and not plain.scaler.is_enabled()
 
     def both(factor: float) -> None:
         for one, of in ((net, ours), (plain_net, plain)):
             of.backward((factor * one.a * one.b).sum(), ["ab"])
         assert net.a.grad is not None and plain_net.a.grad is not None
-        torch.testing.assert_close(net.a.grad, plain_net.a.grad * scale.value)
+        torch.testing.assert_close(net.a.grad, plain_net.a.grad * scaler.get_scale())
         for of in (ours, plain):
             of.step()
         torch.testing.assert_close(net.a, plain_net.a)
@@ -74,25 +94,25 @@ def test_losses_are_scaled_and_steps_that_overflow_are_left_out():
 
     both(1.0)
     both(1e-3)
-    assert scale.value == 2**10
+    assert scaler.get_scale() == 2**10
     both(2.0)
-    assert scale.value == 2**11  # a window of three steps
+    assert scaler.get_scale() == 2**11  # a window of three steps
 
     before = net.a.detach().clone()
-    ours.backward((float("inf") * net.a).sum(), ["ab"])  # the forward pass has overflowed: not the scale's fault
-    ours.step()
-    assert torch.equal(net.a, before) and scale.value == 2**11
     ours.backward((net.a - before).sqrt().sum(), ["ab"])  # 0, whose gradient is infinite
     ours.step()
-    assert torch.equal(net.a, before) and scale.value == 2**10
-    assert {found.step for found in ours.moments().values()} == {3} and net.a.grad is None
+    assert torch.equal(net.a, before) and scaler.get_scale() == 2**10
+    assert {moments.step for moments in ours.moments().values()} == {3} and net.a.grad is None
     both(1.0)
     both(1.0)
     state = ours.state_dict()
     assert state["loss_scale"] == {"value": 2**10, "steps": 2}
-    _, resumed = engine()
+    resumed_net, resumed = engine(kind=kind)
     resumed.load_state_dict(state)
-    assert resumed.loss_scale is not None and resumed.loss_scale.state_dict() == state["loss_scale"]
+    assert resumed.state_dict()["loss_scale"] == state["loss_scale"]
+    resumed.backward((resumed_net.a * resumed_net.b).sum(), ["ab"])
+    resumed.step()
+    assert resumed.scaler.get_scale() == 2**11  # the third step of the window
     with pytest.raises(DivergedError, match="at any loss scale"):
         for _ in range(60):
             ours.backward((net.a - net.a.detach()).sqrt().sum(), ["ab"])
@@ -108,7 +128,7 @@ def test_float16_follows_float32():
     apart, moved = (sum(each) for each in zip(*distances, strict=True))
     assert apart < 0.05 * moved, distances
     assert all(p.dtype == torch.float32 for p in narrow.networks.parameters())
-    assert narrow.engine.loss_scale is not None and narrow.engine.loss_scale.value == 64
+    assert narrow.engine.scaler.get_scale() == 64
     steps = [{found.step for found in step.engine.moments().values()} for step in (wide, narrow)]
     assert steps[0] == steps[1]
 
@@ -119,8 +139,8 @@ def test_float16_finds_a_scale_for_networks_of_32():
     train = replace(SMALL.train, batch=2, sampled_batch=2, precision="float16")
     step = TrainStep(replace(SMALL, model=replace(SMALL.model, **width), optim=OptimConfig(), train=train))
     list(advance(step, 8))
-    scale = step.engine.loss_scale
-    assert scale is not None and 1 <= scale.value < 65536 and scale.state_dict()["steps"] > 0
+    scale = step.engine.state_dict()["loss_scale"]
+    assert 1 <= scale["value"] < 65536 and scale["steps"] > 0
     assert all(value.isfinite().all() for value in step.networks.state_dict().values())
     assert {"encoder", "decoder", "discriminator"} == {
         name.split(".")[0] for name in step.engine.state_dict()["moments"]

@@ -191,7 +191,7 @@ def test_bfloat16_follows_float32():
 
 
 def test_losses_penalties_and_keys_are_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch):
-    from dcvae_fast.training import step as module
+    from dcvae_fast.training import objectives as module
 
     seen: dict[str, set[torch.dtype]] = {}
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main, parse_config
-from dcvae_fast.training import loop
+from dcvae_fast.training import signals
 from dcvae_fast.run_folder import load_checkpoint, save_checkpoint
-from dcvae_fast.training.loop import open_data, open_source, train
+from dcvae_fast.training.data import open_data, open_source
+from dcvae_fast.training.loop import train
 from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet
 
 CPU = torch.device("cpu")
@@ -170,11 +171,11 @@ def test_a_signal_that_is_repeated_at_once_is_one_signal(monkeypatch: pytest.Mon
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        with loop.stop_signals() as received:
+        with signals.stop_signals() as received:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert received == [signal.SIGTERM] and not heard
-            monkeypatch.setattr(loop, "SAME_SIGNAL_SECONDS", -1)
+            monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1)
             signal.raise_signal(signal.SIGTERM)  # now as without us
             assert received == [signal.SIGTERM] and heard == [signal.SIGTERM]
     finally:
