@@ -6,7 +6,6 @@ DST/train-000000.json   what became of each source image; written last: where it
 DST/manifest.json       the settings; once "complete", also all shards' hashes and the images of each kind
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -21,6 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from dcvae_pipelines.atomic import atomic_write, find_unfinished, publish, unfinished
 from dcvae_pipelines.datasets import load_dataset
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet, Files
@@ -154,8 +156,8 @@ def prepare(
                 (target / _MANIFEST).unlink()
             raise
         finally:
-            for unfinished in target.glob(".*.unfinished"):  # also those of an earlier call that was killed
-                unfinished.unlink()
+            for file in find_unfinished(target):  # also those of an earlier call that was killed
+                file.unlink()
 
 
 def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
@@ -180,9 +182,9 @@ def _claim(target: Path, settings: dict[str, Any]) -> None:
     """
     there = _read_json(target / _MANIFEST)
     if there is None:
-        others = {path.name for path in target.iterdir() if not path.name.endswith(".unfinished")} - {_LOCK}
-        if others:
-            raise DataError(f"{target}: holds {min(others)}, and no intact {_MANIFEST} of ours; choose an empty folder")
+        if others := set(target.iterdir()) - {target / _LOCK, *find_unfinished(target)}:
+            name = min(others).name
+            raise DataError(f"{target}: holds {name}, and no intact {_MANIFEST} of ours; choose an empty folder")
         _write_json(target / _MANIFEST, settings | {"complete": False})
     elif different := [key for key, value in settings.items() if there.get(key) != value]:
         came = f"{different[0]} {json.dumps(there.get(different[0]))}, not {json.dumps(settings[different[0]])}"
@@ -236,7 +238,7 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
     """The archive, then its index, which has to be the newer one, then its record. No images, no archive."""
     path, lines, records = target / f"{shard.stem}.tar", [], []
     with (
-        open(_aside(path), "wb") as file,
+        open(unfinished(path), "wb") as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for index, image in zip(shard.span, images, strict=True):
@@ -251,10 +253,10 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
             records.append(image.record | {"member": f"{key}.{image.files[0][0]}" if members else None})
     record: dict[str, Any] = {"fingerprint": shard.fingerprint, "packed": len(lines)}
     if lines:
-        _publish(path)
+        publish(path)
         with open(path, "rb") as file:
             record |= {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        _write(path.with_suffix(".idx"), "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+        atomic_write(path.with_suffix(".idx"), "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
     _write_json(path.with_suffix(".json"), record | {"images": records})
 
 
@@ -290,58 +292,31 @@ def _conclude(target: Path, shards: list[_Shard]) -> Summary:
     return summary
 
 
-# --- files that are there whole or not at all ---
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """
+    """Hold the lock of a folder. Its file is removed afterwards; one left by a killed process locks nothing.
+
     Raises:
-        DataError: another process writes there.
+        DataError: another process holds it.
     """
-    with open(folder / _LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another process is writing shards there") from error
-        if not (folder / _LOCK).exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK)):
-            raise DataError(f"{folder}: another process has just finished there; run this again")
+    path = folder / _LOCK
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(f"{folder}: another process is writing shards there; wait until it has finished") from error
+    with lock:
         try:
             yield
         finally:
-            (folder / _LOCK).unlink()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.unfinished")
-
-
-def _publish(path: Path) -> None:
-    """Moves what was written aside to its place, in an order that even a power cut keeps."""
-    _sync(_aside(path))
-    os.replace(_aside(path), path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    _aside(path).write_text(text, encoding="utf-8")
-    _publish(path)
+            path.unlink()  # while it is locked: afterwards it may be another process's
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=1) + "\n")
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or a damaged one."""
+    """Return the object in a JSON file, or None if the file is absent or damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
