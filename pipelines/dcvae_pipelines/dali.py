@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dcvae_pipelines.encoded import Box, EncodedSet
-from dcvae_pipelines.image import check_channels, decode, read_header
+from dcvae_pipelines.encoded import EncodedSet
+from dcvae_pipelines.image import Box, check_channels, decode, read_header
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.order import Order, to_device
 from dcvae_pipelines.pixels import normalize, resize, to_grey
@@ -119,6 +119,7 @@ class DaliSource:
         self._order = Order(len(images), batch=batch, seed=seed, rank=rank, ranks=ranks, drop_last=drop_last)
         self._channels, self._mirror, self._on_corrupt = channels, mirror, on_corrupt
         self._dtype, self._channels_last = dtype, channels_last
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         self._prefetch, self._least = prefetch, resolution
         self._readers: Any = None
@@ -208,8 +209,7 @@ class DaliSource:
     def _finish_on_cpu(self, squares: list[Tensor], coins: Tensor) -> Tensor:
         """One by one, each by one thread: batches would be copied more often, and by fewer cores."""
         shape = (len(squares), self._channels, self._resolution, self._resolution)
-        layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        images = torch.empty(shape, dtype=self._dtype, memory_format=layout)
+        images = torch.empty(shape, dtype=self._dtype, memory_format=self._layout)
 
         def finish(i: int) -> None:
             images[i] = self._finish(squares[i][None], coins[i : i + 1])[0]
@@ -226,8 +226,7 @@ class DaliSource:
             if len(chosen) == len(squares):
                 return self._finish(same_size, coins)
             finished.update(zip(chosen, self._finish(same_size, torch.stack([coins[i] for i in chosen])), strict=True))
-        layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=layout)
+        return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=self._layout)
 
     # --- what goes into DALI ---
 

@@ -11,12 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dcvae_pipelines.image import EXTENSIONS, centre_square
+from dcvae_pipelines.image import EXTENSIONS, Box, centre_square
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.source import DataError
-
-Box = tuple[int, int, int]
-"""A square of an image: its top, left and side in pixels."""
 
 
 class Store(Protocol):
@@ -231,9 +228,9 @@ def _scanned(path: Path) -> list[Member]:
     with tarfile.open(path, "r:") as archive:
         members = []
         for member in archive:
-            outside = member.name.startswith("/") or ".." in PurePosixPath(member.name).parts
-            if outside or not (member.isfile() or member.isdir()):
-                kind = "lies outside the archive" if outside else "is a link or a device"
+            is_outside = _lies_outside(member.name)
+            if is_outside or not (member.isfile() or member.isdir()):
+                kind = "lies outside the archive" if is_outside else "is a link or a device"
                 raise DataError(f"{path}: its member {member.name} {kind}, which is refused")
             if member.isfile():
                 members.append((member.offset_data, member.size, member.name))
@@ -256,7 +253,7 @@ def _indexed(index: Path, archive_size: int) -> list[Member]:
         for line in lines:
             words = line.split(" ")
             for _, offset, size, name in zip(*(words[i::4] for i in range(4)), strict=True):
-                if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                if _lies_outside(name):
                     raise ValueError(f"{name} lies outside the archive")
                 members.append((int(offset), int(size), name))
                 if not 0 <= int(offset) <= int(offset) + int(size) <= archive_size:
@@ -264,6 +261,11 @@ def _indexed(index: Path, archive_size: int) -> list[Member]:
     except ValueError as error:
         raise DataError(f"{index}: is no index of the archive beside it ({error}); delete it to do without") from error
     return members
+
+
+def _lies_outside(name: str) -> bool:
+    """Return whether a member of this name would be unpacked outside the archive's folder."""
+    return name.startswith("/") or ".." in PurePosixPath(name).parts
 
 
 def _split(name: str) -> tuple[str, str]:

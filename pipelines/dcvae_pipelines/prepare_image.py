@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet
-from dcvae_pipelines.image import EXTENSIONS, Header, centre_square, decode, read_header, to_tensor
+from dcvae_pipelines.image import EXTENSIONS, Header, centre_square, crop, decode, read_header, to_tensor
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.source import DataError
@@ -55,13 +55,13 @@ def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
         header = read_header(encoded, full_name)
         record |= {"width": header.width, "height": header.height}
         image = decode(encoded, full_name, channels=3)
-        top, left, side = images.square(index, image.width, image.height)
+        box = images.square(index, image.width, image.height)
         label = images.label(index)
     except DataError as error:
         if "corrupt" not in job.skip:
             raise
         return Packed(record | {"kinds": ["corrupt"], "action": "skipped", "reason": str(error)}, [])
-    record["kinds"] = kinds = _kinds(header, side < (job.resolution or _TINY))
+    record["kinds"] = kinds = _kinds(header, is_tiny=box[2] < (job.resolution or _TINY))
     if unwanted := [kind for kind in kinds if kind in job.skip]:
         return Packed(record | {"action": "skipped", "reason": ", ".join(unwanted)}, [])
 
@@ -70,7 +70,7 @@ def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
     if f".{ending}" not in EXTENSIONS:
         reasons.append(ending)
     if job.resolution or images.box is not centre_square:
-        image = image.crop((left, top, left + side, top + side))
+        image = crop(image, box)
         reasons.append("resized" if job.resolution else "cropped")
     if job.resolution:
         image = _to_image(resize(to_tensor(image)[None], job.resolution)[0])
