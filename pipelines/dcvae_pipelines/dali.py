@@ -37,23 +37,34 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Reading:
-    """The next image of this rank's share of the order, while its file is being read."""
+    """The next image of this rank's share of the order, while its file is being read.
+
+    Attributes:
+        index: its number in the data set
+        coin: 1 where it is mirrored, else 0
+        file: None where the image is known to be undecodable
+    """
 
     index: int
     coin: int
     file: "Future[_File] | None"
-    """None where the image is known to be undecodable."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A batch while DALI decodes it."""
+    """A batch while DALI decodes it.
+
+    Attributes:
+        indices: numbers of its images in the data set
+        coins: of each image, as in `_Reading`
+        files: its images, encoded
+        skipped: number of images left out among these
+    """
 
     indices: list[int]
     coins: list[int]
     files: list[_File]
     skipped: int
-    """Images left out among these."""
 
 
 class DaliSource:
@@ -162,11 +173,12 @@ class DaliSource:
         self._stop()
 
     def set_resolution(self, resolution: int, batch: int | None = None) -> None:
-        """Shows images at resolution × resolution pixels from the next batch on, and so many in it. What is decoded
-        already stays, unless the batch is another.
+        """Show images at resolution × resolution pixels from the next batch on, and `batch` of them if that is given.
+
+        Images decoded ahead are kept, unless the size of the batch changes.
 
         Raises:
-            DataError: one is below 1.
+            DataError: `resolution` or `batch` is below 1.
         """
         if resolution < 1:
             raise DataError(f"resolution must be at least 1, not {resolution}")
@@ -284,7 +296,7 @@ class DaliSource:
         return files
 
     def _file(self, reading: _Reading) -> _File | None:
-        """None where the image is left out.
+        """Return the file once it is read, or None if the image is left out.
 
         Raises:
             DataError: see `_leave_out`.
@@ -311,11 +323,11 @@ class DaliSource:
             raise DataError(f"{self._images.name}: none of the {len(self._images):,} images can be decoded")
 
     def _find_undecodable(self, groups: Iterable[_Group], error: RuntimeError) -> None:
-        """Finds the first batch that DALI cannot decode. What it cannot decode of it, Pillow will, or it is left out.
+        """Find the first batch that DALI cannot decode, and leave its undecodable images to Pillow, or leave them out.
 
         Raises:
             DataError: see `_leave_out`.
-            RuntimeError: it is no image's fault.
+            RuntimeError: `error`, if no image is its cause.
         """
         for group in groups:
             undecodable = [i for i, file in enumerate(group.files) if not self._is_decodable(file)]

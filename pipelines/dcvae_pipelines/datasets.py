@@ -225,15 +225,20 @@ def _check_manifest(root: Path) -> None:
         path = root / shard["name"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             state = "has another size" if path.is_file() else "is missing"
-            raise DataError(f"shards: {path} {state}; run the same `dcvae prepare` again, and it is made anew")
+            raise DataError(f"shards: {path} {state}; run the same `dcvae prepare` again, which makes it")
 
 
 def _split_by_key(name: str, store: Store, split: str) -> EncodedSet:
+    """Return the images of a store that are held out by a hash of their keys, or the others."""
     return EncodedSet(name, store, _indices(_hold_out(name, [store.key(i) for i in range(len(store))]), split))
 
 
 def _hold_out(name: str, names: list[str]) -> Tensor:
-    """bool [N]: 1 in 20 of the images, 1,000 at most, one at least: those whose names have the smallest hashes."""
+    """Choose 1 in 20 of the images, but at least 1 and at most 1,000: those whose names have the smallest hashes.
+
+    Returns:
+        bool [N], true where an image is held out.
+    """
     if len(names) < 2:
         raise DataError(f"{name}: there is one image only; training needs two, for one is held out")
     hashes = [hashlib.sha256(each.encode(errors="surrogateescape")).digest() for each in names]

@@ -29,20 +29,25 @@ Box = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself."""
+    """The properties of an image that its file states.
+
+    Attributes:
+        format: Pillow's name: JPEG, PNG…
+        mode: Pillow's mode: RGB, L (grey), CMYK, I;16 (16-bit grey)…
+        width: in pixels, once upright
+        height: in pixels, once upright
+        rotated: whether it must be turned or mirrored to stand upright, by EXIF
+        animated: whether it has several frames
+        deep: whether it has more than 8 bits a channel
+    """
 
     format: str
-    """Pillow's name: JPEG, PNG…"""
     mode: str
-    """Pillow's mode: RGB, L (grey), CMYK, I;16 (16-bit grey)…"""
     width: int
-    """in pixels, once upright"""
     height: int
     rotated: bool = False
-    """EXIF says that it must be turned or mirrored to stand upright."""
     animated: bool = False
     deep: bool = False
-    """more than 8 bits a channel"""
 
 
 def read_header(encoded: bytes, name: str) -> Header:

@@ -38,39 +38,55 @@ _VERSION = 1  # of what the target holds
 
 @dataclass(frozen=True)
 class Found:
-    """The images of one kind."""
+    """The images of one kind.
+
+    Attributes:
+        names: their paths below the source, or their keys
+        converted: number of them that were packed, but not byte for byte
+        skipped: number of them that were left out
+    """
 
     names: list[str]
-    """their paths below the source, or their keys"""
     converted: int
-    """how many of them were packed otherwise than byte for byte"""
     skipped: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a data set; the manifest holds it too."""
+    """The result of `prepare`; the manifest holds it too.
+
+    Attributes:
+        packed: number of images in the shards, by split
+        kept: number of images packed byte for byte
+        converted: number of images packed otherwise
+        skipped: number of images left out
+        kinds: by all of `KINDS`; an image may be of several
+        shards: name, images, bytes and sha256 of each
+    """
 
     packed: dict[str, int]
-    """images in the shards, by split"""
     kept: int
-    """images packed byte for byte"""
     converted: int
     skipped: int
     kinds: dict[str, Found]
-    """by all of `KINDS`; an image may be of several"""
     shards: list[dict[str, Any]]
-    """each one's name, images, bytes, sha256"""
 
 
 @dataclass(frozen=True)
 class _Shard:
+    """A shard that is to be made.
+
+    Attributes:
+        stem: name without ending
+        images: the split
+        span: indices of the shard's images in the split
+        fingerprint: see `_fingerprint`
+    """
+
     stem: str
     images: ImageSet | EncodedSet
     span: range
-    """the images' indices in their split"""
     fingerprint: str
-    """of the source images"""
 
 
 def prepare(
@@ -161,7 +177,10 @@ def prepare(
 
 
 def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
-    """Tells images from others, reading no file: by their names, and sizes and times where each has a file."""
+    """Return a hash that tells changed source images without reading files.
+
+    It covers the pixels and labels of decoded images, else names, and the sizes and times of files.
+    """
     digest = hashlib.sha256()
     if isinstance(images, ImageSet):
         for values in (images.images, images.labels):
@@ -176,9 +195,10 @@ def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
 
 
 def _claim(target: Path, settings: dict[str, Any]) -> None:
-    """
+    """Write the manifest, or compare it with the one of an earlier call.
+
     Raises:
-        DataError: the folder is taken.
+        DataError: the folder holds other files, or shards made with other settings.
     """
     there = _read_json(target / _MANIFEST)
     if there is None:
@@ -192,7 +212,7 @@ def _claim(target: Path, settings: dict[str, Any]) -> None:
 
 
 def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: Callable[[int, int], None]) -> None:
-    """Makes the shards that are not whole yet."""
+    """Make the shards that are not whole yet."""
     pending = [shard for shard in shards if not _is_whole(target, shard)]
     total = sum(len(shard.span) for shard in shards)
     done = total - sum(len(shard.span) for shard in pending)
@@ -200,7 +220,7 @@ def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: 
     pool = ThreadPoolExecutor(workers)  # Pillow, torch and hashlib let other threads run meanwhile
 
     def packed() -> Iterator[Packed]:
-        """In order, and only a few ahead, so that memory is bounded."""
+        """Yield images in order; only a few are worked on ahead, so that memory is bounded."""
         running: deque[Future[Packed]] = deque(pool.submit(check, *call) for call in islice(calls, 4 * workers))
         for number in range(done + 1, total + 1):
             image = running.popleft().result()
@@ -217,7 +237,8 @@ def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: 
 
 
 def _is_whole(target: Path, shard: _Shard) -> bool:
-    """
+    """Return whether the shard was made already.
+
     Raises:
         DataError: it was made of other images.
     """
@@ -235,7 +256,10 @@ def _is_whole(target: Path, shard: _Shard) -> bool:
 
 
 def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
-    """The archive, then its index, which has to be the newer one, then its record. No images, no archive."""
+    """Write the archive, then its index, which has to be the newer one, then its record.
+
+    A shard without images has only a record.
+    """
     path, lines, records = target / f"{shard.stem}.tar", [], []
     with (
         open(unfinished(path), "wb") as file,
@@ -261,7 +285,7 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
 
 
 def _conclude(target: Path, shards: list[_Shard]) -> Summary:
-    """Adds up the shards' records.
+    """Add up the shards' records, and complete the manifest.
 
     Raises:
         DataError: no image is left.

@@ -22,7 +22,7 @@ _TINY = 32  # pixels; less is tiny where no resolution is given
 
 @dataclass(frozen=True)
 class Job:
-    """What decides how an image is packed."""
+    """The settings that decide how an image is packed."""
 
     name: str
     source: str | None
@@ -34,17 +34,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Packed:
-    """A source image once checked."""
+    """A source image once checked.
+
+    Attributes:
+        record: its entry in the shard's record
+        files: members of the shard, ending and content; none where the image is skipped
+    """
 
     record: dict[str, Any]
     files: list[tuple[str, bytes]]
-    """members of the shard, ending and content; none where the image is skipped"""
 
 
 def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
-    """
+    """Check an image, and encode it for its shard.
+
     Raises:
-        DataError: it is corrupt, and such are not skipped.
+        DataError: it is corrupt, and corrupt images are not skipped.
     """
     if isinstance(images, ImageSet):
         return _check_decoded(job, images, index)
