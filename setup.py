@@ -39,6 +39,7 @@ setup(
     extras_require={
         "train": [
             "deepspeed>=0.19.8",
+            "filelock>=4.0",
             "huggingface_hub>=1.0",
             "jsonargparse[signatures]>=4.49",
             "lmdb>=1.6",

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dcvae_pipelines.encoded import Box, EncodedSet
-from dcvae_pipelines.image import check_channels, decode, read_header
+from dcvae_pipelines.encoded import EncodedSet
+from dcvae_pipelines.image import Box, check_channels, decode, read_header
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.order import Order, to_device
 from dcvae_pipelines.pixels import normalize, resize, to_grey
@@ -37,23 +37,34 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Reading:
-    """The next image of this rank's share of the order, while its file is being read."""
+    """The next image of this rank's share of the order, while its file is being read.
+
+    Attributes:
+        index: its number in the data set
+        coin: 1 where it is mirrored, else 0
+        file: None where the image is known to be undecodable
+    """
 
     index: int
     coin: int
     file: "Future[_File] | None"
-    """None where the image is known to be undecodable."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A batch while DALI decodes it."""
+    """A batch while DALI decodes it.
+
+    Attributes:
+        indices: numbers of its images in the data set
+        coins: of each image, as in `_Reading`
+        files: its images, encoded
+        skipped: number of images left out among these
+    """
 
     indices: list[int]
     coins: list[int]
     files: list[_File]
     skipped: int
-    """Images left out among these."""
 
 
 class DaliSource:
@@ -119,6 +130,7 @@ class DaliSource:
         self._order = Order(len(images), batch=batch, seed=seed, rank=rank, ranks=ranks, drop_last=drop_last)
         self._channels, self._mirror, self._on_corrupt = channels, mirror, on_corrupt
         self._dtype, self._channels_last = dtype, channels_last
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         self._prefetch, self._least = prefetch, resolution
         self._readers: Any = None
@@ -161,11 +173,12 @@ class DaliSource:
         self._stop()
 
     def set_resolution(self, resolution: int, batch: int | None = None) -> None:
-        """Shows images at resolution × resolution pixels from the next batch on, and so many in it. What is decoded
-        already stays, unless the batch is another.
+        """Show images at resolution × resolution pixels from the next batch on, and `batch` of them if that is given.
+
+        Images decoded ahead are kept, unless the size of the batch changes.
 
         Raises:
-            DataError: one is below 1.
+            DataError: `resolution` or `batch` is below 1.
         """
         if resolution < 1:
             raise DataError(f"resolution must be at least 1, not {resolution}")
@@ -208,8 +221,7 @@ class DaliSource:
     def _finish_on_cpu(self, squares: list[Tensor], coins: Tensor) -> Tensor:
         """One by one, each by one thread: batches would be copied more often, and by fewer cores."""
         shape = (len(squares), self._channels, self._resolution, self._resolution)
-        layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        images = torch.empty(shape, dtype=self._dtype, memory_format=layout)
+        images = torch.empty(shape, dtype=self._dtype, memory_format=self._layout)
 
         def finish(i: int) -> None:
             images[i] = self._finish(squares[i][None], coins[i : i + 1])[0]
@@ -226,8 +238,7 @@ class DaliSource:
             if len(chosen) == len(squares):
                 return self._finish(same_size, coins)
             finished.update(zip(chosen, self._finish(same_size, torch.stack([coins[i] for i in chosen])), strict=True))
-        layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=layout)
+        return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=self._layout)
 
     # --- what goes into DALI ---
 
@@ -285,7 +296,7 @@ class DaliSource:
         return files
 
     def _file(self, reading: _Reading) -> _File | None:
-        """None where the image is left out.
+        """Return the file once it is read, or None if the image is left out.
 
         Raises:
             DataError: see `_leave_out`.
@@ -312,11 +323,11 @@ class DaliSource:
             raise DataError(f"{self._images.name}: none of the {len(self._images):,} images can be decoded")
 
     def _find_undecodable(self, groups: Iterable[_Group], error: RuntimeError) -> None:
-        """Finds the first batch that DALI cannot decode. What it cannot decode of it, Pillow will, or it is left out.
+        """Find the first batch that DALI cannot decode, and leave its undecodable images to Pillow, or leave them out.
 
         Raises:
             DataError: see `_leave_out`.
-            RuntimeError: it is no image's fault.
+            RuntimeError: `error`, if no image is its cause.
         """
         for group in groups:
             undecodable = [i for i, file in enumerate(group.files) if not self._is_decodable(file)]

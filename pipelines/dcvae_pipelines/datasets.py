@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dcvae_pipelines import decoded
 from dcvae_pipelines.decoded import ImageSet, download_with, root_and_remedy
-from dcvae_pipelines.encoded import Box, EncodedSet, Files, Lmdb, Shards, find_images
+from dcvae_pipelines.encoded import EncodedSet, Files, Lmdb, Shards, Store, find_images
+from dcvae_pipelines.image import Box
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.source import DataError
 
@@ -99,9 +100,7 @@ def load_dataset(
         case "lsun_bedroom":
             return _lsun_bedroom(folder, split)
         case "folder" if (folder / "data.mdb").is_file():
-            store = Lmdb(folder)
-            is_held_out = _hold_out(name, [store.key(i) for i in range(len(store))])
-            return EncodedSet(name, store, _indices(is_held_out, split))
+            return _split_by_key(name, Lmdb(folder), split)
         case "folder":
             return _images(name, folder, split, {"train": "train", "test": "test"})
         case _:
@@ -187,8 +186,7 @@ def _images(name: str, root: Path, split: str, folders: dict[str, str]) -> Encod
     if all((root / folder).is_dir() for folder in folders.values()):
         names = _found(name, root / folders[split])
         return EncodedSet(name, Files(root / folders[split], names), torch.arange(len(names)))
-    names = _found(name, root)
-    return EncodedSet(name, Files(root, names), _indices(_hold_out(name, names), split))
+    return _split_by_key(name, Files(root, _found(name, root)), split)
 
 
 def _found(name: str, folder: Path) -> list[str]:
@@ -203,15 +201,12 @@ def _shards(root: Path, split: str) -> EncodedSet:
         raise DataError(f"shards: looked for {root}/*.tar and found none; `dcvae prepare` packs images into such")
     _check_manifest(root)
     of_split = {each: [path for path in paths if path.name.startswith(each)] for each in ("train", "test")}
-    if all(of_split.values()):
-        store = Shards(of_split[split])
-        indices = torch.arange(len(store))
-    else:
-        store = Shards(paths)
-        indices = _indices(_hold_out("shards", [store.key(i) for i in range(len(store))]), split)
+    if not all(of_split.values()):
+        return _split_by_key("shards", Shards(paths), split)
+    store = Shards(of_split[split])
     if len(store) == 0:
         raise DataError(f"shards: there are no images in {root}/*.tar")
-    return EncodedSet("shards", store, indices)
+    return EncodedSet("shards", store, torch.arange(len(store)))
 
 
 def _check_manifest(root: Path) -> None:
@@ -230,11 +225,20 @@ def _check_manifest(root: Path) -> None:
         path = root / shard["name"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             state = "has another size" if path.is_file() else "is missing"
-            raise DataError(f"shards: {path} {state}; run the same `dcvae prepare` again, and it is made anew")
+            raise DataError(f"shards: {path} {state}; run the same `dcvae prepare` again, which makes it")
+
+
+def _split_by_key(name: str, store: Store, split: str) -> EncodedSet:
+    """Return the images of a store that are held out by a hash of their keys, or the others."""
+    return EncodedSet(name, store, _indices(_hold_out(name, [store.key(i) for i in range(len(store))]), split))
 
 
 def _hold_out(name: str, names: list[str]) -> Tensor:
-    """bool [N]: 1 in 20 of the images, 1,000 at most, one at least: those whose names have the smallest hashes."""
+    """Choose 1 in 20 of the images, but at least 1 and at most 1,000: those whose names have the smallest hashes.
+
+    Returns:
+        bool [N], true where an image is held out.
+    """
     if len(names) < 2:
         raise DataError(f"{name}: there is one image only; training needs two, for one is held out")
     hashes = [hashlib.sha256(each.encode(errors="surrogateescape")).digest() for each in names]

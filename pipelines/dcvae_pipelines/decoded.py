@@ -24,20 +24,24 @@ STL10_COUNTS = {"train": 5000, "unlabeled": 100_000, "test": 8000}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A split of a data set, decoded, in host memory."""
+    """A split of a data set, decoded, in host memory.
+
+    Attributes:
+        name: the data set's name
+        images: uint8 [N, C, H, W]
+        labels: int64 [N], -1 where an image has none; None where the data set has none
+    """
 
     name: str
     images: Tensor
-    """uint8 [N, C, H, W]"""
     labels: Tensor | None
-    """int64 [N] where the data set has labels; -1 where an image has none"""
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits, of which every fifth is for testing."""
+    """Load scikit-learn's 1,797 digits; every fifth is for testing."""
     loaded = import_optional("sklearn.datasets", "scikit-learn").load_digits()
     held_out = torch.arange(len(loaded.target)) % 5 == 0
     chosen = held_out if split == "test" else ~held_out
@@ -47,7 +51,11 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def mnist(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """In a border of zeros, to 32×32."""
+    """Read MNIST's 28×28 images, and surround them by zeros, to 32×32.
+
+    Each of the two files of the split may be plain or gzipped; the other split's may be missing. torchvision's data set
+    requires all four files, plain, and does not name a damaged one.
+    """
     root, remedy = root_and_remedy("mnist", root, "MNIST/raw")
     stem = "train" if split == "train" else "t10k"
     paths = [root / "MNIST" / "raw" / f"{stem}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -84,7 +92,7 @@ def _read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
 
 
 def cifar10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """Only the published bytes are read."""
+    """Load CIFAR-10 by torchvision, which reads only the published bytes."""
     published = import_optional("torchvision.datasets", "torchvision").CIFAR10
     root, remedy = root_and_remedy("cifar10", root, published.base_folder)
     if download:
@@ -110,11 +118,15 @@ def _has_md5(file: Path, md5: str) -> bool:
 
 
 def stl10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """Training: the 5,000 images with labels, then the 100,000 without."""
+    """Read STL-10; for training the 5,000 images with labels, then the 100,000 without.
+
+    The files are mapped into memory. torchvision's data set computes the md5 of all five files (3.1 GB) each time,
+    requires those of the other split too, and reads the images for training into 6 GB of memory.
+    """
     root, remedy = root_and_remedy("stl10", root, "stl10_binary")
     if download:
         published = import_optional("torchvision.datasets", "torchvision").STL10
-        download_with("stl10", published, root, split="test" if split == "test" else "train+unlabeled")
+        download_with("stl10", published, root, split="test")  # fetches all splits; "test" is the smallest to load
     folder, parts = root / "stl10_binary", ("train", "unlabeled") if split == "train" else ("test",)
     images, labels = [], []
     for part in parts:
@@ -130,7 +142,7 @@ def stl10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, 
 
 
 def _read_stl10(file: Path, shape: tuple[int, ...], remedy: str) -> Tensor:
-    """A file of nothing but bytes, mapped into memory."""
+    """Map a file, whose size is checked, into memory as uint8 of this shape."""
     size = file.stat().st_size if file.is_file() else None
     if size != math.prod(shape):
         came = "is missing" if size is None else f"has {size:,} bytes instead of {math.prod(shape):,}"
@@ -139,7 +151,7 @@ def _read_stl10(file: Path, shape: tuple[int, ...], remedy: str) -> Tensor:
 
 
 def root_and_remedy(name: str, root: str | Path | None, layout: str) -> tuple[Path, str]:
-    """The folder of a data set, and what to do if `layout` is not in it.
+    """Return the folder of a data set, and the advice for a user if `layout` is not in it.
 
     Raises:
         DataError: the folder is not set.
@@ -151,9 +163,10 @@ def root_and_remedy(name: str, root: str | Path | None, layout: str) -> tuple[Pa
 
 
 def download_with(name: str, dataset: Callable[..., Any], root: Path, **split: Any) -> None:
-    """
+    """Download a data set by torchvision, unless it is there.
+
     Raises:
-        DataError: torchvision's data set cannot be downloaded.
+        DataError: the download failed.
     """
     try:
         dataset(root, **split, download=True)

@@ -11,12 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dcvae_pipelines.image import EXTENSIONS, centre_square
+from dcvae_pipelines.image import EXTENSIONS, Box, centre_square
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.source import DataError
-
-Box = tuple[int, int, int]
-"""A square of an image: its top, left and side in pixels."""
 
 
 class Store(Protocol):
@@ -25,11 +22,11 @@ class Store(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What an error calls the image: a path, or a path and a key."""
+        """The image's name in error messages: a path, or a path and a key."""
         ...
 
     def key(self, index: int) -> str:
-        """What tells it from the store's other images, wherever the store lies."""
+        """A name that is unique in the store, and does not depend on where the store lies."""
         ...
 
     def read(self, index: int) -> bytes:
@@ -141,10 +138,10 @@ def find_images(folder: Path) -> list[str]:
 
 
 def _is_image_within(entry: os.DirEntry[str], folder: Path) -> bool:
-    """Whether it is a file, and no pipe or device, which would block who reads it.
+    """Return whether an entry is a file; reading a pipe or device could block.
 
     Raises:
-        DataError: it is a link out of the folder, or to nothing.
+        DataError: the entry is a link out of the folder, or to nothing.
     """
     if entry.is_symlink():
         try:
@@ -157,7 +154,7 @@ def _is_image_within(entry: os.DirEntry[str], folder: Path) -> bool:
 
 
 class Shards:
-    """Images in tar archives named and ordered as WebDataset has it, read at random places.
+    """Images in tar archives, named and ordered as in WebDataset, read in any order.
 
     Beside each archive its index is used if it is newer: NAME.idx, as DALI's `wds2idx` and `dcvae prepare` write it.
     Without one, the archive is read through once.
@@ -169,8 +166,8 @@ class Shards:
             paths: the archives, uncompressed.
 
         Raises:
-            DataError: one of them is no tar archive, is compressed or cut short, or has a member that would lie outside
-                the folder it were unpacked into, or an index that does not fit.
+            DataError: a path is not a tar archive, or is compressed or cut short, or has a member that would be
+                unpacked outside its folder, or an index that does not fit.
         """
         self.paths = list(paths)
         self._samples: list[tuple[int, Member, Member | None]] = []  # which archive, the image, its label
@@ -193,7 +190,7 @@ class Shards:
         return _read_at(self.paths[shard], image)
 
     def label(self, index: int) -> int | None:
-        """What the member KEY.cls holds, if there is one."""
+        """Return the content of the member KEY.cls, or None if there is none."""
         shard, _, label = self._samples[index]
         if label is None:
             return None
@@ -231,9 +228,9 @@ def _scanned(path: Path) -> list[Member]:
     with tarfile.open(path, "r:") as archive:
         members = []
         for member in archive:
-            outside = member.name.startswith("/") or ".." in PurePosixPath(member.name).parts
-            if outside or not (member.isfile() or member.isdir()):
-                kind = "lies outside the archive" if outside else "is a link or a device"
+            is_outside = _lies_outside(member.name)
+            if is_outside or not (member.isfile() or member.isdir()):
+                kind = "lies outside the archive" if is_outside else "is a link or a device"
                 raise DataError(f"{path}: its member {member.name} {kind}, which is refused")
             if member.isfile():
                 members.append((member.offset_data, member.size, member.name))
@@ -256,7 +253,7 @@ def _indexed(index: Path, archive_size: int) -> list[Member]:
         for line in lines:
             words = line.split(" ")
             for _, offset, size, name in zip(*(words[i::4] for i in range(4)), strict=True):
-                if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                if _lies_outside(name):
                     raise ValueError(f"{name} lies outside the archive")
                 members.append((int(offset), int(size), name))
                 if not 0 <= int(offset) <= int(offset) + int(size) <= archive_size:
@@ -266,8 +263,13 @@ def _indexed(index: Path, archive_size: int) -> list[Member]:
     return members
 
 
+def _lies_outside(name: str) -> bool:
+    """Return whether a member of this name would be unpacked outside the archive's folder."""
+    return name.startswith("/") or ".." in PurePosixPath(name).parts
+
+
 def _split(name: str) -> tuple[str, str]:
-    """Of a member's name, what tells its sample from others, and what it is of it."""
+    """Split a member's name into the key of its sample and its extension."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension.lower()
@@ -291,7 +293,7 @@ class Lmdb:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            DataError: it is none, is damaged, or the package lmdb is missing.
+            DataError: there is no LMDB at `path`, or a damaged one, or the package lmdb is missing.
         """
         lmdb = import_optional("lmdb", "lmdb")
         self.path, self._error = path, lmdb.Error

@@ -23,23 +23,31 @@ MAX_PIXELS = 89_478_485
 
 _ORIENTATION = 0x0112  # in EXIF
 
+Box = tuple[int, int, int]
+"""A square of an image: its top, left and side in pixels."""
+
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself."""
+    """The properties of an image that its file states.
+
+    Attributes:
+        format: Pillow's name: JPEG, PNG…
+        mode: Pillow's mode: RGB, L (grey), CMYK, I;16 (16-bit grey)…
+        width: in pixels, once upright
+        height: in pixels, once upright
+        rotated: whether it must be turned or mirrored to stand upright, by EXIF
+        animated: whether it has several frames
+        deep: whether it has more than 8 bits a channel
+    """
 
     format: str
-    """Pillow's name: JPEG, PNG…"""
     mode: str
-    """Pillow's mode: RGB, L (grey), CMYK, I;16 (16-bit grey)…"""
     width: int
-    """in pixels, once upright"""
     height: int
     rotated: bool = False
-    """EXIF says that it must be turned or mirrored to stand upright."""
     animated: bool = False
     deep: bool = False
-    """more than 8 bits a channel"""
 
 
 def read_header(encoded: bytes, name: str) -> Header:
@@ -110,10 +118,16 @@ def to_tensor(image: Any) -> Tensor:
     return pixels.view(image.height, image.width, len(image.getbands())).permute(2, 0, 1)
 
 
-def centre_square(width: int, height: int) -> tuple[int, int, int]:
-    """The largest square in the centre: its top, left and side in pixels."""
+def centre_square(width: int, height: int) -> Box:
+    """Return the largest square in the centre of an image."""
     side = min(width, height)
     return (height - side) // 2, (width - side) // 2, side
+
+
+def crop(image: Any, box: Box) -> Any:
+    """Return this square of a PIL.Image.Image."""
+    top, left, side = box
+    return image.crop((left, top, left + side, top + side))
 
 
 def load_image(path: str | Path, channels: int, resolution: int) -> Tensor:
@@ -141,8 +155,7 @@ def load_image(path: str | Path, channels: int, resolution: int) -> Tensor:
     except OSError as error:
         raise DataError(f"{path}: cannot be read as an image: {error.strerror}") from error
     image = decode(encoded, str(path), channels)
-    top, left, side = centre_square(image.width, image.height)
-    square = to_tensor(image.crop((left, top, left + side, top + side)))
+    square = to_tensor(crop(image, centre_square(image.width, image.height)))
     return normalize(resize(square[None], resolution))[0]
 
 

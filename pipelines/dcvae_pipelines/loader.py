@@ -1,6 +1,7 @@
 """From a data set to what training and evaluation take, whichever kind of data set it is."""
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from dcvae_pipelines.dali import DaliSource, OnCorrupt
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet
-from dcvae_pipelines.image import decode, to_tensor
+from dcvae_pipelines.image import crop, decode, to_tensor
 from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.resident import ResidentSource
 from dcvae_pipelines.source import DataError, Source
@@ -56,9 +57,23 @@ def make_source(
 
 
 def decode_images(
-    images: ImageSet | EncodedSet, count: int, *, resolution: int, channels: int = 3, on_corrupt: OnCorrupt = "stop"
+    images: ImageSet | EncodedSet,
+    count: int,
+    *,
+    resolution: int,
+    channels: int = 3,
+    on_corrupt: OnCorrupt = "stop",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageSet:
-    """The first `count` images of a data set, or all if there are fewer, decoded by Pillow into host memory.
+    """Decode the first `count` images of a data set, or all if there are fewer, by Pillow into host memory.
+
+    Args:
+        images: the data set; one that is decoded already is only cut to `count`.
+        count: how many images.
+        resolution: height and width of the result in pixels.
+        channels: 3 for RGB, 1 for grey.
+        on_corrupt: whether an image that cannot be decoded stops the call or is left out with a warning.
+        progress: called after each image with the numbers of images done, including those left out, and of all.
 
     Raises:
         DataError: one of them cannot be read or decoded and is not to be skipped, or the data set has another
@@ -74,19 +89,25 @@ def decode_images(
     def read(index: int) -> tuple[Tensor, int | None] | None:
         try:
             image = decode(images.read(index), images.image_name(index), channels)
-            top, left, side = images.square(index, image.width, image.height, resolution)
+            box = images.square(index, image.width, image.height, resolution)
         except DataError as problem:
             if on_corrupt == "stop":
                 raise
             _log.warning("left out: %s", problem)
             return None
-        square = to_tensor(image.crop((left, top, left + side, top + side)))
-        return resize(square[None], resolution), images.label(index)
+        return resize(to_tensor(crop(image, box))[None], resolution), images.label(index)
 
-    with ThreadPoolExecutor() as pool:
-        read_ones = [one for one in pool.map(read, range(min(count, len(images)))) if one is not None]
-    if not read_ones:
+    total, decoded = min(count, len(images)), []
+    pool = ThreadPoolExecutor()
+    try:
+        for done, image in enumerate(pool.map(read, range(total)), start=1):
+            progress(done, total)
+            if image is not None:
+                decoded.append(image)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not decoded:
         raise DataError(f"{images.name}: none of the first {count:,} images can be decoded")
-    labels = [label for _, label in read_ones]
+    labels = [label for _, label in decoded]
     known = None if None in labels else torch.tensor(labels)
-    return ImageSet(images.name, torch.cat([pixels for pixels, _ in read_ones]).contiguous(), known)
+    return ImageSet(images.name, torch.cat([pixels for pixels, _ in decoded]).contiguous(), known)

@@ -1,4 +1,4 @@
-"""What is done to decoded pixels, the same for every source and on every device."""
+"""Operations on decoded pixels, the same for every source and on every device."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def resize(images: Tensor, resolution: int) -> Tensor:
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] → uint8 [B, 1, H, W]: luma of ITU-R 601, to the last bit as Pillow has it."""
+    """uint8 [B, 3, H, W] → uint8 [B, 1, H, W]: luma of ITU-R 601, bitwise as Pillow's."""
     red, green, blue = images.to(torch.int32).unbind(1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[:, None]
 

@@ -6,7 +6,6 @@ DST/train-000000.json   what became of each source image; written last: where it
 DST/manifest.json       the settings; once "complete", also all shards' hashes and the images of each kind
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -21,6 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from dcvae_pipelines.atomic import atomic_write, find_unfinished, publish, unfinished
 from dcvae_pipelines.datasets import load_dataset
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet, Files
@@ -36,39 +38,55 @@ _VERSION = 1  # of what the target holds
 
 @dataclass(frozen=True)
 class Found:
-    """The images of one kind."""
+    """The images of one kind.
+
+    Attributes:
+        names: their paths below the source, or their keys
+        converted: number of them that were packed, but not byte for byte
+        skipped: number of them that were left out
+    """
 
     names: list[str]
-    """their paths below the source, or their keys"""
     converted: int
-    """how many of them were packed otherwise than byte for byte"""
     skipped: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a data set; the manifest holds it too."""
+    """The result of `prepare`; the manifest holds it too.
+
+    Attributes:
+        packed: number of images in the shards, by split
+        kept: number of images packed byte for byte
+        converted: number of images packed otherwise
+        skipped: number of images left out
+        kinds: by all of `KINDS`; an image may be of several
+        shards: name, images, bytes and sha256 of each
+    """
 
     packed: dict[str, int]
-    """images in the shards, by split"""
     kept: int
-    """images packed byte for byte"""
     converted: int
     skipped: int
     kinds: dict[str, Found]
-    """by all of `KINDS`; an image may be of several"""
     shards: list[dict[str, Any]]
-    """each one's name, images, bytes, sha256"""
 
 
 @dataclass(frozen=True)
 class _Shard:
+    """A shard that is to be made.
+
+    Attributes:
+        stem: name without ending
+        images: the split
+        span: indices of the shard's images in the split
+        fingerprint: see `_fingerprint`
+    """
+
     stem: str
     images: ImageSet | EncodedSet
     span: range
-    """the images' indices in their split"""
     fingerprint: str
-    """of the source images"""
 
 
 def prepare(
@@ -154,12 +172,15 @@ def prepare(
                 (target / _MANIFEST).unlink()
             raise
         finally:
-            for unfinished in target.glob(".*.unfinished"):  # also those of an earlier call that was killed
-                unfinished.unlink()
+            for file in find_unfinished(target):  # also those of an earlier call that was killed
+                file.unlink()
 
 
 def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
-    """Tells images from others, reading no file: by their names, and sizes and times where each has a file."""
+    """Return a hash that tells changed source images without reading files.
+
+    It covers the pixels and labels of decoded images, else names, and the sizes and times of files.
+    """
     digest = hashlib.sha256()
     if isinstance(images, ImageSet):
         for values in (images.images, images.labels):
@@ -174,15 +195,16 @@ def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
 
 
 def _claim(target: Path, settings: dict[str, Any]) -> None:
-    """
+    """Write the manifest, or compare it with the one of an earlier call.
+
     Raises:
-        DataError: the folder is taken.
+        DataError: the folder holds other files, or shards made with other settings.
     """
     there = _read_json(target / _MANIFEST)
     if there is None:
-        others = {path.name for path in target.iterdir() if not path.name.endswith(".unfinished")} - {_LOCK}
-        if others:
-            raise DataError(f"{target}: holds {min(others)}, and no intact {_MANIFEST} of ours; choose an empty folder")
+        if others := set(target.iterdir()) - {target / _LOCK, *find_unfinished(target)}:
+            name = min(others).name
+            raise DataError(f"{target}: holds {name}, and no intact {_MANIFEST} of ours; choose an empty folder")
         _write_json(target / _MANIFEST, settings | {"complete": False})
     elif different := [key for key, value in settings.items() if there.get(key) != value]:
         came = f"{different[0]} {json.dumps(there.get(different[0]))}, not {json.dumps(settings[different[0]])}"
@@ -190,7 +212,7 @@ def _claim(target: Path, settings: dict[str, Any]) -> None:
 
 
 def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: Callable[[int, int], None]) -> None:
-    """Makes the shards that are not whole yet."""
+    """Make the shards that are not whole yet."""
     pending = [shard for shard in shards if not _is_whole(target, shard)]
     total = sum(len(shard.span) for shard in shards)
     done = total - sum(len(shard.span) for shard in pending)
@@ -198,7 +220,7 @@ def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: 
     pool = ThreadPoolExecutor(workers)  # Pillow, torch and hashlib let other threads run meanwhile
 
     def packed() -> Iterator[Packed]:
-        """In order, and only a few ahead, so that memory is bounded."""
+        """Yield images in order; only a few are worked on ahead, so that memory is bounded."""
         running: deque[Future[Packed]] = deque(pool.submit(check, *call) for call in islice(calls, 4 * workers))
         for number in range(done + 1, total + 1):
             image = running.popleft().result()
@@ -215,7 +237,8 @@ def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: 
 
 
 def _is_whole(target: Path, shard: _Shard) -> bool:
-    """
+    """Return whether the shard was made already.
+
     Raises:
         DataError: it was made of other images.
     """
@@ -233,10 +256,13 @@ def _is_whole(target: Path, shard: _Shard) -> bool:
 
 
 def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
-    """The archive, then its index, which has to be the newer one, then its record. No images, no archive."""
+    """Write the archive, then its index, which has to be the newer one, then its record.
+
+    A shard without images has only a record.
+    """
     path, lines, records = target / f"{shard.stem}.tar", [], []
     with (
-        open(_aside(path), "wb") as file,
+        open(unfinished(path), "wb") as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for index, image in zip(shard.span, images, strict=True):
@@ -251,15 +277,15 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
             records.append(image.record | {"member": f"{key}.{image.files[0][0]}" if members else None})
     record: dict[str, Any] = {"fingerprint": shard.fingerprint, "packed": len(lines)}
     if lines:
-        _publish(path)
+        publish(path)
         with open(path, "rb") as file:
             record |= {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        _write(path.with_suffix(".idx"), "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+        atomic_write(path.with_suffix(".idx"), "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
     _write_json(path.with_suffix(".json"), record | {"images": records})
 
 
 def _conclude(target: Path, shards: list[_Shard]) -> Summary:
-    """Adds up the shards' records.
+    """Add up the shards' records, and complete the manifest.
 
     Raises:
         DataError: no image is left.
@@ -290,58 +316,31 @@ def _conclude(target: Path, shards: list[_Shard]) -> Summary:
     return summary
 
 
-# --- files that are there whole or not at all ---
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """
+    """Hold the lock of a folder. Its file is removed afterwards; one left by a killed process locks nothing.
+
     Raises:
-        DataError: another process writes there.
+        DataError: another process holds it.
     """
-    with open(folder / _LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another process is writing shards there") from error
-        if not (folder / _LOCK).exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK)):
-            raise DataError(f"{folder}: another process has just finished there; run this again")
+    path = folder / _LOCK
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(f"{folder}: another process is writing shards there; wait until it has finished") from error
+    with lock:
         try:
             yield
         finally:
-            (folder / _LOCK).unlink()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.unfinished")
-
-
-def _publish(path: Path) -> None:
-    """Moves what was written aside to its place, in an order that even a power cut keeps."""
-    _sync(_aside(path))
-    os.replace(_aside(path), path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    _aside(path).write_text(text, encoding="utf-8")
-    _publish(path)
+            path.unlink()  # while it is locked: afterwards it may be another process's
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=1) + "\n")
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or a damaged one."""
+    """Return the object in a JSON file, or None if the file is absent or damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

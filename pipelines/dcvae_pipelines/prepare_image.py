@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet
-from dcvae_pipelines.image import EXTENSIONS, Header, centre_square, decode, read_header, to_tensor
+from dcvae_pipelines.image import EXTENSIONS, Header, centre_square, crop, decode, read_header, to_tensor
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.source import DataError
@@ -22,7 +22,7 @@ _TINY = 32  # pixels; less is tiny where no resolution is given
 
 @dataclass(frozen=True)
 class Job:
-    """What decides how an image is packed."""
+    """The settings that decide how an image is packed."""
 
     name: str
     source: str | None
@@ -34,17 +34,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Packed:
-    """A source image once checked."""
+    """A source image once checked.
+
+    Attributes:
+        record: its entry in the shard's record
+        files: members of the shard, ending and content; none where the image is skipped
+    """
 
     record: dict[str, Any]
     files: list[tuple[str, bytes]]
-    """members of the shard, ending and content; none where the image is skipped"""
 
 
 def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
-    """
+    """Check an image, and encode it for its shard.
+
     Raises:
-        DataError: it is corrupt, and such are not skipped.
+        DataError: it is corrupt, and corrupt images are not skipped.
     """
     if isinstance(images, ImageSet):
         return _check_decoded(job, images, index)
@@ -55,13 +60,13 @@ def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
         header = read_header(encoded, full_name)
         record |= {"width": header.width, "height": header.height}
         image = decode(encoded, full_name, channels=3)
-        top, left, side = images.square(index, image.width, image.height)
+        box = images.square(index, image.width, image.height)
         label = images.label(index)
     except DataError as error:
         if "corrupt" not in job.skip:
             raise
         return Packed(record | {"kinds": ["corrupt"], "action": "skipped", "reason": str(error)}, [])
-    record["kinds"] = kinds = _kinds(header, side < (job.resolution or _TINY))
+    record["kinds"] = kinds = _kinds(header, is_tiny=box[2] < (job.resolution or _TINY))
     if unwanted := [kind for kind in kinds if kind in job.skip]:
         return Packed(record | {"action": "skipped", "reason": ", ".join(unwanted)}, [])
 
@@ -70,7 +75,7 @@ def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
     if f".{ending}" not in EXTENSIONS:
         reasons.append(ending)
     if job.resolution or images.box is not centre_square:
-        image = image.crop((left, top, left + side, top + side))
+        image = crop(image, box)
         reasons.append("resized" if job.resolution else "cropped")
     if job.resolution:
         image = _to_image(resize(to_tensor(image)[None], job.resolution)[0])

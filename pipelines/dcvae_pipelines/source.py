@@ -1,4 +1,4 @@
-"""What training sees of data."""
+"""The interface between data and training."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and where they came from, both on the training device."""
+    """Images and their numbers, both on the training device.
+
+    Attributes:
+        images: float32, or bfloat16 if the source was asked for it, [B, C, H, W] in [-1, 1]
+        ids: int64 [B], index of each image in its data set
+    """
 
     images: Tensor
-    """float32 (or bfloat16, where the source was asked for it) [B, C, H, W] in [-1, 1]"""
     ids: Tensor
-    """int64 [B], each image's index in its data set"""
 
 
 class Source(Protocol):
@@ -37,7 +40,9 @@ class Source(Protocol):
         ...
 
     def set_resolution(self, resolution: int, batch: int | None = None) -> None:
-        """Shows images at resolution × resolution pixels from the next batch on, and so many in it; the position stays.
+        """Show images at resolution × resolution pixels from the next batch on, and `batch` of them if that is given.
+
+        The position in the stream stays.
 
         Raises:
             DataError: this source cannot show them at that resolution.
