@@ -1,6 +1,7 @@
 """From a data set to what training and evaluation take, whichever kind of data set it is."""
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,9 +57,18 @@ def make_source(
 
 
 def decode_images(
-    images: ImageSet | EncodedSet, count: int, *, resolution: int, channels: int = 3, on_corrupt: OnCorrupt = "stop"
+    images: ImageSet | EncodedSet,
+    count: int,
+    *,
+    resolution: int,
+    channels: int = 3,
+    on_corrupt: OnCorrupt = "stop",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageSet:
     """The first `count` images of a data set, or all if there are fewer, decoded by Pillow into host memory.
+
+    Args:
+        progress: called with the numbers of images done and of all, unless they are decoded already.
 
     Raises:
         DataError: one of them cannot be read or decoded and is not to be skipped, or the data set has another
@@ -83,10 +93,13 @@ def decode_images(
         square = to_tensor(image.crop((left, top, left + side, top + side)))
         return resize(square[None], resolution), images.label(index)
 
+    decoded, total = [], min(count, len(images))
     with ThreadPoolExecutor() as pool:
-        read_ones = [one for one in pool.map(read, range(min(count, len(images)))) if one is not None]
-    if not read_ones:
+        for done, image in enumerate(pool.map(read, range(total)), start=1):
+            decoded += [] if image is None else [image]
+            progress(done, total)
+    if not decoded:
         raise DataError(f"{images.name}: none of the first {count:,} images can be decoded")
-    labels = [label for _, label in read_ones]
+    labels = [label for _, label in decoded]
     known = None if None in labels else torch.tensor(labels)
-    return ImageSet(images.name, torch.cat([pixels for pixels, _ in read_ones]).contiguous(), known)
+    return ImageSet(images.name, torch.cat([pixels for pixels, _ in decoded]).contiguous(), known)
