@@ -17,6 +17,7 @@ def nested_packages() -> list[str]:
 
 
 TORCHVISION = "torchvision>=0.26"  # the release made for torch 2.11
+TQDM = "tqdm>=4.66"
 
 setup(
     name="dcvae_fast",
@@ -51,6 +52,7 @@ setup(
             "scikit-learn>=1.6",
             "tensorboard>=2.19",
             TORCHVISION,
+            TQDM,
         ],
         "eval": [
             "matplotlib>=3.10",
@@ -58,6 +60,7 @@ setup(
             "scipy>=1.14",
             "torch-fidelity>=0.4",
             TORCHVISION,
+            TQDM,
         ],
         "bench": [  # what bench/ compares with
             "inf_cl>=1.2.1",

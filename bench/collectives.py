@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import records
-from dcvae_fast.cli import parse_config
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.models.layers import SumOverRanks
 from dcvae_fast.training.engine import Engine

@@ -1,7 +1,24 @@
 """DC-VAE (Dual Contradistinctive Generative Autoencoder, CVPR 2021): fast training, and trained models to use."""
 
+from typing import TYPE_CHECKING, Any
+
 from dcvae_fast.errors import UserError
-from dcvae_fast.models.dcvae import DCVAE, Posterior
+
+if TYPE_CHECKING:
+    from dcvae_fast.models.dcvae import DCVAE, Posterior
 
 __all__ = ["DCVAE", "Posterior", "UserError"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model, and torch with it, when it is first used, so that `dcvae --help` answers at once."""
+    if name not in ("DCVAE", "Posterior"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dcvae_fast.models import dcvae
+
+    return getattr(dcvae, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcvae_fast.cli import parse_config
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ModelConfig, changes, differences, recipes, to_dict
 from dcvae_fast.errors import ConfigError
 

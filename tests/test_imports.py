@@ -15,7 +15,8 @@ HEAVY += ["torch._dynamo"]  # seconds, which only those who compile need
     [
         ("dcvae_kernels", [*HEAVY, "dcvae_fast", "dcvae_pipelines", "yaml", "safetensors", "huggingface_hub"]),
         ("dcvae_pipelines", [*HEAVY, "dcvae_fast", "dcvae_kernels"]),
-        ("dcvae_fast", [*HEAVY, "huggingface_hub"]),
+        ("dcvae_fast", ["torch", "tqdm", *HEAVY]),
+        ("dcvae_fast.models.dcvae", [*HEAVY, "huggingface_hub"]),
     ],
 )
 def test_import_is_light(package, forbidden):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from dcvae_fast import reproduce
-from dcvae_fast.cli import main, parse_config
+from dcvae_fast.cli import main
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of

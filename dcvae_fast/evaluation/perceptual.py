@@ -49,12 +49,6 @@ def pixel_distances(error: float, pixels: int) -> dict[str, float]:
     return {"pixel_mse": error, "pixel_squares": error / 4 * pixels, "pixel_rmse": error**0.5 * 127.5}
 
 
-def mean_image_error(images: Tensor, mean_of: Tensor) -> float:
-    """The same error of predicting the mean of `mean_of` for every image; both uint8 [N, C, H, W]."""
-    mean = mean_of.double().mean(0)
-    return (images.double() - mean).square().mean().item() / 127.5**2
-
-
 def load_vgg16(weights: Path | None = None) -> Extractor:
     """VGG16 up to relu4_3, as torchvision has it, with weights from this folder, or downloaded.
 

@@ -12,7 +12,7 @@ import torch
 
 import collectives
 import records
-from dcvae_fast.cli import parse_config
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.step import TrainStep

@@ -11,7 +11,7 @@ import harness
 import step_cases
 import tables
 import test_step
-from dcvae_fast.cli import parse_config
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.training.plan import iteration_flops
 from dcvae_fast.training.step import TrainStep
 from harness import Absent, Unavailable

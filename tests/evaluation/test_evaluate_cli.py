@@ -27,8 +27,9 @@ def saved(tmp_path) -> Path:
 @pytest.mark.usefixtures("quick_ends")
 def test_a_run_knows_its_data_and_keeps_what_was_measured(tmp_path, features, monkeypatch, capsys):
     run = tmp_path / "run"
-    assert main(["train", "--recipe", TINY, "--train.images", "16", "--run", str(run)]) == 0
-    pixel_error = json.loads((run / "summary.json").read_text())["pixel_error"]
+    settings = ["--train.images", "16", "--log.held_out", "360"]
+    assert main(["train", "--recipe", TINY, *settings, "--run", str(run)]) == 0
+    pixel_error = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out/pixel_mse"]
     capsys.readouterr()
     assert main(["evaluate", str(run), "--metrics", "pixel"]) == 0
     printed = capsys.readouterr()

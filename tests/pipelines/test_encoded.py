@@ -65,6 +65,12 @@ def test_one_in_twenty_images_is_held_out_by_its_name(tmp_path: Path):
     assert set(names(train)) < set(names(load_dataset("folder", tmp_path)))
 
 
+def test_decoding_reports_progress(tmp_path: Path):
+    images, reported = load_dataset("folder", make_folder(tmp_path, [f"{i}.jpg" for i in range(5)])), []
+    decode_images(images, 3, resolution=8, progress=lambda *counts: reported.append(counts))
+    assert reported == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_no_more_than_a_thousand_are_held_out():
     held_out = datasets._hold_out("x", [str(i) for i in range(30_000)])
     assert held_out.sum() == 1000 and datasets._hold_out("x", ["a", "b"]).sum() == 1

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dcvae_fast import DCVAE
-from dcvae_fast.cli import main, parse_config
+from dcvae_fast.cli import main
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, DataConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
 from dcvae_fast.models.progressive import Trunk
 from dcvae_fast.run_folder import load_checkpoint

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dcvae_fast import DCVAE
-from dcvae_fast.cli import main, parse_config
+from dcvae_fast.cli import main
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError
 from dcvae_fast.training import held_out

@@ -25,7 +25,7 @@ def test_a_trace_and_a_table_of_two_steps_of_the_autoencoder(tmp_path: Path, cap
     steps = [e for e in events if e.get("name", "").startswith("Optimizer.step#Adam")]
     # Trunk and score; with the autoencoder itself, then itself, trunk and heads.
     assert len(steps) == 4 * 2 + 2 * (1 + 3)
-    assert (tmp_path / "summary.json").exists()
+    assert (tmp_path / "checkpoints" / "000000000120.pt").exists()
 
 
 @pytest.mark.usefixtures("quick_ends")

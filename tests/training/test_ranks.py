@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcvae_fast.cli import parse_config
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.run_folder import load_checkpoint
 from dcvae_fast.training.loop import train
@@ -96,7 +96,9 @@ def tiny(folder: Path, images: int, *more: str) -> list[str]:
 RUN_ALL = """
 import json, os, sys
 from dcvae_fast import cli
+from dcvae_fast.console import configure_logging
 from dcvae_fast.distributed import exit_process
+configure_logging()
 for settings in json.loads(sys.argv[1]):
     mine = settings[int(os.environ["RANK"])] if isinstance(settings[0], list) else settings
     print("exit", cli._run(["train", *mine]), flush=True)
@@ -202,7 +204,7 @@ def test_one_rank_says_what_is_wrong_and_none_hangs(launched: Launched):
 def test_a_run_of_two_ranks_is_one_run(launched: Launched):
     """There is one log, one checkpoint and one set of pictures; an unreadable image stops all ranks without loss."""
     (first, second), (one, other) = launched.of_runs
-    assert first[0] == second[0] == 0 and "On 360 held-out images" in first[1] and not second[1].strip()
+    assert first[0] == second[0] == 0 and "64 images shown" in first[1] and not second[1].strip()
 
     run, alone = launched.folder / "run", launched.folder / "alone"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000000000032.pt", "000000000064.pt"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dcvae_fast.cli import parse_config
+from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.schedule import Point, Stage, point, stages

@@ -1,0 +1,56 @@
+"""`dcvae reproduce`: train and measure what a table of the paper shows."""
+
+import argparse
+from pathlib import Path
+
+from dcvae_fast.commands.common import add_measuring, check_weights
+from dcvae_fast.commands.train import parse_config
+from dcvae_fast.errors import UserError
+from dcvae_fast.progress import progress_bars
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add reproduce to argparse's subparsers."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="Train and measure what a table of the paper shows: see `dcvae reproduce --help`.",
+        description="Train what a table of the paper needs, measure it, and write it beside the paper's numbers. Run"
+        " again, it goes on where it was.",
+        epilog="All settings of `dcvae train` can be given too, such as --data.root, --train.device, or narrower"
+        " networks; what departs from the paper is said beside each number.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", metavar="TABLE", help="table1 to table8, or figure7")
+    parser.add_argument("--budget", type=int, metavar="IMAGES", help="shorten every training to so many images")
+    parser.add_argument("--dry-run", action="store_true", help="show what is there and what the rest costs, then stop")
+    text = "folder for runs and tables (default: %(default)s)"
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help=text)
+    add_measuring(parser)
+    parser.set_defaults(run_command=run, takes_settings=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_weights(arguments.weights)
+    if arguments.budget is not None and arguments.budget < 1:
+        raise UserError(f"--budget is {arguments.budget}; it must be at least 1.")
+    from dcvae_fast.evaluation.tables import TABLES
+    from dcvae_fast.reproduce import plan, reproduce, trainings
+
+    table = TABLES.get(arguments.table)
+    if table is None:
+        raise UserError(f"{arguments.table!r} is no table of the paper; there are {', '.join(TABLES)}.")
+    out: Path = arguments.out
+    runs = trainings(table, out, arguments.settings, arguments.budget, lambda argv: parse_config(argv).config)
+    if arguments.dry_run:
+        print(plan(table, runs, arguments.images))
+        return 0
+    with progress_bars() as progress:
+        return reproduce(
+            table,
+            runs,
+            out,
+            images=arguments.images,
+            weights=arguments.weights,
+            cache=arguments.cache.expanduser(),
+            progress=progress,
+        )

@@ -1,0 +1,73 @@
+"""Progress of long work, on stderr: a tqdm bar on a terminal; in a file or pipe, a line every tenth of the way."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def progress_bar(
+    description: str, total: int, initial: int = 0, lines: bool = True
+) -> Iterator[Callable[[int], object]]:
+    """Show how much is done, and the time left, until the context ends.
+
+    Messages may be logged meanwhile: the handlers of `console.py` keep the bar whole.
+
+    Args:
+        description: what is counted, such as "images".
+        total: count at the end.
+        initial: count at the start, where work continues; the time left is estimated from what is done beyond it.
+        lines: whether to print lines where stderr is not a terminal.
+
+    Yields:
+        A function to call with the number of items done since its last call.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc=description, total=total, initial=initial, dynamic_ncols=True, file=sys.stderr) as bar:
+            yield bar.update
+        return
+
+    done, tenth, start = initial, -1, time.perf_counter()
+
+    def update(count: int) -> None:
+        nonlocal done, tenth
+        done += count
+        if not lines or 10 * done // total == tenth:
+            return
+        tenth, seconds = 10 * done // total, time.perf_counter() - start
+        line = f"{done:,} / {total:,} {description}, {seconds:.0f} s"
+        if initial < done < total:
+            line += f", {seconds * (total - done) / (done - initial):.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+    yield update
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of several things, one after the other.
+
+    Yields:
+        A function `report(description, done, total)`, the callback of `evaluate`. Another description, or a smaller
+        `done`, begins another bar.
+    """
+    with ExitStack() as bar:
+        current: str | None = None
+        count, update = 0, lambda count: None
+
+        def report(description: str, done: int, total: int) -> None:
+            nonlocal current, count, update
+            if description != current or done < count:
+                bar.close()
+                update = bar.enter_context(progress_bar(description, total, initial=done))
+                current, count = description, done
+            update(done - count)
+            count = done
+            if done >= total:
+                bar.close()
+                current = None
+
+        yield report

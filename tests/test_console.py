@@ -1,0 +1,87 @@
+"""What the command line writes while it works: messages by `logging`, and progress on a terminal and elsewhere."""
+
+import io
+import logging
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from dcvae_fast import progress
+from dcvae_fast.console import configure_logging
+from dcvae_fast.progress import progress_bar, progress_bars
+
+LOGGER = logging.getLogger("dcvae_fast.training.log")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds."""
+    seconds = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+def test_messages_are_printed_once_and_other_packages_stay_quiet(capsys):
+    for _ in range(2):
+        configure_logging()
+    LOGGER.info("16 images")
+    logging.getLogger("elsewhere").info("nothing")
+    assert capsys.readouterr().out == "16 images\n"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("bars", ["", "import tqdm"])
+def test_warnings_go_to_stderr_with_their_level(bars):
+    code = f"""
+{bars}
+import logging
+from dcvae_fast.console import configure_logging
+configure_logging()
+logging.getLogger("dcvae_fast.training.log").info("16 images")
+logging.getLogger("dcvae_fast.run").warning("a checkpoint is damaged")
+logging.getLogger("dcvae_pipelines.loader").warning("left out: %s", "1.png")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "16 images\n"
+    assert result.stderr == "WARNING: a checkpoint is damaged\nWARNING: left out: 1.png\n"
+
+
+def test_lines_every_tenth_of_the_way_with_the_time_left(now, capsys):
+    with progress_bars() as report:
+        for done in range(1, 101):
+            now[0] += 2
+            report("images", done, 100)
+        report("images", 30, 30)  # others with the same description
+        report("samples", 3, 4)
+        report("pixels", 1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "1 / 100 images, 0 s" and lines[5] == "50 / 100 images, 98 s, 100 s left"
+    assert lines[10:] == ["100 / 100 images, 198 s", "30 / 30 images, 0 s", "3 / 4 samples, 0 s", "1 / 2 pixels, 0 s"]
+
+
+def test_no_lines_where_a_log_has_them_already(capsys):
+    with progress_bar("images", 10, lines=False) as update:
+        update(10)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_on_a_terminal_continues_stays_whole_and_ends_with_an_interrupt():
+    configure_logging()
+    terminal = Terminal()
+    with redirect_stdout(terminal), redirect_stderr(terminal):
+        with pytest.raises(KeyboardInterrupt), progress_bar("images", 100, initial=40) as update:
+            update(20)
+            LOGGER.info("loss 0.1")
+            raise KeyboardInterrupt
+        print("interrupted")
+    parts = terminal.getvalue().replace("\n", "\r").split("\r")
+    shown = [part.strip() for part in parts if part.strip()]
+    assert shown[0].startswith("images:  40%") and shown[-2].startswith("images:  60%")
+    assert "loss 0.1" in shown and shown[-1] == "interrupted"
