@@ -87,6 +87,10 @@ def test_overrides(tmp_path):
         (["--recipe", "digits", "--train.batch", "1"], "train.batch is 1; it must be at least 2"),
         (["--recipe", "digits", "--model.latent_dim", "0"], "model.latent_dim is 0"),
         (["--recipe", "digits", "--log.keep", "1"], "log.keep is 1; it must be at least 2"),
+        (["--recipe", "digits", "--log.held_out", "-1"], "log.held_out is -1; it must be null, or 0 or more"),
+        (["--recipe", "digits", "--train.sampled_batch", "0"], "it must be null or at least 1"),
+        (["--recipe", "digits", "--optim.betas", "[0.5, 1]"], "optim.betas[1] is 1.0; it must be in [0, 1)"),
+        (["--recipe", "digits", "--growth.batch", "{16: 0}"], "growth.batch[16] is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_named(argv, message):
