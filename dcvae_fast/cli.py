@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dcvae_fast.config import Config, DataConfig, recipe_path, recipes, to_dict
+from dcvae_fast.config import Config, DataConfig, to_dict
 from dcvae_fast.errors import ConfigError, RankError, RunError, UserError, reason
+from dcvae_fast.recipes import RECIPES, recipe_argument, recipe_names
 from dcvae_pipelines import DataError, load_dataset
 
 SUMMARY_FILE = "summary.json"
@@ -178,7 +179,7 @@ def parse_config(argv: Sequence[str]) -> Options:
 
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
-        description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipes()) + ".",
+        description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipe_names()) + ".",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -199,9 +200,10 @@ def parse_config(argv: Sequence[str]) -> Options:
         argv = [*argv, "--train.deepspeed_config", chosen.deepspeed_config]
     recipe = chosen.recipe
     if recipe is not None:  # in front, wherever it stood: settings on the command line override it
-        argv = ["--recipe", str(recipe_path(recipe)), *argv]
+        argv = ["--recipe", recipe_argument(recipe), *argv]
     elif not {"-h", "--help", "--print_config"} & set(argv):
-        raise ConfigError(f"--recipe is missing; the recipes are {', '.join(recipes())}, or a path to a .yaml file.")
+        known = ", ".join(recipe_names())
+        raise ConfigError(f"--recipe is missing; the recipes are {known}, or a path to a .yaml file.")
     try:
         parsed = parser.parse_args(argv)
         settings = parser.instantiate(parsed)
@@ -210,8 +212,8 @@ def parse_config(argv: Sequence[str]) -> Options:
     config = Config(**{section: settings[section] for section in Config.__dataclass_fields__})
     if config.train.engine == "auto" and (chosen.deepspeed or chosen.local_rank is not None):
         config = replace(config, train=replace(config.train, engine="deepspeed"))
-    run = f"runs/{Path(str(recipe)).stem}" if parsed.run is None else parsed.run
-    return Options(config, Path(run), parsed.dry_run, parsed.profile)
+    name = recipe if recipe in RECIPES else Path(str(recipe)).stem
+    return Options(config, Path(parsed.run or f"runs/{name}"), parsed.dry_run, parsed.profile)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -258,7 +260,7 @@ def _data(argv: Sequence[str]) -> int:
         epilog="All settings of `dcvae train` can be given too, such as --data.root.",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(recipes())}, or a .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(recipe_names())}, or a .yaml file")
     parser.add_argument("-n", "--n", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--out", type=Path, default=Path("data.png"), help="what to write (default: data.png)")
     arguments, settings = parser.parse_known_args(argv)

@@ -1,19 +1,15 @@
 """All settings of a run: frozen dataclasses, filled by a recipe and by overrides. Imports no torch.
 
-A recipe is a YAML file in `dcvae_fast/recipes`, one for each experiment; it lists only what differs from the defaults
-here, which are the paper's CIFAR-10 run with the gaps filled as the authors' code does. `official` in a docstring is
-that code.
+The defaults are the paper's CIFAR-10 run with the gaps filled as the authors' code does; `recipes.py` lists for each
+experiment what differs from them. `official` in a docstring is the authors' code.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args
 
 from dcvae_fast.errors import ConfigError
-
-RECIPES = Path(__file__).parent / "recipes"
 
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 
@@ -452,23 +448,3 @@ def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """The same as lines `section.name: old → new`."""
     return [f"{setting}: {was} → {now}" for setting, was, now in changes(old, new)]
-
-
-def recipe_path(name: str) -> Path:
-    """The YAML file of a recipe, by its name or as a path of the user's own.
-
-    Raises:
-        ConfigError: there is no such recipe; the message lists those there are.
-    """
-    if name.endswith((".yaml", ".yml")):
-        path, known = Path(name), ""
-    else:
-        path, known = RECIPES / f"{name}.yaml", f"; the recipes are {', '.join(recipes())}, or a path to a .yaml file"
-    if not path.is_file():
-        raise ConfigError(f"--recipe {name}: no such recipe{known}.")
-    return path
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from dcvae_fast.evaluation.fidelity import FEWEST
 from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, store
 from dcvae_fast.evaluation.plot import plot_curves
 from dcvae_fast.evaluation.protocol import Progress, data_of
-from dcvae_fast.evaluation.tables import FIGURE7_EPOCHS, NEGATIVES, Key, Result, Table, as_json, markdown
+from dcvae_fast.evaluation.tables import Key, Result, Table, as_json, markdown
 from dcvae_fast.models.dcvae import DCVAE
+from dcvae_fast.recipes import RECIPES, recipe_config
 from dcvae_fast.training.checkpoint import images_shown, write_aside
 from dcvae_fast.training.compiled import forget_compiled
 from dcvae_fast.training.held_out import held_out_images
@@ -33,39 +34,8 @@ FLOPS_PER_SECOND = 320e12
 # That the paper's protocol measures.
 IMAGES = 50_000
 
-CIFAR10_IMAGES = 50_000
-
 # For the points of a curve of a shortened run, which would else take longer than training.
 SHORT_HELD_OUT = 1000
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training of the paper: a recipe, and the settings in which it differs."""
-
-    recipe: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def _of_figure7(negatives: int) -> Run:
-    images = FIGURE7_EPOCHS * CIFAR10_IMAGES
-    settings = {"contrast.negatives": negatives, "train.images": images, "log.held_out": 10_000}
-    return Run("cifar10", {**settings, "log.metrics_every": CIFAR10_IMAGES})
-
-
-RUNS = {
-    "table1/vae": Run("cifar10", {"loss.objective": "vae"}),
-    "table1/vae-gan": Run("cifar10", {"loss.objective": "vae_gan"}),
-    "table1/vae-contrastive": Run("cifar10", {"loss.objective": "vae_contrastive"}),
-    "table1/dc-vae": Run("cifar10", {"loss.objective": "dc_vae"}),
-    "table2/dc-vae": Run("stl10"),
-    "table3/dc-vae": Run("lsun128"),
-    "table4/dc-vae": Run("celebahq256"),
-    "table5/dc-vae": Run("celeba128"),
-    **{f"table6/z{size}": Run("mnist", {"model.latent_dim": size}) for size in (16, 32, 64)},
-    "table8/dc-vae": Run("celebahq512"),
-    **{f"figure7/k{k}": _of_figure7(k) for k in NEGATIVES},
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +43,7 @@ class Training:
     """A run as it is asked for.
 
     Attributes:
-        name: in `RUNS`
+        name: of the recipe
         folder: of the run
         config: with what the user changes, shortened to the budget
         full: images that the paper's training shows
@@ -132,11 +102,9 @@ def trainings(
         raise UserError("--train.images is the paper's; --budget IMAGES shortens every training.")
     found = []
     for name, needed in table.needed().items():
-        run = RUNS[name]
-        if fixed := sorted(name for name in names & set(run.settings) if not name.startswith("log.")):
+        if fixed := sorted(name for name in names & set(RECIPES[name].settings) if not name.startswith("log.")):
             raise UserError(f"--{fixed[0]} is what defines the runs of {table.name}; it cannot be changed.")
-        own = ["--recipe", run.recipe, *(f"--{setting}={value}" for setting, value in run.settings.items())]
-        base, config = configure(own), configure([*own, *settings])
+        base, config = recipe_config(name), configure(["--recipe", name, *settings])
         changed = tuple(f"{setting} {now}" for setting, _, now in changes(to_dict(base), config))
         full = base.train.images
         if budget is not None:
@@ -178,7 +146,7 @@ def plan(table: Table, runs: Sequence[Training], images: int) -> str:
         remarks = "; ".join(run.remarks(max(shown, asked), images))
         said[remarks] = None
         of_run = (f"{asked:,}", f"{shown:,}", f"{there} of {len(run.needed)}", *_cost(flops), remarks)
-        lines.append((run.name, RUNS[run.name].recipe, *of_run))
+        lines.append((run.name, RECIPES[run.name].base or run.name, *of_run))
     lines.append(("in all", "", "", "", "", *_cost(total), "; ".join(filter(None, said))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

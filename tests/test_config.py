@@ -3,8 +3,9 @@
 import pytest
 
 from dcvae_fast.cli import parse_config
-from dcvae_fast.config import Config, ModelConfig, changes, differences, recipes, to_dict
+from dcvae_fast.config import Config, ModelConfig, changes, differences, to_dict
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.recipes import recipe_config, recipe_names
 
 
 def parsed(*argv: str) -> Config:
@@ -47,9 +48,10 @@ def test_the_official_recipe_is_their_code():
     }
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_parses(recipe):
     config, folder, dry_run, profile = parse_config(["--recipe", recipe])
+    assert config == recipe_config(recipe)
     assert str(folder) == f"runs/{recipe}"
     assert not dry_run and not profile
     assert config.model.image_channels == (1 if config.data.name in ("digits", "mnist") else 3)

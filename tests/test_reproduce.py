@@ -18,6 +18,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of
 from dcvae_fast.evaluation.tables import TABLES, Key
+from dcvae_fast.recipes import RECIPES
 from dcvae_fast.training.checkpoint import images_shown
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import passages
@@ -64,7 +65,7 @@ def test_dry_run_plans_every_table_without_data_and_writes_nothing(name, tmp_pat
 
 def test_runs_are_the_papers():
     runs = {run.name: run for name in TABLES for run in reproduce.trainings(TABLES[name], Path(), [], None, configure)}
-    assert runs.keys() == reproduce.RUNS.keys()
+    assert list(runs) == [name for name in RECIPES if "/" in name]
     objectives = [
         runs[f"table1/{run}"].config.loss.objective for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")
     ]
