@@ -10,7 +10,8 @@ import torch
 
 import harness
 from baselines import Baseline
-from dcvae_fast.config import Config, ContrastConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.config import Config
+from dcvae_fast.recipes import recipe_config
 from dcvae_fast.training.graphs import WARM_UPS
 from dcvae_fast.training.plan import flop_counter
 from dcvae_fast.training.schedule import stages
@@ -18,17 +19,6 @@ from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
 from harness import Absent, Unavailable
 
-# As the files have them, which take more packages to read than a machine with a GPU may have.
-RECIPES = {
-    "cifar10": Config(),
-    "celebahq512": Config(
-        model=ModelConfig("progressive", 512, latent_dim=512),
-        loss=LossConfig(adversarial="wgan_gp"),
-        contrast=ContrastConfig(layers=("low", "final")),
-        optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
-        train=TrainConfig(sampled_batch=None, n_critic=1),
-    ),
-}
 NARROW = {
     "latent_dim": 8,
     "encoder_width": 8,
@@ -61,7 +51,7 @@ class Row:
     @functools.cached_property
     def config(self) -> Config:
         """With the settings that train fastest."""
-        config = RECIPES[self.recipe]
+        config = recipe_config(self.recipe)
         model, train, growth = config.model, config.train, config.growth
         model = replace(model, resolution=self.resolution, **(NARROW if self.narrow else {}))
         train = replace(train, precision="bfloat16" if harness.ON_GPU else "float32", batch=self.batch)

@@ -1,23 +1,64 @@
 """All settings of a run: frozen dataclasses, filled by a recipe and by overrides. Imports no torch.
 
-A recipe is a YAML file in `dcvae_fast/recipes`, one for each experiment; it lists only what differs from the defaults
-here, which are the paper's CIFAR-10 run with the gaps filled as the authors' code does. `official` in a docstring is
-that code.
+The defaults are the paper's CIFAR-10 run with the gaps filled as the authors' code does; `recipes.py` lists for each
+experiment what differs from them. `official` in a docstring is the authors' code.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args
 
 from dcvae_fast.errors import ConfigError
 
-RECIPES = Path(__file__).parent / "recipes"
-
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 
-# Settings that a run may change when it is resumed: they do not alter what is computed.
-_MAY_CHANGE = {"may_change": True}
+
+class _Range(NamedTuple):
+    least: float | None
+    above: float | None
+    most: float | None
+    below: float | None
+
+    def holds(self, value: Any) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.below is not None:
+            return f"in [{self.least}, {self.below})"
+        if self.most is not None:
+            return f"in [{self.least}, {self.most}]"
+        if self.above is not None:
+            return f"above {self.above}"
+        return "0 or more" if self.least == 0 else f"at least {self.least}"
+
+
+def setting(
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    may_change: bool = False,
+) -> Any:
+    """Return a dataclass field with a default and a range. The range holds for each entry of a tuple or dict.
+
+    Args:
+        default: value if no recipe says otherwise.
+        least, above: smallest value allowed, or a bound that the value must exceed.
+        most, below: largest value allowed, or a bound that the value must stay below; only together with `least`.
+        may_change: whether a resumed run may change the setting, because it does not alter what is computed.
+    """
+    metadata = {"range": _Range(least, above, most, below), "may_change": may_change}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _check(setting: str, value: Any, holds: bool, wanted: str) -> None:
@@ -26,7 +67,30 @@ def _check(setting: str, value: Any, holds: bool, wanted: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class _Section:
+    """Base of the sections of a configuration: checks the range of each setting."""
+
+    def __post_init__(self):
+        section = type(self).__name__.removesuffix("Config").lower()
+        for option in dataclasses.fields(self):
+            name, value = f"{section}.{option.name}", getattr(self, option.name)
+            allowed, optional = option.metadata.get("range"), NoneType in get_args(option.type)
+            if allowed is None or (value is None and optional):
+                continue
+            wanted = str(allowed)
+            if optional:
+                wanted = f"null, or {wanted}" if " or " in wanted else f"null or {wanted}"
+            entries = {name: value}
+            if isinstance(value, dict):
+                entries = {f"{name}[{key}]": entry for key, entry in value.items()}
+            elif isinstance(value, tuple | list):
+                entries = {f"{name}[{index}]": entry for index, entry in enumerate(value)}
+            for entry_name, entry in entries.items():
+                _check(entry_name, entry, allowed.holds(entry), wanted)
+
+
+@dataclass(frozen=True)
+class DataConfig(_Section):
     """Which images.
 
     Attributes:
@@ -45,22 +109,18 @@ class DataConfig:
     name: Literal["digits", "mnist", "cifar10", "stl10", "celeba", "celebahq", "lsun_bedroom", "folder", "shards"] = (
         "cifar10"
     )
-    root: str | None = field(default=None, metadata=_MAY_CHANGE)
-    download: bool = field(default=False, metadata=_MAY_CHANGE)
+    root: str | None = setting(None, may_change=True)
+    download: bool = setting(False, may_change=True)
     mirror: bool = False
     drop_last: bool = False
-    on_corrupt: Literal["stop", "skip"] = field(default="stop", metadata=_MAY_CHANGE)
-    resident: bool = field(default=False, metadata=_MAY_CHANGE)
-    threads: int | None = field(default=None, metadata=_MAY_CHANGE)
-    prefetch: int = field(default=2, metadata=_MAY_CHANGE)
-
-    def __post_init__(self):
-        _check("data.threads", self.threads, self.threads is None or self.threads >= 1, "null or at least 1")
-        _check("data.prefetch", self.prefetch, self.prefetch >= 1, "at least 1")
+    on_corrupt: Literal["stop", "skip"] = setting("stop", may_change=True)
+    resident: bool = setting(False, may_change=True)
+    threads: int | None = setting(None, least=1, may_change=True)
+    prefetch: int = setting(2, least=1, may_change=True)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The networks.
 
     Attributes:
@@ -81,34 +141,20 @@ class ModelConfig:
 
     architecture: Literal["autogan", "progressive"] = "autogan"
     resolution: int = 32
-    image_channels: int = 3
-    latent_dim: int = 128
-    decoder_width: int = 256
-    encoder_width: int = 128
-    discriminator_width: int = 128
-    base_channels: int = 16384
-    max_channels: int = 512
-    contrast_dim: int = 16
-    sample_clamp: float | None = None
+    image_channels: int = setting(3, least=1)
+    latent_dim: int = setting(128, least=1)
+    decoder_width: int = setting(256, least=1)
+    encoder_width: int = setting(128, least=1)
+    discriminator_width: int = setting(128, least=1)
+    base_channels: int = setting(16384, least=1)
+    max_channels: int = setting(512, least=1)
+    contrast_dim: int = setting(16, least=1)
+    sample_clamp: float | None = setting(None, above=0)
     reconstruct_from: Literal["mean", "sample"] = "mean"
-    alpha: float = 1.0
+    alpha: float = setting(1.0, least=0, most=1)
 
     def __post_init__(self):
-        sizes = (
-            "image_channels",
-            "latent_dim",
-            "decoder_width",
-            "encoder_width",
-            "discriminator_width",
-            "base_channels",
-            "max_channels",
-            "contrast_dim",
-        )
-        for name in sizes:
-            _check(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        clamp = self.sample_clamp
-        _check("model.sample_clamp", clamp, clamp is None or clamp > 0, "null or above 0")
-        _check("model.alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
+        super().__post_init__()
         if self.grows:
             known = [4 * 2**i for i in range(9)]
             _check("model.resolution", self.resolution, self.resolution in known, f"one of {known} for progressive")
@@ -121,7 +167,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class GrowthConfig:
+class GrowthConfig(_Section):
     """How progressive networks grow: stabilise, then for each doubled resolution fade in and stabilise.
 
     Attributes:
@@ -133,24 +179,16 @@ class GrowthConfig:
     """
 
     start: int = 4
-    fade_images: int = 600_000
-    stable_images: int = 600_000
-    batch: dict[int, int] = field(
-        default_factory=lambda: {4: 16, 8: 16, 16: 16, 32: 16, 64: 16, 128: 16, 256: 14, 512: 6, 1024: 3}
+    fade_images: int = setting(600_000, least=0)
+    stable_images: int = setting(600_000, least=1)
+    batch: dict[int, int] = setting(  # noqa: RUF009
+        {4: 16, 8: 16, 16: 16, 32: 16, 64: 16, 128: 16, 256: 14, 512: 6, 1024: 3}, least=1
     )
-    lr: dict[int, float] = field(default_factory=dict)
-
-    def __post_init__(self):
-        _check("growth.fade_images", self.fade_images, self.fade_images >= 0, "0 or more")
-        _check("growth.stable_images", self.stable_images, self.stable_images >= 1, "at least 1")
-        for resolution, batch in self.batch.items():
-            _check(f"growth.batch[{resolution}]", batch, batch >= 1, "at least 1")
-        for resolution, lr in self.lr.items():
-            _check(f"growth.lr[{resolution}]", lr, lr > 0, "above 0")
+    lr: dict[int, float] = setting({}, above=0)  # noqa: RUF009
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(_Section):
     """What is minimised (Eq. 9 and the rows of Table 1).
 
     Attributes:
@@ -169,16 +207,11 @@ class LossConfig:
 
     objective: Literal["dc_vae", "vae", "vae_gan", "vae_contrastive"] = "dc_vae"
     adversarial: Literal["hinge", "log", "wgan_gp", "logistic_r1"] = "hinge"
-    penalty: float = 10.0
-    penalty_every: int = 16
-    drift: float = 1e-3
-    kl_weight: float = 6.4e-5
+    penalty: float = setting(10.0, least=0)
+    penalty_every: int = setting(16, least=1)
+    drift: float = setting(1e-3, least=0)
+    kl_weight: float = setting(6.4e-5, least=0)
     order: Literal["sequential", "joint"] = "sequential"
-
-    def __post_init__(self):
-        for name in ("kl_weight", "penalty", "drift"):
-            _check(f"loss.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _check("loss.penalty_every", self.penalty_every, self.penalty_every >= 1, "at least 1")
 
     @property
     def has_gan(self) -> bool:
@@ -193,7 +226,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class ContrastConfig:
+class ContrastConfig(_Section):
     """Multi-scale instance contrast (Eq. 6, §4.2).
 
     Attributes:
@@ -209,28 +242,24 @@ class ContrastConfig:
         local_start_images: images shown before local patch contrast begins; null for never (official)
     """
 
-    negatives: int = 8096
-    temperature: float = 0.07
+    negatives: int = setting(8096, least=1)
+    temperature: float = setting(0.07, above=0)
     layers: tuple[Layer, ...] = ("b2", "final")
-    momentum: float = 0.999
+    momentum: float = setting(0.999, least=0, below=1)
     queue_start: Literal["empty", "noise"] = "empty"
     exclude_same_image: bool = True
     local_layers: tuple[Literal["b1", "b2", "b3", "b4"], ...] = ("b2",)
-    local_start_images: int | None = None
+    local_start_images: int | None = setting(None, least=0)
 
     def __post_init__(self):
-        _check("contrast.negatives", self.negatives, self.negatives >= 1, "at least 1")
-        _check("contrast.temperature", self.temperature, self.temperature > 0, "above 0")
-        _check("contrast.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        super().__post_init__()
         for name in ("layers", "local_layers"):
             layers = getattr(self, name)
             _check(f"contrast.{name}", layers, 0 < len(set(layers)) == len(layers), "one or more different layers")
-        start = self.local_start_images
-        _check("contrast.local_start_images", start, start is None or start >= 0, "null, or 0 or more")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """Adam, the same for every network.
 
     Attributes:
@@ -243,23 +272,16 @@ class OptimConfig:
         loss_scale_window: steps without an overflow after which it is doubled
     """
 
-    lr: float = 2e-4
-    betas: tuple[float, float] = (0.0, 0.9)
-    eps: float = 1e-8
-    fused: Literal["auto", "apex", "deepspeed", "torch"] = field(default="auto", metadata=_MAY_CHANGE)
-    loss_scale: float = 65536.0
-    loss_scale_window: int = 2000
-
-    def __post_init__(self):
-        _check("optim.lr", self.lr, self.lr > 0, "above 0")
-        _check("optim.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        _check("optim.eps", self.eps, self.eps > 0, "above 0")
-        _check("optim.loss_scale", self.loss_scale, self.loss_scale >= 1, "at least 1")
-        _check("optim.loss_scale_window", self.loss_scale_window, self.loss_scale_window >= 1, "at least 1")
+    lr: float = setting(2e-4, above=0)
+    betas: tuple[float, float] = setting((0.0, 0.9), least=0, below=1)
+    eps: float = setting(1e-8, above=0)
+    fused: Literal["auto", "apex", "deepspeed", "torch"] = setting("auto", may_change=True)
+    loss_scale: float = setting(65536.0, least=1)
+    loss_scale_window: int = setting(2000, least=1)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """How long and how.
 
     Attributes:
@@ -286,32 +308,25 @@ class TrainConfig:
         deepspeed_config: a JSON file with more settings for DeepSpeed
     """
 
-    images: int = field(default=40_000_000, metadata=_MAY_CHANGE)
-    batch: int = 64
-    sampled_batch: int | None = 128
+    images: int = setting(40_000_000, least=0, may_change=True)
+    batch: int = setting(64, least=2)  # batch normalisation needs two
+    sampled_batch: int | None = setting(128, least=1)
     batch_per_rank: bool = False
-    n_critic: int = 5
-    average: float = 0.999
+    n_critic: int = setting(5, least=1)
+    average: float = setting(0.999, least=0, below=1)
     seed: int = 0
-    device: str = field(default="auto", metadata=_MAY_CHANGE)
-    micro_batch: int | None = None
-    checkpoint_activations: bool = field(default=False, metadata=_MAY_CHANGE)
+    device: str = setting("auto", may_change=True)
+    micro_batch: int | None = setting(None, least=1)
+    checkpoint_activations: bool = setting(False, may_change=True)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: bool | None = field(default=None, metadata=_MAY_CHANGE)
-    graphs: bool | None = field(default=None, metadata=_MAY_CHANGE)
-    engine: Literal["auto", "torch", "deepspeed"] = field(default="auto", metadata=_MAY_CHANGE)
-    zero: Literal[0, 1, 2] | None = field(default=None, metadata=_MAY_CHANGE)
-    deepspeed_config: str | None = field(default=None, metadata=_MAY_CHANGE)
+    compile: bool | None = setting(None, may_change=True)
+    graphs: bool | None = setting(None, may_change=True)
+    engine: Literal["auto", "torch", "deepspeed"] = setting("auto", may_change=True)
+    zero: Literal[0, 1, 2] | None = setting(None, may_change=True)
+    deepspeed_config: str | None = setting(None, may_change=True)
 
     def __post_init__(self):
-        _check("train.images", self.images, self.images >= 0, "0 or more")
-        _check("train.n_critic", self.n_critic, self.n_critic >= 1, "at least 1")
-        micro = self.micro_batch
-        _check("train.micro_batch", micro, micro is None or micro >= 1, "null or at least 1")
-        sampled = self.sampled_batch
-        _check("train.sampled_batch", sampled, sampled is None or sampled >= 1, "null or at least 1")
-        _check("train.batch", self.batch, self.batch >= 2, "at least 2, for batch normalisation")
-        _check("train.average", self.average, 0 <= self.average < 1, "in [0, 1)")
+        super().__post_init__()
         asked = self.zero is not None or self.deepspeed_config is not None
         _check(
             "train.engine",
@@ -326,7 +341,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(_Section):
     """What a run writes, and how often, counted in images shown.
 
     Attributes:
@@ -342,24 +357,20 @@ class LogConfig:
         weights: folder with Inception's weights, which FID needs; null to have them downloaded
     """
 
-    every: int = field(default=64_000, metadata=_MAY_CHANGE)
-    grids_every: int = field(default=640_000, metadata=_MAY_CHANGE)
-    checkpoint_every: int = field(default=640_000, metadata=_MAY_CHANGE)
-    keep: int = field(default=2, metadata=_MAY_CHANGE)
-    metrics_every: int | None = field(default=None, metadata=_MAY_CHANGE)
-    held_out: int | None = field(default=None, metadata=_MAY_CHANGE)
-    fid_images: int = field(default=0, metadata=_MAY_CHANGE)
-    weights: str | None = field(default=None, metadata=_MAY_CHANGE)
+    every: int = setting(64_000, least=1, may_change=True)
+    grids_every: int = setting(640_000, least=1, may_change=True)
+    checkpoint_every: int = setting(640_000, least=1, may_change=True)
+    keep: int = setting(2, least=2, may_change=True)
+    metrics_every: int | None = setting(None, least=1, may_change=True)
+    held_out: int | None = setting(None, least=0, may_change=True)
+    fid_images: int = setting(0, may_change=True)
+    weights: str | None = setting(None, may_change=True)
 
     def __post_init__(self):
-        for name, least in (("every", 1), ("grids_every", 1), ("checkpoint_every", 1), ("keep", 2)):
-            value = getattr(self, name)
-            _check(f"log.{name}", value, value >= least, f"at least {least}")
-        every, held_out, fid_images = self.metrics_every, self.held_out, self.fid_images
-        _check("log.metrics_every", every, every is None or every >= 1, "null or at least 1")
-        _check("log.held_out", held_out, held_out is None or held_out >= 0, "null, or 0 or more")
+        super().__post_init__()
+        fid_images = self.fid_images
         _check("log.fid_images", fid_images, fid_images == 0 or fid_images >= 2, "0, or at least 2")
-        _check("log.fid_images", fid_images, fid_images == 0 or held_out != 0, "0 where log.held_out is")
+        _check("log.fid_images", fid_images, fid_images == 0 or self.held_out != 0, "0 where log.held_out is")
 
 
 @dataclass(frozen=True)
@@ -437,23 +448,3 @@ def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """The same as lines `section.name: old → new`."""
     return [f"{setting}: {was} → {now}" for setting, was, now in changes(old, new)]
-
-
-def recipe_path(name: str) -> Path:
-    """The YAML file of a recipe, by its name or as a path of the user's own.
-
-    Raises:
-        ConfigError: there is no such recipe; the message lists those there are.
-    """
-    if name.endswith((".yaml", ".yml")):
-        path, known = Path(name), ""
-    else:
-        path, known = RECIPES / f"{name}.yaml", f"; the recipes are {', '.join(recipes())}, or a path to a .yaml file"
-    if not path.is_file():
-        raise ConfigError(f"--recipe {name}: no such recipe{known}.")
-    return path
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))

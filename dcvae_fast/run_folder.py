@@ -5,6 +5,7 @@ RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many
 RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
 """
 
+import json
 import logging
 import os
 import zipfile
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
+GRIDS = "grids"
 FORMAT = 3  # of a checkpoint's contents
 
 
@@ -164,6 +167,17 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 weights[prefix + name.removeprefix(network)] = value
     model = {**state["config"]["model"], "resolution": state["step"]["resolution"], "alpha": state["step"]["alpha"]}
     return {**state["config"], "model": model}, weights
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.jsonl, if there is one yet, without lines that a kill has cut short."""
+    path, records = folder / METRICS_FILE, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 import pytest
 
 from dcvae_fast.commands.train import parse_config
-from dcvae_fast.config import Config, ModelConfig, changes, differences, recipes, to_dict
+from dcvae_fast.config import Config, ModelConfig, changes, differences, to_dict
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.recipes import recipe_config, recipe_names
 
 
 def parsed(*argv: str) -> Config:
@@ -47,9 +48,10 @@ def test_the_official_recipe_is_their_code():
     }
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_parses(recipe):
     config, folder, dry_run, profile = parse_config(["--recipe", recipe])
+    assert config == recipe_config(recipe)
     assert str(folder) == f"runs/{recipe}"
     assert not dry_run and not profile
     assert config.model.image_channels == (1 if config.data.name in ("digits", "mnist") else 3)
@@ -87,6 +89,10 @@ def test_overrides(tmp_path):
         (["--recipe", "digits", "--train.batch", "1"], "train.batch is 1; it must be at least 2"),
         (["--recipe", "digits", "--model.latent_dim", "0"], "model.latent_dim is 0"),
         (["--recipe", "digits", "--log.keep", "1"], "log.keep is 1; it must be at least 2"),
+        (["--recipe", "digits", "--log.held_out", "-1"], "log.held_out is -1; it must be null, or 0 or more"),
+        (["--recipe", "digits", "--train.sampled_batch", "0"], "it must be null or at least 1"),
+        (["--recipe", "digits", "--optim.betas", "[0.5, 1]"], "optim.betas[1] is 1.0; it must be in [0, 1)"),
+        (["--recipe", "digits", "--growth.batch", "{16: 0}"], "growth.batch[16] is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_named(argv, message):

@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_weights(arguments.weights)
     if arguments.budget is not None and arguments.budget < 1:
         raise UserError(f"--budget is {arguments.budget}; it must be at least 1.")
-    from dcvae_fast.evaluation.tables import TABLES
-    from dcvae_fast.reproduce import plan, reproduce, trainings
+    from dcvae_fast.reproduce import TABLES, plan, reproduce, trainings
 
     table = TABLES.get(arguments.table)
     if table is None:

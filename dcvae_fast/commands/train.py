@@ -1,7 +1,6 @@
 """`dcvae train`, and its command line, which other commands that train read too."""
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -9,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dcvae_fast.config import Config, recipe_path, recipes, to_dict
+from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.recipes import RECIPES, recipe_argument, recipe_names
 
 if TYPE_CHECKING:
     from dcvae_fast.training.loop import Outcome
@@ -50,7 +50,7 @@ def parse_config(argv: Sequence[str]) -> Options:
 
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
-        description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipes()) + ".",
+        description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipe_names()) + ".",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -71,9 +71,10 @@ def parse_config(argv: Sequence[str]) -> Options:
         argv = [*argv, "--train.deepspeed_config", chosen.deepspeed_config]
     recipe = chosen.recipe
     if recipe is not None:  # first, so that settings on the command line override it
-        argv = ["--recipe", str(recipe_path(recipe)), *argv]
+        argv = ["--recipe", recipe_argument(recipe), *argv]
     elif not SHOWING & set(argv):
-        raise ConfigError(f"--recipe is missing; the recipes are {', '.join(recipes())}, or a path to a .yaml file.")
+        known = ", ".join(recipe_names())
+        raise ConfigError(f"--recipe is missing; the recipes are {known}, or a path to a .yaml file.")
     try:
         parsed = parser.parse_args(argv)
         settings = parser.instantiate(parsed)
@@ -82,8 +83,8 @@ def parse_config(argv: Sequence[str]) -> Options:
     config = Config(**{section: settings[section] for section in Config.__dataclass_fields__})
     if config.train.engine == "auto" and (chosen.deepspeed or chosen.local_rank is not None):
         config = replace(config, train=replace(config.train, engine="deepspeed"))
-    run = f"runs/{Path(str(recipe)).stem}" if parsed.run is None else parsed.run
-    return Options(config, Path(run), parsed.dry_run, parsed.profile)
+    name = recipe if recipe in RECIPES else Path(str(recipe)).stem
+    return Options(config, Path(parsed.run or f"runs/{name}"), parsed.dry_run, parsed.profile)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,9 +133,10 @@ def _print_plan(config: Config) -> None:
 
 def _summary(folder: Path, images: int) -> str:
     """Return the metrics of held-out images after `images` images, if the run has measured any, and where to look."""
-    from dcvae_fast.training.log import GRIDS, METRICS_FILE
+    from dcvae_fast.run_folder import GRIDS, read_metrics
 
-    measured = _held_out(folder / METRICS_FILE, images)
+    records = [record for record in read_metrics(folder) if "held_out/pixel_mse" in record]
+    measured = records[-1] if records and records[-1]["images"] == images else {}
     texts = {
         "pixel_mse": "pixel error {:.4f}",
         "probe_accuracy": "accuracy of a linear probe {:.1%}",
@@ -145,15 +147,3 @@ def _summary(folder: Path, images: int) -> str:
     ]
     look = f"Look at {folder / GRIDS}."
     return f"On held-out images: {', '.join(parts)}. {look}" if parts else look
-
-
-def _held_out(path: Path, images: int) -> dict[str, float]:
-    """Return the last metrics of held-out images in a run's log, if they belong to the weights after `images`."""
-    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
-        if record["images"] == images and "held_out/pixel_mse" in record:
-            return record
-    return {}

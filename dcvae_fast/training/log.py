@@ -19,11 +19,11 @@ from torch import Tensor
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import DivergedError
 from dcvae_fast.images import make_grid, png_bytes, to_bytes
-from dcvae_fast.run_folder import atomic_write
+from dcvae_fast.run_folder import GRIDS, METRICS_FILE, atomic_write
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE, TENSORBOARD, GRIDS = "metrics.jsonl", "tensorboard", "grids"
+TENSORBOARD = "tensorboard"
 
 
 class Log:

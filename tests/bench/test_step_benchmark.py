@@ -11,7 +11,7 @@ import harness
 import step_cases
 import tables
 import test_step
-from dcvae_fast.commands.train import parse_config
+from dcvae_fast.recipes import recipe_config
 from dcvae_fast.training.plan import iteration_flops
 from dcvae_fast.training.step import TrainStep
 from harness import Absent, Unavailable
@@ -21,17 +21,17 @@ from step_targets import MODE, targets
 SMALL = [row.shrunk() for row in ROWS_ON_CPU]
 
 
-def test_recipes_are_those_of_the_files():
+def test_rows_are_the_recipes_but_for_resolution_batch_and_precision():
     for row in ROWS_ON_GPU:
-        config, ours = parse_config(["--recipe", row.recipe])[0], step_cases.RECIPES[row.recipe]
-        for section in ("model", "loss", "contrast", "optim"):
-            assert getattr(config, section) == getattr(ours, section), (row, section)
-        for setting in ("sampled_batch", "n_critic", "average"):
-            assert getattr(config.train, setting) == getattr(ours.train, setting)
-        assert row.config.model == replace(config.model, resolution=row.resolution)
-        images = config.growth.batch[row.resolution] if config.model.grows else row.batch
-        assert row.batch == images
-    assert row.config.train.precision == "float32"  # on a CPU
+        recipe, ours = recipe_config(row.recipe), row.config
+        assert ours.model == replace(recipe.model, resolution=row.resolution)
+        for section in ("data", "loss", "contrast", "optim", "log"):
+            assert getattr(ours, section) == getattr(recipe, section), (row, section)
+        sampled = None if recipe.model.grows else 2 * row.batch
+        changed = {"batch": row.batch, "sampled_batch": sampled, "precision": "float32"}  # on a CPU
+        assert ours.train == replace(recipe.train, **changed)
+        if recipe.model.grows:
+            assert ours.growth == recipe.growth
 
 
 def test_iterations_are_fully_faded_in_and_cost_what_the_plan_says():

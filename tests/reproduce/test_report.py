@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dcvae_fast.evaluation import METRICS, Measurement
-from dcvae_fast.evaluation.tables import NEGATIVES, TABLES, Key, Result, Table, as_json, markdown
+from dcvae_fast.reproduce.paper import NEGATIVES, TABLES, Key, Table
+from dcvae_fast.reproduce.report import Result, as_json, markdown
 
 # Column by column, from top to bottom, as the paper prints them.
 PAPER = {

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import logging
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dcvae_fast import reproduce
 from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of
-from dcvae_fast.evaluation.tables import TABLES, Key
+from dcvae_fast.recipes import RECIPES
+from dcvae_fast.reproduce import TABLES, report, runs, trainings
+from dcvae_fast.reproduce.paper import Key
 from dcvae_fast.run_folder import images_shown
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import passages
@@ -51,60 +54,67 @@ def lines_with_numbers(page: str) -> list[str]:
 @pytest.mark.parametrize("name", TABLES)
 def test_dry_run_plans_every_table_without_data_and_writes_nothing(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "training_flops", lambda config, shown: 3.2e15 * 360)  # checked with plans
+    monkeypatch.setattr(runs, "training_flops", lambda config, shown: 3.2e15 * 360)  # checked with plans
     assert main(["reproduce", name, "--dry-run", "--budget", "100000"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    runs = list(TABLES[name].needed())
-    assert [line.split()[0] for line in lines[3 : 3 + len(runs)]] == runs
-    for run, line in zip([*runs, "in all"], lines[3:], strict=False):
+    names = list(TABLES[name].needed())
+    assert [line.split()[0] for line in lines[3 : 3 + len(names)]] == names
+    for run, line in zip([*names, "in all"], lines[3:], strict=False):
         assert re.search(r"shortened: 100,000 of [\d,]+,000 images", line), run
-        assert f"{1152.0 * (len(runs) if run == 'in all' else 1):,.2f}" in line
+        assert f"{1152.0 * (len(names) if run == 'in all' else 1):,.2f}" in line
     assert lines[-1] == "GPU-hours of training, at 320 TFLOP/s, which is an assumption; measuring comes on top."
     assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_are_the_papers():
-    runs = {run.name: run for name in TABLES for run in reproduce.trainings(TABLES[name], Path(), [], None, configure)}
-    assert runs.keys() == reproduce.RUNS.keys()
+    found = {run.name: run for name in TABLES for run in trainings(TABLES[name], Path(), [], None, configure)}
+    assert list(found) == [name for name in RECIPES if "/" in name]
     objectives = [
-        runs[f"table1/{run}"].config.loss.objective for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")
+        found[f"table1/{run}"].config.loss.objective for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")
     ]
     assert objectives == ["vae", "vae_gan", "vae_contrastive", "dc_vae"]
-    assert [runs[f"table6/z{size}"].config.model.latent_dim for size in (16, 32, 64)] == [16, 32, 64]
-    k = [runs[f"figure7/k{k}"].config for k in (128, 256, 512, 1024, 8096)]
+    assert [found[f"table6/z{size}"].config.model.latent_dim for size in (16, 32, 64)] == [16, 32, 64]
+    k = [found[f"figure7/k{k}"].config for k in (128, 256, 512, 1024, 8096)]
     assert [config.contrast.negatives for config in k] == [128, 256, 512, 1024, 8096]
     assert {(config.train.images, config.log.metrics_every) for config in k} == {(2_500_000, 50_000)}
     expected = {"table2": ("stl10", 32), "table3": ("lsun_bedroom", 128), "table4": ("celebahq", 256)}
     expected |= {"table5": ("celeba", 128), "table8": ("celebahq", 512)}
     for table, (data, resolution) in expected.items():
-        config = runs[f"{table}/dc-vae"].config
+        config = found[f"{table}/dc-vae"].config
         assert (config.data.name, config.model.resolution, config.model.grows) == (data, resolution, resolution > 32)
-    assert all(not run.changed and not run.remarks(run.full, 50_000) for run in runs.values())
+    assert all(not run.changed and not run.remarks(run.full, 50_000) for run in found.values())
 
 
 def test_a_budget_shortens_growth_in_proportion():
-    (run,) = reproduce.trainings(TABLES["table8"], Path("runs"), [], 30_000, configure)
+    (run,) = trainings(TABLES["table8"], Path("runs"), [], 30_000, configure)
     assert run.folder == Path("runs/table8/dc-vae")
     assert (run.config.growth.fade_images, run.config.growth.stable_images) == (2000, 2000)
     assert [stretch.stage.resolution for stretch in passages(run.config)] == [s.resolution for s in stages(run.config)]
     assert run.remarks(30_000, 50_000) == ("shortened: 30,000 of 9,000,000 images, its growth in proportion",)
-    (whole,) = reproduce.trainings(TABLES["table8"], Path(), [], 10**9, configure)
+    (whole,) = trainings(TABLES["table8"], Path(), [], 10**9, configure)
     assert whole.config.train.images == whole.full and whole.config.growth.fade_images == 600_000
 
 
 def test_figure_7_keeps_fifty_points_of_a_shorter_curve():
-    runs = reproduce.trainings(TABLES["figure7"], Path(), [], 20_000, configure)
-    assert {run.config.log.metrics_every for run in runs} == {400}
+    shortened = trainings(TABLES["figure7"], Path(), [], 20_000, configure)
+    assert {run.config.log.metrics_every for run in shortened} == {400}
 
 
 # --- runs ---
 
 
 @pytest.fixture
+def messages(caplog) -> Callable[[], list[str]]:
+    """What `reproduce` has said so far."""
+    caplog.set_level(logging.INFO, runs.__name__)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == runs.__name__]
+
+
+@pytest.fixture
 def counted(monkeypatch, quick_ends) -> dict[str, list[Any]]:
     """What was trained and what was measured."""
     done: dict[str, list[Any]] = {"trained": [], "measured": []}
-    train, evaluate = reproduce.train, reproduce.evaluate
+    train, evaluate = runs.train, runs.evaluate
 
     def count_train(config, folder):
         outcome = train(config, folder)
@@ -116,21 +126,21 @@ def counted(monkeypatch, quick_ends) -> dict[str, list[Any]]:
         done["measured"].append(metrics)
         return evaluate(model, data, metrics, **how)
 
-    monkeypatch.setattr(reproduce, "train", count_train)
-    monkeypatch.setattr(reproduce, "evaluate", count_evaluate)
+    monkeypatch.setattr(runs, "train", count_train)
+    monkeypatch.setattr(runs, "evaluate", count_evaluate)
     return done
 
 
-def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatch, capsys):
+def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatch, capsys, messages):
     command = ["reproduce", "table6", *DIGITS, "--out", str(tmp_path)]
     assert main([*command, "--budget", "16"]) == 0
     assert counted == {"trained": ["z16", "z32", "z64"], "measured": [("probe",)] * 3}
     page, content = (tmp_path / "table6.md").read_text(), (tmp_path / "table6.json").read_text()
-    printed = capsys.readouterr()
-    assert page in printed.out
-    said = [line for line in (printed.out.replace(page, "") + printed.err).splitlines() if line.strip()]
-    assert len(said) > 20
-    assert [line for line in said if "shortened: 16 of 6,000,000 images" not in line] == []
+    *said, printed, last = messages()
+    assert printed == "\n" + page and last.startswith(f"{tmp_path / 'table6.md'}; ")
+    assert [line.split(";")[0] for line in said[:2]] == ["table6/z16: 16 images", "table6/z16: 1 of 1 numbers"]
+    assert len(said) == 6
+    assert [line for line in (*said, last) if "shortened: 16 of 6,000,000 images" not in line] == []
     for done in counted.values():
         done.clear()
     assert main([*command, "--budget", "16"]) == 0
@@ -138,7 +148,7 @@ def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatc
     assert (tmp_path / "table6.md").read_text() == page and (tmp_path / "table6.json").read_text() == content
 
     capsys.readouterr()
-    monkeypatch.setattr(reproduce, "training_flops", lambda config, shown: 1e15 * (config.train.images - shown))
+    monkeypatch.setattr(runs, "training_flops", lambda config, shown: 1e15 * (config.train.images - shown))
     assert main([*command, "--budget", "24", "--dry-run"]) == 0
     line = capsys.readouterr().out.splitlines()[3]
     assert (
@@ -155,17 +165,17 @@ def test_the_same_command_again_does_nothing_twice(tmp_path, counted, monkeypatc
     assert "shortened: 24 of 6,000,000 images" in line
 
 
-def test_a_training_that_is_stopped_goes_on_where_it_was(tmp_path, counted, monkeypatch, capsys):
+def test_a_training_that_is_stopped_goes_on_where_it_was(tmp_path, counted, monkeypatch, messages):
     command = ["reproduce", "table6", *DIGITS, "--out", str(tmp_path), "--budget", "16"]
-    train = reproduce.train
+    train = runs.train
 
     def stop(config, folder):
         return Outcome(8, trained=True, signal=15) if folder.name == "z32" else train(config, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "train", stop)
+        patch.setattr(runs, "train", stop)
         assert main(command) == 128 + 15
-    assert "table6/z32: stopped after 8 of 16 images, the same command goes on; shortened: " in capsys.readouterr().out
+    assert messages()[-1].startswith("table6/z32: stopped after 8 of 16 images, the same command goes on; shortened: ")
     page = (tmp_path / "table6.md").read_text()
     assert "– DC-VAE, Z = 32, % ↓; DC-VAE, Z = 64, % ↓: not trained yet" in page
     assert main(command) == 0
@@ -174,14 +184,14 @@ def test_a_training_that_is_stopped_goes_on_where_it_was(tmp_path, counted, monk
 
 @pytest.mark.usefixtures("quick_ends")
 def test_a_run_that_diverges_is_left_out_and_said(tmp_path, monkeypatch, capsys):
-    train = reproduce.train
+    train = runs.train
 
     def diverge(config, folder):
         if folder.name == "z32":
-            raise reproduce.DivergedError("a loss became nan.")
+            raise runs.DivergedError("a loss became nan.")
         return train(config, folder)
 
-    monkeypatch.setattr(reproduce, "train", diverge)
+    monkeypatch.setattr(runs, "train", diverge)
     assert main(["reproduce", "table6", *DIGITS, "--out", str(tmp_path), "--budget", "16"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "dcvae: error: 1 numbers of table6 are missing, all others are kept: a loss became nan."
@@ -189,19 +199,18 @@ def test_a_run_that_diverges_is_left_out_and_said(tmp_path, monkeypatch, capsys)
     assert [sorted(cell.keys() & {"ours", "missing"}) for cell in cells] == [["ours"], ["missing"], ["ours"]]
 
 
-def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys, request):
+def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys, request, messages):
     (tmp_path / "weights").mkdir()
     out = tmp_path / "out"
     command = ["reproduce", "table1", *DIGITS, "--contrast.negatives", "20", "--budget", "8", "--out", str(out)]
     command += ["--weights", str(tmp_path / "weights"), "--cache", str(tmp_path / "cache"), "--images", "50"]
     assert main(command) == 1
-    printed = capsys.readouterr()
-    error = printed.err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
         "dcvae: error: 24 numbers of table1 are missing, all others are kept: --weights: looked for"
     )
     page = (out / "table1.md").read_text()
-    assert page in printed.out and page.count("\n– ") == 2
+    assert "\n" + page in messages() and page.count("\n– ") == 2
     remarks = ["shortened: 8 of 40,000,000 images", "changed: data.name digits", "measured on 50 images, not 50,000"]
     rows = lines_with_numbers(page)
     assert len(rows) == 4 and all(remark in row for row in rows for remark in remarks)
@@ -227,23 +236,23 @@ def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys
     assert stored["images"] == 8 and len(stored["measurements"]) == 7
 
 
-def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_anew(tmp_path, counted, monkeypatch):
+def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(tmp_path, counted, monkeypatch):
     drawn = {}
-    plot = reproduce.plot_curves
+    plot = report.plot_curves
 
-    def keep(path, curves, **text):
-        drawn.update(curves=curves, **text)
-        plot(path, curves, **text)
+    def keep(path, curves, title):
+        drawn.update(curves=curves, title=title)
+        plot(path, curves, title=title)
 
-    monkeypatch.setattr(reproduce, "plot_curves", keep)
+    monkeypatch.setattr(report, "plot_curves", keep)
     held_out = ["--log.held_out", "16", "--log.metrics_every", "9"]
     command = ["reproduce", "figure7", *DIGITS, *held_out, "--budget", "24", "--out", str(tmp_path), "--images"]
     assert main([*command, "50"]) == 0
-    assert list(drawn["curves"]) == ["K = 128", "K = 256", "K = 512", "K = 1,024", "K = 8,096"]
-    for epochs, errors in drawn["curves"].values():
-        assert epochs == [images / 1437 for images in (16, 24)] and all(0 < error < 4 for error in errors)
+    assert [curve.label for curve in drawn["curves"]] == ["K = 128", "K = 256", "K = 512", "K = 1,024", "K = 8,096"]
+    for curve in drawn["curves"]:
+        assert curve.epochs == [images / 1437 for images in (16, 24)] and all(0 < error < 4 for error in curve.errors)
+        assert curve.images == 16
     assert "shortened: 24 of 2,500,000 images" in drawn["title"] and "data.name digits" in drawn["title"]
-    assert (drawn["across"], drawn["up"]) == ("training epochs", "pixel error of 16 images: mean square on [-1, 1]")
     with Image.open(tmp_path / "figure7.png") as image:
         assert image.width > 1000 and image.height > 600
 
@@ -268,26 +277,27 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_anew(tm
         ("ppl", "samples", {"count": 20}, True),
     ],
 )
-def test_numbers_of_other_images_are_measured_anew(metric: Any, of: Any, stored: dict[str, Any], kept: bool):
+def test_numbers_of_other_images_are_measured_again(metric: Any, of: Any, stored: dict[str, Any], kept: bool):
     pixels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
     data = Splits(ImageSet("digits", pixels.repeat(3, 1, 1, 1), None), ImageSet("digits", pixels, None))
     one = Measurement(metric, of, "paper", 1.0, None, None, 10, data_of(metric, of, data), 0, None)
-    assert reproduce._is_of(replace(one, **stored), data, 10) is kept
+    assert runs._is_of(replace(one, **stored), data, 10) is kept
 
 
 def test_distances_of_few_images_say_so():
     one = Measurement("fid", "reconstructions", "paper", 1.0, None, None, 300, None, 0, None)
     many, pixels = replace(one, of="samples", count=50_000), replace(one, metric="pixel_mse")
     found = {Key(m.metric, m.of, m.protocol): m for m in (one, many, pixels)}
-    assert reproduce._too_few(found) == ("FID and IS of reconstructions on 300 images, not 50,000",)
+    assert runs._too_few(found) == ("FID and IS of reconstructions on 300 images, not 50,000",)
 
 
 def test_files_that_were_cut_short_or_written_by_other_versions(tmp_path):
+    assert runs._whole_lines(tmp_path / "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").write_text('{"images": 8}\n{"images": 16}\n{"ima')
-    assert reproduce._whole_lines(tmp_path / "metrics.jsonl") == [{"images": 8}, {"images": 16}]
+    assert runs._whole_lines(tmp_path / "metrics.jsonl") == [{"images": 8}, {"images": 16}]
     entries = {"weights": "w", "measurements": [{"metric": "fid", "of": "samples", "protocol": "paper", "value": 1.0}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(entries))
-    assert reproduce._stored(tmp_path) == {}
+    assert runs._stored(tmp_path) == {}
 
 
 # --- mistakes ---

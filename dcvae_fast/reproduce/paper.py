@@ -1,19 +1,16 @@
-"""The paper's tables: what it reports and what it quotes, as printed, and which of our numbers stand beside. Pure.
+"""The paper's tables: the numbers that it prints and quotes, and which of our measurements stand beside them.
 
-A column is a metric, a row a method; a row of the paper's own names the run, or runs, that reproduce it.
+A column is a metric, a row a method. A row of the paper's own method names the recipe, or recipes, that reproduce it.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from dcvae_fast.evaluation.measurement import Measurement, Subject
-
-NONE = "–"
+from dcvae_fast.evaluation.measurement import Subject
 
 
 class Key(NamedTuple):
-    """Which measurement of a run."""
+    """Identifies a measurement of a run."""
 
     metric: str
     of: Subject
@@ -25,9 +22,9 @@ class Column:
     """A metric.
 
     Attributes:
-        heading: with its unit, and an arrow to where it is better
-        metric, of, protocol: of the `Measurement` that stands in it; `of` is None where rows say it
-        note: why this one, where the paper leaves it open
+        heading: name and unit, and an arrow that says whether lower or higher is better
+        metric, of, protocol: identify the `Measurement`; `of` is None if the rows say it
+        note: why this metric, if the paper leaves it open
     """
 
     heading: str
@@ -42,10 +39,10 @@ class Row:
     """A method.
 
     Attributes:
-        method: as the paper names it
-        paper: as it prints its numbers, one a column; "" for none
-        runs: names of the runs that are measured, one a column; "" for none, and none at all where it only quotes
-        of: what is measured, where columns leave it open
+        method: its name in the paper
+        paper: the paper's numbers as printed, one a column; "" for none
+        runs: recipes whose runs are measured, one a column; "" for none; empty if the paper only quotes the method
+        of: what is measured, if the columns leave it open
     """
 
     method: str
@@ -56,12 +53,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """
+    """A table, or Figure 7.
+
     Attributes:
-        name: of the command's argument
-        title: with the data set
-        columns, rows: of each row as many numbers as columns
-        note: what there is to know of all of it
+        name: argument of `dcvae reproduce`
+        title: heading, with the data set
+        columns, rows: each row has as many numbers as there are columns
+        note: a remark on the whole table
     """
 
     name: str
@@ -70,37 +68,25 @@ class Table:
     rows: tuple[Row, ...]
     note: str | None = None
 
+    @property
+    def column_notes(self) -> list[str]:
+        """Notes of the columns, each once."""
+        return list(dict.fromkeys(column.note for column in self.columns if column.note))
+
     def needed(self) -> dict[str, list[Key]]:
-        """What is measured of each run."""
-        found: dict[str, dict[Key, None]] = {}
+        """Return the measurements that the table needs, by run."""
+        keys: dict[str, dict[Key, None]] = {}
         for row in self.rows:
             for column, run in enumerate(row.runs):
                 if run:
-                    found.setdefault(run, {})[self.key(row, column)] = None
-        return {run: list(keys) for run, keys in found.items()}
+                    keys.setdefault(run, {})[self.key(row, column)] = None
+        return {run: list(of_run) for run, of_run in keys.items()}
 
     def key(self, row: Row, column: int) -> Key:
         metric = self.columns[column]
         of = metric.of or row.of
         assert of is not None, f"{self.name}: {row.method} does not say of what {metric.heading} is"
         return Key(metric.metric, of, metric.protocol)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What has come of a run so far.
-
-    Attributes:
-        remarks: in what it departs from the paper's
-        measured: its numbers
-        missing: why there is no number
-        model: what was measured, as `describe` has it
-    """
-
-    remarks: tuple[str, ...] = ()
-    measured: Mapping[Key, Measurement] = field(default_factory=dict)
-    missing: Mapping[Key, str] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Several of our columns stand beside one of the paper's where it states no unit.
@@ -268,100 +254,13 @@ TABLE8 = Table(
 )
 
 NEGATIVES = (128, 256, 512, 1024, 8096)
-FIGURE7_EPOCHS = 50
 
 FIGURE7 = Table(
     "figure7",
-    f"Figure 7: pixel error by negatives K, CIFAR-10's test images, after {FIGURE7_EPOCHS} epochs",
+    "Figure 7: pixel error by negatives K, CIFAR-10's test images, after 50 epochs",
     _pixel("The paper draws curves, on an axis from 2.0 to 5.0 without a unit, and prints no numbers."),
     tuple(Row(f"DC-VAE, K = {k}", ("", "", ""), (f"figure7/k{k}",) * 3) for k in NEGATIVES),
     note="The paper's finding is that more negatives reconstruct better.",
 )
 
 TABLES = {table.name: table for table in (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, TABLE7, TABLE8, FIGURE7)}
-
-
-def markdown(table: Table, results: Mapping[str, Result]) -> str:
-    """A heading, the table, notes, and why numbers are missing. Every line with a number of ours carries its remarks.
-
-    Args:
-        results: of runs, by name; a run without one has not been made yet.
-    """
-    notes = list(dict.fromkeys(column.note for column in table.columns if column.note))
-    headings = [
-        column.heading + (f" [{notes.index(column.note) + 1}]" if column.note else "") for column in table.columns
-    ]
-    lines = [["method", "from", *headings, "remarks"]]
-    missing: dict[str, list[str]] = {}
-    for row in table.rows:
-        if any(row.paper):
-            lines.append([row.method, "paper" if row.runs else "quoted", *(_printed(x) for x in row.paper), ""])
-        if not row.runs:
-            continue
-        ours = []
-        for column, run in enumerate(row.runs):
-            found = _found(table.key(row, column), results.get(run)) if run else ""
-            if run and isinstance(found, str):
-                missing.setdefault(found, []).append(f"{row.method}, {table.columns[column].heading}")
-                found = NONE
-            ours.append(found if isinstance(found, str) else _value(found))
-        lines.append([row.method, "ours", *ours, "; ".join(_remarks(row, results))])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rule = ["-" * width for width in widths]
-    page = [_title(table, results), ""]
-    for line in (lines[0], rule, *lines[1:]):
-        page.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-    below = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    below += [table.note] if table.note else []
-    below += [f"{NONE} {'; '.join(cells)}: {why}" for why, cells in missing.items()]
-    return "\n".join([*page, *(line for paragraph in below for line in ("", paragraph))]) + "\n"
-
-
-def as_json(table: Table, results: Mapping[str, Result]) -> dict[str, Any]:
-    """The same as plain values: each of our numbers with its measurement, its run and its remarks."""
-    rows = []
-    for row in table.rows:
-        cells = []
-        for number, (column, printed) in enumerate(zip(table.columns, row.paper, strict=True)):
-            cell: dict[str, Any] = {"column": column.heading, "paper": printed or None}
-            if row.runs and (run := row.runs[number]):
-                found = _found(table.key(row, number), results.get(run))
-                given = {"missing": found} if isinstance(found, str) else {"ours": asdict(found)}
-                remarks = list(results[run].remarks) if run in results else []
-                cell |= {"run": run, "remarks": remarks, **given}
-            cells.append(cell)
-        rows.append({"method": row.method, "quoted": not row.runs, "cells": cells})
-    notes = list(dict.fromkeys(column.note for column in table.columns if column.note))
-    return {
-        "table": table.name,
-        "title": _title(table, results).removeprefix("# "),
-        "rows": rows,
-        "notes": [*notes, *filter(None, [table.note])],
-        "runs": {run: {"remarks": list(result.remarks), **result.model} for run, result in results.items()},
-    }
-
-
-def _title(table: Table, results: Mapping[str, Result]) -> str:
-    remarks = list(dict.fromkeys(remark for run in table.needed() if run in results for remark in results[run].remarks))
-    return f"# {table.title}" + (f" ({'; '.join(remarks)})" if remarks else "")
-
-
-def _remarks(row: Row, results: Mapping[str, Result]) -> list[str]:
-    """Those of all its runs, each once."""
-    return list(dict.fromkeys(x for run in row.runs if run in results for x in results[run].remarks))
-
-
-def _found(key: Key, result: Result | None) -> Measurement | str:
-    """The measurement, or why there is none."""
-    if result is None:
-        return "not trained yet"
-    return result.measured.get(key) or result.missing.get(key, "not measured yet")
-
-
-def _printed(number: str) -> str:
-    return number.replace("±", " ± ")
-
-
-def _value(one: Measurement) -> str:
-    """Four digits; the spread only of probes, as the paper has it."""
-    return f"{one.value:.4g}" + (f" ± {one.spread:.2g}" if one.metric == "probe_error" and one.spread else "")
