@@ -35,10 +35,10 @@ from torch.utils._pytree import tree_iter
 import records
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
+from dcvae_fast.distributed import Ranks, exit_process, init_distributed
 from dcvae_fast.models.layers import SumOverRanks
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.plan import passages, stage_costs
-from dcvae_fast.distributed import Ranks, exit_process, init_distributed
 from dcvae_fast.training.schedule import stages
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch

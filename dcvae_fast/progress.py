@@ -1,9 +1,15 @@
-"""Progress of long work, on stderr: a tqdm bar on a terminal; in a file or pipe, a line every tenth of the way."""
+"""Progress of long work, on stderr: a tqdm bar on a terminal; in a file or pipe, a line every tenth of the way.
 
+Nothing is shown where INFO messages of the package are not: by default, and on all ranks but the first.
+"""
+
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,6 +29,9 @@ def progress_bar(
     Yields:
         A function to call with the number of items done since its last call.
     """
+    if not logger.isEnabledFor(logging.INFO):
+        yield lambda count: None
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

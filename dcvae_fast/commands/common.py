@@ -43,8 +43,8 @@ def check_weights(folder: Path | None) -> None:
 
 def load_model(arguments: argparse.Namespace) -> "DCVAE":
     """Load the model that `add_model`'s arguments name, on their device."""
-    from dcvae_fast.models.dcvae import DCVAE
     from dcvae_fast.distributed import pick_device
+    from dcvae_fast.models.dcvae import DCVAE
 
     return DCVAE.from_pretrained(arguments.model, device=pick_device(arguments.device))
 

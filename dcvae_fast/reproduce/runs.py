@@ -23,8 +23,8 @@ from dcvae_fast.reproduce.paper import Key, Table
 from dcvae_fast.reproduce.report import Curve, Result, all_remarks, markdown, write_pages
 from dcvae_fast.run_folder import images_shown, read_metrics
 from dcvae_fast.training.compiled import forget_compiled
-from dcvae_fast.training.held_out import held_out_images
 from dcvae_fast.training.data import open_data
+from dcvae_fast.training.held_out import held_out_images
 from dcvae_fast.training.loop import Outcome, train
 from dcvae_fast.training.plan import training_flops
 from dcvae_fast.training.schedule import stages

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from functools import partial
 
 import torch
 
 from dcvae_fast.config import Config
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.progress import progress_bars
 from dcvae_fast.training.schedule import point
 from dcvae_pipelines import DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
 
@@ -32,9 +34,8 @@ def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
     return images
 
 
-def first_images(config: Config, split: str, count: int, resolution: int | None = None) -> ImageSet:
-    """The first `count` images of a split, or fewer if there are fewer, decoded as the networks see them, in the end if
-    no other resolution is given.
+def first_images(config: Config, split: str, count: int) -> ImageSet:
+    """Decode the first `count` images of a split, or fewer if there are fewer, at the final resolution.
 
     Raises:
         DataError: the split is missing or damaged, or one of the images and `data.on_corrupt` is stop.
@@ -44,7 +45,7 @@ def first_images(config: Config, split: str, count: int, resolution: int | None 
     return decode_images(
         open_data(config, split),
         count,
-        resolution=resolution or model.resolution,
+        resolution=model.resolution,
         channels=model.image_channels,
         on_corrupt=data.on_corrupt,
     )
@@ -61,7 +62,14 @@ def training_images(config: Config) -> ImageSet | EncodedSet:
     if not config.data.resident or isinstance(images, ImageSet):
         return images
     logger.info("Decoding %s images once", f"{len(images):,}")
-    return decode_images(images, len(images), resolution=model.resolution, channels=model.image_channels)
+    with progress_bars() as report:
+        return decode_images(
+            images,
+            len(images),
+            resolution=model.resolution,
+            channels=model.image_channels,
+            progress=partial(report, "images decoded"),
+        )
 
 
 def open_source(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dcvae_fast.config import Config
-from dcvae_fast.errors import ConfigError
 from dcvae_fast.distributed import SINGLE, Ranks
+from dcvae_fast.errors import ConfigError
 
 T = TypeVar("T")
 Results = dict[str, Tensor]

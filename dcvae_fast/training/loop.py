@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.distributed import SINGLE, Ranks, pick_device
 from dcvae_fast.errors import DivergedError, RankError
+from dcvae_fast.progress import progress_bar
 from dcvae_fast.run_folder import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
 from dcvae_fast.training.data import open_data, open_source, training_images
 from dcvae_fast.training.log import Log
@@ -100,7 +101,9 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
         profiler = None
         if profiled and ranks.is_first:
             profiler = stack.enter_context(closing(Profiler(folder, config, step.device)))
-        _iterate(run, log, profiler, received)
+        # Where stderr is not a terminal, the log's lines show the progress.
+        advance = stack.enter_context(progress_bar("images", total, initial=start, lines=False))
+        _iterate(run, log, profiler, received, advance)
     signals = [number for number in ranks.all_gather_object(received[0] if received else None) if number]
     return Outcome(step.images, trained=True, signal=signals[0] if signals else None)
 
@@ -138,8 +141,15 @@ def _resume(run: Run) -> None:
             run.source.set_resolution(run.step.resolution, run.step.point.batch)
 
 
-def _iterate(run: Run, log: Log, profiler: Profiler | None, received: list[int]) -> None:
-    """Train until all images are shown, a signal is received, or a rank fails; leave a checkpoint in any case."""
+def _iterate(
+    run: Run, log: Log, profiler: Profiler | None, received: list[int], advance: Callable[[int], object]
+) -> None:
+    """Train until all images are shown, a signal is received, or a rank fails; leave a checkpoint in any case.
+
+    Args:
+        received: signals, added to as they arrive.
+        advance: called with the number of images of each iteration.
+    """
     step, source, ranks = run.step, run.source, run.step.ranks
     total, every = run.config.train.images, run.config.log
     batches, saved, status, problem = iter(source), step.images, GO, None
@@ -164,6 +174,7 @@ def _iterate(run: Run, log: Log, profiler: Profiler | None, received: list[int])
             break
 
         log.add(step(batch), waited)
+        advance(step.images - before)
         if profiler is not None:
             profiler.after(step.images - before)
 

@@ -26,9 +26,9 @@ from dcvae_fast.config import (
     OptimConfig,
     TrainConfig,
 )
+from dcvae_fast.distributed import exit_process, init_distributed
 from dcvae_fast.training.deepspeed_engine import UnitEngine
 from dcvae_fast.training.optim import Moments
-from dcvae_fast.distributed import exit_process, init_distributed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
 

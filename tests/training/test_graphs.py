@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.distributed import Ranks
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.training.graphs import PATIENCE, WARM_UPS, CudaRecorder, Graphs, uses_graphs
-from dcvae_fast.distributed import Ranks
 from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
 from recorder import CpuRecorder

@@ -14,8 +14,8 @@ from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError
-from dcvae_fast.training import held_out
 from dcvae_fast.run_folder import load_checkpoint
+from dcvae_fast.training import held_out
 from dcvae_fast.training.held_out import HeldOut, held_out_images
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.loop import train
