@@ -69,7 +69,7 @@ PURPOSES = {
     _code(TrainStep._enqueue): KEYS,
     _code(SumOverRanks.forward): STATISTICS,
     _code(SumOverRanks.backward): STATISTICS,
-    _code(Ranks.worst): MESSAGE,
+    _code(Ranks.all_reduce_max): MESSAGE,
 }
 
 

@@ -22,7 +22,7 @@ from dcvae_fast.evaluation.protocol import data_of
 from dcvae_fast.recipes import RECIPES
 from dcvae_fast.reproduce import TABLES, report, runs, trainings
 from dcvae_fast.reproduce.paper import Key
-from dcvae_fast.run_folder import images_shown
+from dcvae_fast.run_folder import images_shown, read_metrics
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import passages
 from dcvae_fast.training.schedule import stages
@@ -292,9 +292,9 @@ def test_distances_of_few_images_say_so():
 
 
 def test_files_that_were_cut_short_or_written_by_other_versions(tmp_path):
-    assert runs._whole_lines(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"images": 8}\n{"images": 16}\n{"ima')
-    assert runs._whole_lines(tmp_path / "metrics.jsonl") == [{"images": 8}, {"images": 16}]
+    assert read_metrics(tmp_path) == [{"images": 8}, {"images": 16}]
     entries = {"weights": "w", "measurements": [{"metric": "fid", "of": "samples", "protocol": "paper", "value": 1.0}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(entries))
     assert runs._stored(tmp_path) == {}
