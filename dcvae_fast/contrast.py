@@ -28,6 +28,10 @@ class Keys(NamedTuple):
     patches: Tensor | None = None
     location: Tensor | None = None
 
+    def part(self, cut: slice) -> "Keys":
+        """Return the keys of some of the images."""
+        return Keys(self.embeddings[:, cut], None if self.patches is None else self.patches[:, cut], self.location)
+
 
 class InstanceContrast(nn.Module):
     """The momentum discriminator C′, which makes the keys, and the queues of older keys.

@@ -35,7 +35,7 @@ def progress_bar(
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(desc=description, total=total, initial=initial, dynamic_ncols=True, file=sys.stderr) as bar:
+        with tqdm(desc=description, total=total, initial=initial, unit="", dynamic_ncols=True, file=sys.stderr) as bar:
             yield bar.update
         return
 

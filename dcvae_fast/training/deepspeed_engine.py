@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,22 +59,36 @@ NO_STAGE_3 = (
 )
 
 
-class Unit(Protocol):
+class Unit:
     """Parameters that are always stepped together, and their optimizer."""
 
-    parameters: Parameters
+    def __init__(self, parameters: Parameters, optimizer: Any, moments: Sequence[Moments] | None):
+        self.parameters, self._optimizer = parameters, optimizer
+        if moments is not None:
+            self._load(moments)
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Step all parameters, given the gradient of each."""
-        ...
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def moments(self) -> list[Moments]:
         """Return the moments of each parameter, whole, the same on all ranks."""
-        ...
+        group_of = self._group_of()
+        return [read_moments(self._optimizer, group_of[p], p) for p in self.parameters]
+
+    def _load(self, moments: Sequence[Moments]) -> None:
+        group_of = self._group_of()
+        for parameter, of_parameter in zip(self.parameters, moments, strict=True):
+            write_moments(self._optimizer, group_of[parameter], parameter, of_parameter)
+
+    def _group_of(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {p: group for group in self._optimizer.param_groups for p in group["params"]}
 
     def close(self) -> None:
         """Release the parameters, which keep their values."""
-        ...
 
 
 MakeUnit = Callable[[Parameters, Sequence[Moments] | None], Unit]
@@ -135,36 +149,6 @@ class Units(torch.optim.Optimizer):
         self.units = []
 
 
-class TorchUnit:
-    """A unit whose optimizer has torch's interface, and whose gradients are averaged already."""
-
-    def __init__(self, parameters: Parameters, optimizer: Any, moments: Sequence[Moments] | None):
-        self.parameters, self._optimizer = parameters, optimizer
-        if moments is not None:
-            self._load(moments)
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def moments(self) -> list[Moments]:
-        group_of = self._group_of()
-        return [read_moments(self._optimizer, group_of[p], p) for p in self.parameters]
-
-    def _load(self, moments: Sequence[Moments]) -> None:
-        group_of = self._group_of()
-        for parameter, of_parameter in zip(self.parameters, moments, strict=True):
-            write_moments(self._optimizer, group_of[parameter], parameter, of_parameter)
-
-    def _group_of(self) -> dict[nn.Parameter, dict[str, Any]]:
-        return {p: group for group in self._optimizer.param_groups for p in group["params"]}
-
-    def close(self) -> None:
-        pass
-
-
 class UnitEngine(Engine):
     """An engine whose parameters are stepped in units; by itself, for Apex's Adam."""
 
@@ -177,7 +161,7 @@ class UnitEngine(Engine):
         self.optimizer = Units(self.parameters, self._make)
 
     def _make(self, parameters: Parameters, moments: Sequence[Moments] | None) -> Unit:
-        return TorchUnit(parameters, self._adam_of(parameters), moments)
+        return Unit(parameters, self._adam_of(parameters), moments)
 
     def _adam_of(self, parameters: Parameters) -> torch.optim.Optimizer:
         return adam(parameters, self._config, self._lr, self._scales)
@@ -242,7 +226,7 @@ class DeepSpeedEngine(UnitEngine):
     def _average(self, gradients: Sequence[Tensor]) -> None:
         """Leave that to DeepSpeed. But if float16 gradients overflow on one rank, no rank may step."""
         if self.scaler.is_enabled():
-            is_finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            is_finite = torch.stack(torch._foreach_norm(list(gradients))).isfinite().all()
             if self.ranks.all_reduce_max(0 if is_finite else 1):
                 gradients[0].fill_(math.inf)
 
@@ -274,7 +258,7 @@ class _InnerProduct(nn.Module):
         return torch.stack([(p * g).sum() for p, g in zip(self.held, gradients, strict=True)]).sum()
 
 
-class _DeepSpeedUnit(TorchUnit):
+class _DeepSpeedUnit(Unit):
     """An engine of DeepSpeed's, at stage 0: each rank has all moments."""
 
     def __init__(self, engine: Any, parameters: Parameters, ranks: Ranks, moments: Sequence[Moments] | None):

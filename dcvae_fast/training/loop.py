@@ -174,7 +174,7 @@ def _iterate(
             break
 
         log.add(step(batch), waited)
-        advance(step.images - before)
+        advance(min(step.images, total) - before)
         if profiler is not None:
             profiler.after(step.images - before)
 

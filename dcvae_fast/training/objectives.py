@@ -66,9 +66,10 @@ class Inputs(NamedTuple):
         parts = []
         for begin in range(0, len(self.images), size):
             cut = slice(begin, begin + size)
-            first = {name: x[cut] for name, x in self._asdict().items() if isinstance(x, Tensor)}
-            keys = self.keys and self.keys._replace(embeddings=self.keys.embeddings[:, cut])
-            parts.append(Inputs(**first, keys=keys))
+            prior = None if self.prior is None else self.prior[cut]
+            interpolation = None if self.interpolation is None else self.interpolation[cut]
+            keys = None if self.keys is None else self.keys.part(cut)
+            parts.append(Inputs(self.images[cut], self.ids[cut], self.noise[cut], prior, interpolation, keys))
         return parts
 
 
@@ -156,7 +157,8 @@ def _adversarial_loss(networks: Networks, rec: Tensor, prior: Tensor | None, los
     with frozen(networks.discriminator):
         fake = widened(networks.decoder(prior))
         scores = widened(networks.discriminator(torch.cat([fake, rec]), stddev_parts=2, layers=()).score)
-    return autoencoder_loss(*scores.split([len(fake), len(rec)]), loss.adversarial)
+    fake_score, rec_score = scores.split([len(fake), len(rec)])
+    return autoencoder_loss(fake_score, rec_score, loss.adversarial)
 
 
 def _feature_loss(networks: Networks, images: Tensor, rec: Tensor) -> Tensor:

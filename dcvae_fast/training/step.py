@@ -164,8 +164,8 @@ class TrainStep:
         loss, local_start = self.config.loss, self.config.contrast.local_start_images
         autoencoder = not loss.has_gan or self.iterations % self.config.train.n_critic == 0
         r1 = loss.has_gan and loss.adversarial == "logistic_r1" and self.iterations % loss.penalty_every == 0
-        can_be_local = autoencoder and loss.instance == "contrast" and local_start is not None
-        return Variant(autoencoder, r1, can_be_local and self.images >= local_start)
+        contrasts = autoencoder and loss.instance == "contrast"
+        return Variant(autoencoder, r1, contrasts and local_start is not None and self.images >= local_start)
 
     def _replay(self, graphs: Graphs, batch: Batch, noise: Noise, variant: Variant) -> Metrics:
         """Do what `_iterate` does, by a CUDA graph of its variant."""
