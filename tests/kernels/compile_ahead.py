@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dcvae_kernels.arguments import Inputs, Settings
+from dcvae_kernels.reference import Layers
 from dcvae_kernels.triton import info_nce, spectral_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -197,7 +198,7 @@ def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
 def _launch_update(layers: int, dtype: torch.dtype) -> None:
     weights = [torch.zeros(64, 32, 3, 3, dtype=dtype) for _ in range(layers)]
     us, vs = ([torch.zeros(n, dtype=dtype) for _ in weights] for n in (64, 288))
-    plan = spectral_norm.make_plan(weights, us, vs, [0] * layers)
+    plan = spectral_norm.make_plan(Layers(weights, us, vs, [0] * layers))
     assert plan is not None
     _, saved = spectral_norm.update(plan, weights, 2, 1e-12)
     spectral_norm.gradients(plan, saved, weights)
