@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The tensors of one loss, each as in `dcvae_kernels.info_nce`. Gradients exist for the first four.
+    """The tensors of one loss, as in `dcvae_kernels.info_nce`. The first four may need gradients.
 
     Attributes:
         q: queries, [S, B, D] or [B, D].
-        temperature: τ, 0-d; None where it is `Settings.temperature`.
+        temperature: τ, 0-d; None if it is a number, `Settings.temperature`.
         k: the positive key of each query, shaped like q.
-        queue: negatives, [S, K, D] or [K, D]; None where the other rows of k are the negatives.
+        queue: negatives, [S, K, D] or [K, D]; None if the other rows of k are the negatives.
         valid: how many slots of the queue are filled, 0-d.
         query_ids: int64 [B].
         negative_ids: int64 [K], or [B] without a queue.
@@ -31,7 +31,7 @@ class Settings(NamedTuple):
     """The options of one loss that are not tensors.
 
     Attributes:
-        temperature: τ where there is no tensor.
+        temperature: τ, unless `Inputs.temperature` is given.
         normalize, symmetric, reduction: as in `dcvae_kernels.info_nce`.
         implementation: "triton", "torch", or "reference", the plain definition.
     """

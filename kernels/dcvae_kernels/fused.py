@@ -28,15 +28,19 @@ def _implementation(name: str) -> ModuleType:
 def forward(
     inputs: Inputs, settings: Settings, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and whatever else is `wanted`: the flags are for dq, dk, dtemperature, state and rank.
+    """Return the loss, and by request what the backward pass can use.
+
+    Args:
+        wanted: five flags, which request dq, dk, dtemperature, state and rank. A symmetric loss has none of the first
+            three.
 
     Returns:
         loss: [S, B] / [B], or 0-d if reduced.
         rank: int64 [S, B] / [B].
         dq, dk, dtemperature: derivatives of the loss (of each row's, or of the mean or sum) by q, by k as the positive,
-            and, row by row, by τ. Not to be wanted of a symmetric loss.
-        state: [directions, 3, S·B], what `backward_sweep` needs to know of the queries; two directions if symmetric.
-        What is not wanted is empty. Floating point is float32, or float64 where an input is.
+            and, row by row, by τ.
+        state: [directions, 3, S·B], what `backward_sweep` needs of each query's softmax; two directions if symmetric.
+        Tensors that are not wanted are empty. Floating point is float32, or float64 where an input is.
     """
     return _implementation(settings.implementation).forward(inputs, settings, wanted)
 
@@ -44,21 +48,21 @@ def forward(
 def backward_sweep(
     inputs: Inputs, settings: Settings, incoming: Tensor, state: Tensor, of_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
-    """Σ incoming · ∂loss/∂q, or with of_keys the derivative by the queue, or by k where there is none.
+    """Return the gradient by q, or with `of_keys` by the queue (by k where there is no queue).
 
     Args:
         incoming: the gradient that arrives at the loss, 0-d or [S, B] / [B].
         state: from `forward`.
 
     Returns:
-        The gradient, in the dtype of q, queue or k. Unfilled slots of a queue get 0.
-        dtemperature: the same by τ, row by row [S·B] or [S·K]; empty if not wanted.
+        gradient: in the shape and dtype of q, queue or k; 0 in unfilled slots of a queue.
+        dtemperature: the gradient by τ, row by row [S·B] or [S·K]; empty if not wanted.
     """
     implementation = _implementation(settings.implementation)
     return implementation.backward_sweep(inputs, settings, incoming, state, of_keys, with_dtemperature)
 
 
-# To the compiler the two are operators that it does not look into. Operators take no tuples of several types, so inputs
+# Operators for torch.compile, which does not trace into them. An operator cannot take a tuple of mixed types, so inputs
 # and settings are flat here.
 ARGUMENTS = (
     "Tensor q, Tensor? temperature, Tensor k, Tensor? queue, Tensor? valid, Tensor? query_ids, Tensor? negative_ids, "
@@ -115,7 +119,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 class FusedInfoNCE(torch.autograd.Function):
-    """The loss and the rank of `dcvae_kernels.info_nce`. Second derivatives are those of the plain definition."""
+    """The loss and the rank of `dcvae_kernels.info_nce`. Second derivatives are those of the plain definition.
+
+    The tensors are the fields of `Inputs`.
+    """
 
     @staticmethod
     def forward(
@@ -188,7 +195,7 @@ class FusedInfoNCE(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by the first four inputs from the plain definition; in grad mode, with a graph."""
+    """Return the gradients by the first four inputs from the plain definition; in grad mode, with a graph."""
     q, temperature, *keys = ctx.saved_tensors[4:]
     if ctx.frozen is not None:
         if any(_version(x) != version for x, version in ctx.frozen):

@@ -139,7 +139,7 @@ def info_nce(
         temperature=tau,
         k=k,
         queue=queue,
-        valid=valid,  # type: ignore[arg-type] # a number of slots was cut off above
+        valid=valid,  # type: ignore[arg-type] # None if it was an int: the queue is cut already
         query_ids=query_ids,
         negative_ids=negative_ids,
     )
@@ -158,7 +158,7 @@ def info_nce(
 
 
 def _loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss and the rank, of this process alone."""
+    """Return the loss of this process alone and, if wanted, the rank."""
     if settings.implementation == "reference":
         return definition(inputs, settings, with_rank)
     if torch.compiler.is_compiling():
@@ -167,7 +167,7 @@ def _loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, 
 
 
 def _without_repetition(inputs: Inputs) -> Inputs:
-    """Alias tensors that come twice, which the compiler refuses."""
+    """Replace a tensor that occurs twice by an alias, because torch.compile refuses it."""
     q, k, queue = inputs.q, inputs.k, inputs.queue
     return inputs._replace(
         k=_alias_if(k is q, k),

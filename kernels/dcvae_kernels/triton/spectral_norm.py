@@ -287,8 +287,7 @@ def make_plan(layers: Layers) -> Plan | None:
 
     None for what the kernels do not take: other dtypes, other layouts, too many layers.
     """
-    like = layers.weights[0]
-    if like.dtype not in DTYPES or len(layers.weights) > MAX_LAYERS:
+    if layers.weights[0].dtype not in DTYPES or len(layers.weights) > MAX_LAYERS:
         return None
     records, row_blocks, column_blocks, parts = [], [], [], []
     elements = rows = columns = 0
@@ -305,7 +304,7 @@ def make_plan(layers: Layers) -> Plan | None:
         parts.append((elements, weight.shape, weight.stride()))
         elements += triton.cdiv(weight.numel(), ALIGNMENT) * ALIGNMENT
         rows, columns = rows + height, columns + width
-    device = like.device
+    device = layers.weights[0].device
     tables = (
         torch.tensor(records, device=device, dtype=torch.int64),
         torch.tensor(row_blocks, device=device, dtype=torch.int32),
