@@ -140,7 +140,8 @@ class FusedInfoNCE(torch.autograd.Function):
             needs_queue or (in_batch and needs_k) or (symmetric and any(needs)),
             with_rank,
         ]
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             loss, rank, *known = forward_operator(*inputs, *settings, wanted)
         else:
             loss, rank, *known = forward(inputs, settings, wanted)
@@ -150,7 +151,7 @@ class FusedInfoNCE(torch.autograd.Function):
         ctx.save_for_backward(*known, q, temperature, *([None] * len(keys) if frozen else keys))
         ctx.settings = settings
         ctx.frozen = None
-        if frozen and not torch.compiler.is_compiling():
+        if frozen and not compiling:
             ctx.frozen = [(x, _version(x)) for x in keys]
         ctx.mark_non_differentiable(rank)
         ctx.set_materialize_grads(False)
