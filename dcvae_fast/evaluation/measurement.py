@@ -20,7 +20,7 @@ EVALUATION_FILE = "evaluation.json"
 Subject = Literal["samples", "reconstructions", "latents"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One number of a model.
 
@@ -43,12 +43,12 @@ class Measurement:
     of: Subject
     protocol: str
     value: float
-    spread: float | None
-    spread_is: str | None
+    spread: float | None = None
+    spread_is: str | None = None
     count: int
-    data: str | None
+    data: str | None = None
     seed: int
-    extractor: str | None
+    extractor: str | None = None
 
 
 def describe(model: nn.Module, images: int | None) -> dict[str, Any]:

@@ -234,16 +234,16 @@ def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: 
             beside = data_of(metric, of, work.data)
             for name, (value, spread, spread_is) in fidelity.compare(metric, features, real, extractor).items():
                 yield Measurement(
-                    name,
-                    of,
-                    work.protocol,
-                    value,
-                    spread,
-                    spread_is,
-                    _count(features),
-                    beside,
-                    work.seed,
-                    extractor.name,
+                    metric=name,
+                    of=of,
+                    protocol=work.protocol,
+                    value=value,
+                    spread=spread,
+                    spread_is=spread_is,
+                    count=_count(features),
+                    data=beside,
+                    seed=work.seed,
+                    extractor=extractor.name,
                 )
 
 
@@ -274,9 +274,15 @@ def _perceptual(work: _Work, vgg16: Extractor) -> Iterator[Measurement]:
 
 def _distances(work: _Work, values: dict[str, float], count: int, extractor: str | None) -> Iterator[Measurement]:
     for name, value in values.items():
-        beside = data_of(name, "reconstructions", work.data)
         yield Measurement(
-            name, "reconstructions", work.protocol, value, None, None, count, beside, work.seed, extractor
+            metric=name,
+            of="reconstructions",
+            protocol=work.protocol,
+            value=value,
+            count=count,
+            data=data_of(name, "reconstructions", work.data),
+            seed=work.seed,
+            extractor=extractor,
         )
 
 
@@ -284,7 +290,15 @@ def _path_length(work: _Work, lpips: Extractor) -> Iterator[Measurement]:
     pairs = 2 * work.images
     lengths = perceptual.path_lengths(work.model, lpips, pairs, work.batch, work.seed)
     value = perceptual.trimmed_mean(torch.cat(list(work.counted(lengths, "path lengths", pairs, len))))
-    yield Measurement("ppl", "samples", "paper", value, None, None, pairs, None, work.seed, lpips.name)
+    yield Measurement(
+        metric="ppl",
+        of="samples",
+        protocol="paper",
+        value=value,
+        count=pairs,
+        seed=work.seed,
+        extractor=lpips.name,
+    )
 
 
 def _probe(work: _Work) -> Iterator[Measurement]:
@@ -295,14 +309,13 @@ def _probe(work: _Work) -> Iterator[Measurement]:
         latents.append(probe.posterior_means(model, work.counted(images, name, len(split), len), work.batch))
     errors = 100 * probe.linear_probe(*latents, seed=work.seed, device=model.device)
     yield Measurement(
-        "probe_error",
-        "latents",
-        "paper",
-        errors.mean().item(),
-        probe.half_width(errors),
-        "half of the 95 % confidence interval over 5 classifiers, other beginnings and mini-batches",
-        len(latents[1][0]),
-        data_of("probe_error", "latents", data),
-        work.seed,
-        None,
+        metric="probe_error",
+        of="latents",
+        protocol="paper",
+        value=errors.mean().item(),
+        spread=probe.half_width(errors),
+        spread_is="half of the 95 % confidence interval over 5 classifiers, other beginnings and mini-batches",
+        count=len(latents[1][0]),
+        data=data_of("probe_error", "latents", data),
+        seed=work.seed,
     )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcvae_kernels.arguments import Inputs, Settings, loss_weight
 from dcvae_kernels.reference import SMALLEST_SQUARE, UNKNOWN_ID, accumulate_dtype, without_autocast
 
 # Scores of a block: 2 MiB in float32, which a CPU's cache holds; a GPU needs more to be busy.
@@ -21,20 +22,11 @@ FIXED_MAXIMUM_BELOW = 60.0
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor | None,
-    valid: Tensor | None,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    temperature: Tensor | None,
-    number: float,
-    normalize: bool,
-    symmetric: bool,
-    reduction: str,
-    wanted: list[bool],
+    inputs: Inputs, settings: Settings, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `dcvae_kernels.fused.forward`."""
+    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
+    number, normalize, symmetric, reduction, _ = settings
     with_dq, with_dk, with_dtemperature, with_state, with_rank = wanted
     dtype = accumulate_dtype(q, k, queue)
     shape = q.shape
@@ -71,7 +63,7 @@ def forward(
         # A score of −∞ would pass for a negative that is far away, and a positive of ∞ for a perfect one.
         loss = loss + 0 * (positive + negatives.sum((1, 2))[:, None])
 
-        factor = 1 / max(loss.numel(), 1) if reduction == "mean" else 1
+        factor = loss_weight(reduction, loss.numel())
         slope = inverse_temperature * factor
         if gradient:
             # Weights of negatives and positive add up to 0, so nothing cancels where the loss is small.
@@ -89,22 +81,14 @@ def forward(
 
 
 def backward_sweep(
-    incoming: Tensor,
-    q: Tensor,
-    k: Tensor,
-    valid: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    temperature: Tensor | None,
-    number: float,
-    normalize: bool,
-    in_batch: bool,
-    factor: float,
-    state: Tensor,
-    of_keys: bool,
-    with_dtemperature: bool,
+    inputs: Inputs, settings: Settings, incoming: Tensor, state: Tensor, of_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
     """See `dcvae_kernels.fused.backward_sweep`."""
+    q, temperature, k, queue, valid, query_ids, key_ids = inputs
+    number, normalize, symmetric, reduction, _ = settings
+    in_batch = queue is None
+    k = k if in_batch else queue
+    factor = loss_weight(reduction, state.shape[-1]) / (2 if symmetric else 1)
     dtype = accumulate_dtype(q, k)
     wanted = k if of_keys else q
     with without_autocast(q.device):

@@ -10,49 +10,35 @@ import torch
 from torch import Tensor
 
 from dcvae_kernels.choice import needs_definition, obstacle_to_triton
-from dcvae_kernels.reference import as_matrix, spectral_norm_update, without_autocast
+from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update, without_autocast
 
 
 def normalized_weights(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    dims: Sequence[int],
-    n_power_iterations: int,
-    eps: float,
-    impl: str,
-    memo: dict[str, Any],
+    layers: Layers, n_power_iterations: int, eps: float, impl: str, memo: dict[str, Any]
 ) -> Sequence[Tensor]:
     """`reference.spectral_norm_update`, for n_power_iterations ≥ 1, of all layers together. Twice differentiable.
 
     Args:
         memo: where to keep what the next call with the same tensors can use again.
     """
-    alike = len({(weight.device, weight.dtype) for weight in weights}) == 1
+    alike = len({(weight.device, weight.dtype) for weight in layers.weights}) == 1
     # torch.compile fuses the plain definition itself.
-    if torch.compiler.is_compiling() or not alike or needs_definition(*weights):
-        return spectral_norm_update(weights, us, vs, dims, n_power_iterations, eps)
-    plan = _triton_plan(weights, us, vs, dims, impl, memo)
-    return GroupedSpectralNorm.apply(us, vs, dims, n_power_iterations, eps, plan, *weights)
+    if torch.compiler.is_compiling() or not alike or needs_definition(*layers.weights):
+        return spectral_norm_update(layers, n_power_iterations, eps)
+    plan = _triton_plan(layers, impl, memo)
+    return GroupedSpectralNorm.apply(layers, n_power_iterations, eps, plan, *layers.weights)
 
 
-def _triton_plan(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    dims: Sequence[int],
-    impl: str,
-    memo: dict[str, Any],
-) -> Any:
+def _triton_plan(layers: Layers, impl: str, memo: dict[str, Any]) -> Any:
     """What Triton's kernels need to know of the layers, or None if these are not for them."""
-    device = weights[0].device
+    device = layers.weights[0].device
     if impl == "torch" or (impl == "auto" and device.type != "cuda") or obstacle_to_triton(device) is not None:
         return None
     from dcvae_kernels.triton import spectral_norm as triton_spectral_norm  # Triton may be absent
 
-    key = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*weights, *us, *vs)]
+    key = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*layers.weights, *layers.us, *layers.vs)]
     if memo.get("key") != key:
-        memo["plan"] = triton_spectral_norm.make_plan(weights, us, vs, dims)
+        memo["plan"] = triton_spectral_norm.make_plan(layers)
         memo["key"] = key
     return memo["plan"]
 
@@ -62,14 +48,7 @@ class GroupedSpectralNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        us: Sequence[Tensor],
-        vs: Sequence[Tensor],
-        dims: Sequence[int],
-        n_power_iterations: int,
-        eps: float,
-        plan: Any,
-        *weights: Tensor,
+        ctx: Any, layers: Layers, n_power_iterations: int, eps: float, plan: Any, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         # What is saved are copies of us and vs, for the next forward pass may come before this one's backward.
         if plan is not None:
@@ -78,9 +57,9 @@ class GroupedSpectralNorm(torch.autograd.Function):
             normalized, saved = triton_spectral_norm.update(plan, weights, n_power_iterations, eps)
         else:
             with without_autocast(weights[0].device):
-                normalized, *rest = _update(weights, us, vs, dims, n_power_iterations, eps)
+                normalized, *rest = _update(layers, n_power_iterations, eps)
             saved = [*normalized, *(x for some in rest for x in some)]
-        ctx.dims, ctx.plan = dims, plan
+        ctx.dims, ctx.plan = layers.dims, plan
         ctx.save_for_backward(*weights, *saved)
         ctx.set_materialize_grads(False)
         return tuple(normalized)
@@ -97,7 +76,7 @@ class GroupedSpectralNorm(torch.autograd.Function):
             from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
 
             gradients = triton_spectral_norm.gradients(ctx.plan, triton_spectral_norm.Saved(*saved), wanted)
-        return *(None,) * 6, *(None if x is None else gradient for x, gradient in zip(wanted, gradients, strict=True))
+        return *(None,) * 4, *(None if x is None else gradient for x, gradient in zip(wanted, gradients, strict=True))
 
 
 def _gradients(
@@ -118,22 +97,16 @@ def _gradients(
             gradients.append(None)
         elif torch.is_grad_enabled():
             u, v = u.to(weight.dtype), v.to(weight.dtype)
-            again = spectral_norm_update([weight], [u], [v], [dim], 0, 0.0)
+            again = spectral_norm_update(Layers([weight], [u], [v], [dim]), 0, 0.0)
             gradients += torch.autograd.grad(again, weight, arrived, create_graph=True)
         else:
             gradients.append(_gradient(arrived, divided, sigma, u, v, dim))
     return gradients
 
 
-def _update(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    dims: Sequence[int],
-    n_power_iterations: int,
-    eps: float,
-) -> tuple[Sequence[Tensor], ...]:
+def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequence[Tensor], ...]:
     """Updates u and v in place: W/σ, σ, and copies of u and v."""
+    weights, us, vs, dims = layers
     matrices = [as_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
     transposed = [matrix.mT for matrix in matrices]
     used_us, used_vs, norms = us, vs, weights[0].new_empty(0)

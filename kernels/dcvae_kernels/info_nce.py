@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dcvae_kernels.arguments import Inputs, Settings
 from dcvae_kernels.choice import Impl, check_impl, needs_definition, obstacle_to_triton
-from dcvae_kernels.fused import FusedInfoNCE, reduced
+from dcvae_kernels.fused import FusedInfoNCE, definition
 from dcvae_kernels.gather import gather, gather_ids
-from dcvae_kernels.reference import info_nce_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the Triton kernels: what they take, and up to which D they are chosen. Beyond, they would do work over again.
@@ -133,66 +133,46 @@ def info_nce(
         queue, valid = queue[..., :valid, :], None
         negative_ids = None if negative_ids is None else negative_ids[: queue.shape[-2]]
     implementation = _choose(impl, *((q, k) if queue is None else (q, k, queue)))
-    options = (temperature, normalize, reduction, implementation)
+    tau, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+    inputs = Inputs(
+        q=q,
+        temperature=tau,
+        k=k,
+        queue=queue,
+        valid=valid,  # type: ignore[arg-type] # None if it was an int: the queue is cut already
+        query_ids=query_ids,
+        negative_ids=negative_ids,
+    )
+    settings = Settings(number, normalize, symmetric, reduction, implementation)
     if group is None or group.size() == 1:
-        loss, rank = _loss(q, k, queue, valid, query_ids, negative_ids, symmetric, return_stats, *options)
+        loss, rank = _loss(inputs, settings, return_stats)
     else:  # the gathered keys are the queue, and ids keep a row's own one from being its negative
-        ids = gather_ids(query_ids, q.shape[-2], q.device, group)
-        loss, rank = _loss(q, k, gather(k, group), None, *ids, False, return_stats, *options)
+        own_ids, all_ids = gather_ids(query_ids, q.shape[-2], q.device, group)
+        inputs = inputs._replace(queue=gather(k, group), query_ids=own_ids, negative_ids=all_ids)
+        settings = settings._replace(symmetric=False)
+        loss, rank = _loss(inputs, settings, return_stats)
         if symmetric:
-            loss = (loss + _loss(k, q, gather(q, group), None, *ids, False, False, *options)[0]) / 2
+            mirrored = inputs._replace(q=k, k=q, queue=gather(q, group))
+            loss = (loss + _loss(mirrored, settings, with_rank=False)[0]) / 2
     return (loss, InfoNCEStats(rank)) if return_stats and isinstance(rank, Tensor) else loss
 
 
-def _loss(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor | None,
-    valid: int | Tensor | None,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    symmetric: bool,
-    with_rank: bool,
-    temperature: float | Tensor,
-    normalize: bool,
-    reduction: str,
-    implementation: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss and the rank, of this process alone."""
-    if implementation == "reference":
-        loss, rank = info_nce_reference(
-            q,
-            k,
-            queue,
-            temperature=temperature,
-            normalize=normalize,
-            valid=valid,
-            query_ids=query_ids,
-            negative_ids=negative_ids,
-            symmetric=symmetric,
-            with_rank=with_rank,
-        )
-        return reduced(loss, reduction), rank
-    if torch.compiler.is_compiling():  # it refuses to be given a tensor twice
-        queue = _alias_if(queue is q or queue is k, queue)
-        k = _alias_if(k is q, k)
-        negative_ids = _alias_if(negative_ids is query_ids, negative_ids)
-    tensor, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
-    return FusedInfoNCE.apply(
-        q,
-        k,
-        queue,
-        tensor,
-        valid,
-        query_ids,
-        negative_ids,
-        number,
-        normalize,
-        symmetric,
-        reduction,
-        with_rank,
-        implementation,
-        torch.is_grad_enabled(),
+def _loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of this process alone and, if wanted, the rank."""
+    if settings.implementation == "reference":
+        return definition(inputs, settings, with_rank)
+    if torch.compiler.is_compiling():
+        inputs = _without_repetition(inputs)
+    return FusedInfoNCE.apply(settings, with_rank, torch.is_grad_enabled(), *inputs)
+
+
+def _without_repetition(inputs: Inputs) -> Inputs:
+    """Replace a tensor that occurs twice by an alias, because torch.compile refuses it."""
+    q, k, queue = inputs.q, inputs.k, inputs.queue
+    return inputs._replace(
+        k=_alias_if(k is q, k),
+        queue=_alias_if(queue is q or queue is k, queue),
+        negative_ids=_alias_if(inputs.negative_ids is inputs.query_ids, inputs.negative_ids),
     )
 
 

@@ -7,6 +7,7 @@ D features; a weight seen as a matrix has one row for each output channel.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,21 +101,29 @@ def _contrast(positive: Tensor, scores_BK: Tensor) -> Tensor:
 # Spectral norm ----------------------------------------------------------------------------------------------
 
 
-def spectral_norm_update(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    dims: Sequence[int],
-    n_power_iterations: int,
-    eps: float,
-) -> list[Tensor]:
+class Layers(NamedTuple):
+    """The layers to normalise.
+
+    Attributes:
+        weights: of any shape.
+        us, vs: the vectors of the power iteration, [rows] and [columns] of each weight as a matrix.
+        dims: the dimension of each weight that becomes the rows.
+    """
+
+    weights: Sequence[Tensor]
+    us: Sequence[Tensor]
+    vs: Sequence[Tensor]
+    dims: Sequence[int]
+
+
+def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) -> list[Tensor]:
     """W/σ for each weight W, after power iterations that update its u and v in place.
 
     u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖, σ = uᵀWv, with W as a matrix: dimension `dims[i]` against all others. With
     `n_power_iterations=0` u and v stay as they are. σ counts as 1 where it is 0.
     """
     normalized = []
-    for weight, u, v, dim in zip(weights, us, vs, dims, strict=True):
+    for weight, u, v, dim in zip(*layers, strict=True):
         with without_autocast(weight.device):
             matrix = as_matrix(weight, dim)
             with torch.no_grad():

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from dcvae_kernels.choice import Impl, check_impl, obstacle_to_triton
 from dcvae_kernels.grouped import normalized_weights
-from dcvae_kernels.reference import as_matrix, spectral_norm_update
+from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -106,12 +106,12 @@ class _SpectralNorm(nn.Module):
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
         if not weight.is_meta:  # nothing to iterate, and models are often built on the meta device first
-            spectral_norm_update([weight], [self._u], [self._v], [dim], 15, eps)
+            spectral_norm_update(Layers([weight], [self._u], [self._v], [dim]), 15, eps)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.normalized is not None:
             return self.normalized
-        return spectral_norm_update([weight], [self._u], [self._v], [self.dim], 0, self.eps)[0]
+        return spectral_norm_update(Layers([weight], [self._u], [self._v], [self.dim]), 0, self.eps)[0]
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What `layer.weight = value` stores."""
@@ -141,16 +141,13 @@ class _Group:
     def update(self, *_: Any) -> None:
         weights = [cast(Any, layer).parametrizations.weight for layer in self.layers if layer.training]
         norms = [weight[0] for weight in weights]
-        normalized = normalized_weights(
-            [weight.original for weight in weights],
-            [norm._u for norm in norms],
-            [norm._v for norm in norms],
-            [norm.dim for norm in norms],
-            self.n_power_iterations,
-            self.eps,
-            self.impl,
-            self.memo,
+        layers = Layers(
+            weights=[weight.original for weight in weights],
+            us=[norm._u for norm in norms],
+            vs=[norm._v for norm in norms],
+            dims=[norm.dim for norm in norms],
         )
+        normalized = normalized_weights(layers, self.n_power_iterations, self.eps, self.impl, self.memo)
         for norm, weight in zip(norms, normalized, strict=True):
             norm.normalized = weight
 

@@ -17,7 +17,14 @@ from dcvae_fast.evaluation.pretrained import find_weights, read_weights
 from dcvae_pipelines import ImageSet
 
 FID = Measurement(
-    "fid", "samples", "paper", 17.9, None, None, 50_000, "cifar10: 50,000 training images", 0, "random, not Inception"
+    metric="fid",
+    of="samples",
+    protocol="paper",
+    value=17.9,
+    count=50_000,
+    data="cifar10: 50,000 training images",
+    seed=0,
+    extractor="random, not Inception",
 )
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dcvae_kernels.arguments import Inputs, Settings
+from dcvae_kernels.reference import Layers
 from dcvae_kernels.triton import info_nce, spectral_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -177,11 +179,11 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
         cases += [(queue, learned), (empty(1, 16, d), None), (queue[:, :300], None)]
     for keys, temperature in cases:
         key_ids = empty(keys.shape[1], dtype=torch.int64)
-        options = (valid, ids, key_ids, temperature, 0.07, True)
-        info_nce.forward(q, q, keys, *options, False, "mean", [True] * 5)
-    state = empty(2, 3, queries, dtype=torch.float32)
-    options = (None, ids, ids, learned, 0.07, True)
-    info_nce.backward_sweep(empty(dtype=torch.float32), q, q, *options, True, 1.0, state, False, True)
+        settings = Settings(0.07, normalize=True, symmetric=False, reduction="mean", implementation="triton")
+        info_nce.forward(Inputs(q, temperature, q, keys, valid, ids, key_ids), settings, [True] * 5)
+    inputs, settings = Inputs(q, learned, q, None, None, ids, ids), settings._replace(symmetric=True)
+    incoming, state = empty(dtype=torch.float32), empty(2, 3, queries, dtype=torch.float32)
+    info_nce.backward_sweep(inputs, settings, incoming, state, of_keys=False, with_dtemperature=True)
 
 
 def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
@@ -196,7 +198,7 @@ def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
 def _launch_update(layers: int, dtype: torch.dtype) -> None:
     weights = [torch.zeros(64, 32, 3, 3, dtype=dtype) for _ in range(layers)]
     us, vs = ([torch.zeros(n, dtype=dtype) for _ in weights] for n in (64, 288))
-    plan = spectral_norm.make_plan(weights, us, vs, [0] * layers)
+    plan = spectral_norm.make_plan(Layers(weights, us, vs, [0] * layers))
     assert plan is not None
     _, saved = spectral_norm.update(plan, weights, 2, 1e-12)
     spectral_norm.gradients(plan, saved, weights)

@@ -16,6 +16,7 @@ from torch.func import grad, jvp, vmap
 
 from checks import Implementation, leaves, randn
 from dcvae_kernels import InfoNCE, KeyQueue, chunked, fused, info_nce
+from dcvae_kernels.arguments import Inputs, Settings
 
 # Differentiation ------------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ def test_nothing_is_computed_that_nobody_asked_for(monkeypatch: pytest.MonkeyPat
     q, k, queue = leaves(randn(3, 8), randn(3, 8, seed=1), randn(5, 8, seed=2))
     wanted = []
     forward = fused.forward
-    monkeypatch.setattr(fused, "forward", lambda *args: (wanted.append(args[-2]), forward(*args))[1])
+    monkeypatch.setattr(fused, "forward", lambda *args: (wanted.append(args[-1]), forward(*args))[1])
     with torch.no_grad():
         info_nce(q, k, queue)
     with torch.inference_mode():
@@ -196,9 +197,10 @@ def test_blocks_read_no_value_on_the_host():
     """Nor does the implementation itself, which fake tensors do not reach by the front door."""
     with FakeTensorMode():
         q, queue, ids = torch.empty(2, 5, 8), torch.empty(2, 9, 8), torch.empty(9).long()
-        scalars = torch.empty(()).long(), ids[:5], ids, torch.tensor(0.1), 1.0, True
-        state = chunked.forward(q, q, queue, *scalars, False, "mean", [True] * 5)[-1]
-        chunked.backward_sweep(torch.tensor(1.0), q, queue, *scalars, False, 1.0, state, True, True)
+        inputs = Inputs(q, torch.tensor(0.1), q, queue, torch.empty(()).long(), ids[:5], ids)
+        settings = Settings(1.0, normalize=True, symmetric=False, reduction="mean", implementation="torch")
+        state = chunked.forward(inputs, settings, [True] * 5)[-1]
+        chunked.backward_sweep(inputs, settings, torch.tensor(1.0), state, of_keys=True, with_dtemperature=True)
 
 
 def test_meta_tensors():

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dcvae_kernels
 from checks import Implementation, compiled_ahead, counted, device_kernels, leaves, poisoned
 from dcvae_kernels import chunked, fused
+from dcvae_kernels.arguments import Inputs, Settings
 
 triton_info_nce = pytest.importorskip("dcvae_kernels.triton.info_nce")
 
@@ -187,14 +188,14 @@ def test_reads_and_writes_nothing_beyond_its_buffers(
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_operators(on: Implementation, symmetric: bool):
     q, k = on.randn(2, 8, 5).mT, on.randn(5, 2, 8, seed=1).transpose(0, 1)  # what comes out has strides of its own
-    options = (None, torch.arange(5), torch.arange(5) + 3, torch.tensor(0.2), 1.0, True)
+    inputs = Inputs(q, torch.tensor(0.2), k, None, None, torch.arange(5), torch.arange(5) + 3)
+    settings = Settings(1.0, normalize=True, symmetric=symmetric, reduction="mean", implementation=on.impl)
     wanted = [not symmetric, False, not symmetric, True, True]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    forward = (q, k, None, *options, symmetric, "mean", wanted, on.impl)
-    torch.library.opcheck(fused.forward_operator, forward, test_utils=checks)
-    state = fused.forward(*forward)[-1]
-    backward = (torch.tensor(2.0), q, k, *options, True, 0.1, state, True, True, on.impl)
-    torch.library.opcheck(fused.backward_operator, backward, test_utils=checks)
+    torch.library.opcheck(fused.forward_operator, (*inputs, *settings, wanted), test_utils=checks)
+    state = fused.forward(inputs, settings, wanted)[-1]
+    more = (torch.tensor(2.0), state, True, True)
+    torch.library.opcheck(fused.backward_operator, (*inputs, *settings, *more), test_utils=checks)
 
 
 @pytest.mark.gpu

@@ -150,9 +150,9 @@ def test_one_update_for_all_layers_in_a_training_forward(monkeypatch: pytest.Mon
     calls: list[tuple[int, int]] = []
     update = grouped.normalized_weights
 
-    def counted(weights, us, vs, dims, n_power_iterations, eps, impl, memo):
-        calls.append((len(weights), n_power_iterations))
-        return update(weights, us, vs, dims, n_power_iterations, eps, impl, memo)
+    def counted(layers, n_power_iterations, eps, impl, memo):
+        calls.append((len(layers.weights), n_power_iterations))
+        return update(layers, n_power_iterations, eps, impl, memo)
 
     # The package's attribute of this name is the function, not the module.
     monkeypatch.setattr(sys.modules["dcvae_kernels.spectral_norm"], "normalized_weights", counted)
@@ -235,7 +235,8 @@ def test_update_gradcheck():
     vectors = [torch.randn(n, dtype=torch.float64) for n in (2, 2, 6, 4)]
 
     def update(*weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(reference.spectral_norm_update(weights, vectors[:2], vectors[2:], [1, 0], 0, 1e-12))
+        layers = reference.Layers(weights, vectors[:2], vectors[2:], [1, 0])
+        return tuple(reference.spectral_norm_update(layers, 0, 1e-12))
 
     assert torch.autograd.gradcheck(update, weights)
     assert torch.autograd.gradgradcheck(update, weights)
@@ -248,7 +249,7 @@ def test_second_derivatives(on: Implementation):
     slope, direction = torch.randn_like(weight), torch.randn_like(weight)
 
     def second(update: Any, *more: Any) -> Tensor:
-        (normalized,) = update([weight], [u], [v], [1], *more)
+        (normalized,) = update(reference.Layers([weight], [u], [v], [1]), *more)
         (first,) = torch.autograd.grad((normalized**3 * slope).sum(), weight, create_graph=True)
         return torch.autograd.grad((first * direction).sum(), weight)[0]
 

@@ -91,7 +91,7 @@ def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
 def run(on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any) -> list[Tensor]:
     """W/σ, the gradients, u and v; every third weight gets no gradient."""
     weights, us, vs = leaves(*weights), [u.clone() for u in us], [v.clone() for v in vs]
-    normalized = grouped.normalized_weights(weights, us, vs, dims, iterations, 1e-12, on.impl, {})
+    normalized = grouped.normalized_weights(reference.Layers(weights, us, vs, dims), iterations, 1e-12, on.impl, {})
     used = [i for i in range(len(weights)) if i % 3]
     incoming = [on.randn(*normalized[i].shape, seed=20 + i, dtype=weights[i].dtype) for i in used]
     gradients = torch.autograd.grad([normalized[i] for i in used], weights, incoming, allow_unused=True)

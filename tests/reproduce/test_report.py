@@ -69,7 +69,15 @@ def test_where_the_paper_leaves_the_unit_open_a_note_says_what_stands_beside():
 
 
 def measurement(metric: str, of: str, value: float, spread: float | None = None) -> Measurement:
-    return Measurement(metric, of, "paper", value, spread, None, 10, None, 0, None)  # type: ignore[arg-type]
+    return Measurement(
+        metric=metric,
+        of=of,  # type: ignore[arg-type]
+        protocol="paper",
+        value=value,
+        spread=spread,
+        count=10,
+        seed=0,
+    )
 
 
 SHORT, CHANGED = "shortened: 20,000 of 6,000,000 images", "changed: model.decoder_width 32"

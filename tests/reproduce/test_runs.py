@@ -37,6 +37,14 @@ CHANGED = (
     "changed: model.decoder_width 4, model.encoder_width 4, model.discriminator_width 4, train.batch 8,"
     " train.sampled_batch 8"
 )
+FID = Measurement(
+    metric="fid",
+    of="reconstructions",
+    protocol="paper",
+    value=1.0,
+    count=300,
+    seed=0,
+)
 
 
 def configure(argv: Any) -> Config:
@@ -280,14 +288,13 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(t
 def test_numbers_of_other_images_are_measured_again(metric: Any, of: Any, stored: dict[str, Any], kept: bool):
     pixels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
     data = Splits(ImageSet("digits", pixels.repeat(3, 1, 1, 1), None), ImageSet("digits", pixels, None))
-    one = Measurement(metric, of, "paper", 1.0, None, None, 10, data_of(metric, of, data), 0, None)
+    one = replace(FID, metric=metric, of=of, count=10, data=data_of(metric, of, data))
     assert runs._is_of(replace(one, **stored), data, 10) is kept
 
 
 def test_distances_of_few_images_say_so():
-    one = Measurement("fid", "reconstructions", "paper", 1.0, None, None, 300, None, 0, None)
-    many, pixels = replace(one, of="samples", count=50_000), replace(one, metric="pixel_mse")
-    found = {Key(m.metric, m.of, m.protocol): m for m in (one, many, pixels)}
+    many, pixels = replace(FID, of="samples", count=50_000), replace(FID, metric="pixel_mse")
+    found = {Key(m.metric, m.of, m.protocol): m for m in (FID, many, pixels)}
     assert runs._too_few(found) == ("FID and IS of reconstructions on 300 images, not 50,000",)
 
 

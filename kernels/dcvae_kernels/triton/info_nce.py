@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcvae_kernels import reference
+from dcvae_kernels.arguments import Inputs, Settings, loss_weight
 from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
 from dcvae_kernels.triton import on_device
 
@@ -597,21 +598,12 @@ TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor | None,
-    valid: Tensor | None,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    temperature: Tensor | None,
-    number: float,
-    normalize: bool,
-    symmetric: bool,
-    reduction: str,
-    wanted: list[bool],
+    inputs: Inputs, settings: Settings, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `dcvae_kernels.fused.forward`."""
     with_dq, with_dk, with_dtemperature, with_state, with_rank = wanted
+    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
+    number, normalize, symmetric, reduction, _ = settings
     shape = q.shape[:-1]
     q, k = _rows_by_features(q), _rows_by_features(k)
     scales, batch, dim = q.shape
@@ -632,19 +624,21 @@ def forward(
     def given(x: Tensor) -> Tensor | None:
         return x if x.numel() else None
 
-    in_batch = queue is None
-    negatives = k if queue is None else _rows_by_features(queue)
+    queue = None if queue is None else _rows_by_features(queue)
     query_ids, negative_ids = _contiguous(query_ids), _contiguous(negative_ids)
+    inputs = Inputs(q, temperature, k, queue, valid, query_ids, negative_ids)
+    mirror = None
     with on_device(q.device):
-        sweep = (temperature, number, normalize, in_batch, gradient)
-        workspace, splits = _sweep(q, k, negatives, query_ids, negative_ids, valid, *sweep)
-        mirror = _sweep(k, q, q, negative_ids, query_ids, None, *sweep)[0] if symmetric else None
+        workspace, splits = _sweep(inputs, settings, gradient)
+        if symmetric:
+            mirrored = inputs._replace(q=k, k=q, query_ids=negative_ids, negative_ids=query_ids)
+            mirror, _ = _sweep(mirrored, settings, gradient)
         size = blocks(dim, splits)
         combine_kernel[(triton.cdiv(rows, size.rows) + reduce,)](
             q, k, workspace, mirror, temperature,
             loss, given(rank), given(dq), given(dk), given(dtemperature), given(state),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-            batch, rows, splits, 1 / number, 1 / rows if reduction == "mean" else 1.0,
+            batch, rows, splits, 1 / number, loss_weight(reduction, rows),
             D=dim, NORMALIZE=normalize, GRADIENT=gradient, REDUCE=reduce,
             BLOCK_B=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=size.losses,
             num_warps=8, **LAUNCH,
@@ -652,20 +646,11 @@ def forward(
     return loss, rank, dq, dk, dtemperature, state
 
 
-def _sweep(
-    q: Tensor,
-    k: Tensor,
-    negatives: Tensor,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    valid: Tensor | None,
-    temperature: Tensor | None,
-    number: float,
-    normalize: bool,
-    in_batch: bool,
-    gradient: bool,
-) -> tuple[Tensor, int]:
+def _sweep(inputs: Inputs, settings: Settings, gradient: bool) -> tuple[Tensor, int]:
     """A workspace of partial sums, and into how many parts the negatives were split."""
+    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
+    number, normalize = settings.temperature, settings.normalize
+    negatives = k if queue is None else queue
     scales, batch, dim = q.shape
     count = negatives.shape[1]
     dtype = _operand_dtype(q, negatives)
@@ -678,7 +663,7 @@ def _sweep(
         q, k, negatives, query_ids, negative_ids, valid, temperature, workspace,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), negatives.stride(0), negatives.stride(1),
         batch, count, part, 1 / number,
-        D=dim, NORMALIZE=normalize, IN_BATCH=in_batch,
+        D=dim, NORMALIZE=normalize, IN_BATCH=queue is None,
         FIXED=normalize and temperature is None and 2 / number < FIXED_MAXIMUM_BELOW, GRADIENT=gradient,
         DOT=TRITON_DTYPES[dtype], PRECISION=size.precision,
         BLOCK_B=size.own, BLOCK_K=size.other, BLOCK_D=size.features,
@@ -688,22 +673,14 @@ def _sweep(
 
 
 def backward_sweep(
-    incoming: Tensor,
-    q: Tensor,
-    k: Tensor,
-    valid: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    temperature: Tensor | None,
-    number: float,
-    normalize: bool,
-    in_batch: bool,
-    factor: float,
-    state: Tensor,
-    of_keys: bool,
-    with_dtemperature: bool,
+    inputs: Inputs, settings: Settings, incoming: Tensor, state: Tensor, of_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
     """See `dcvae_kernels.fused.backward_sweep`."""
+    q, temperature, k, queue, valid, query_ids, key_ids = inputs
+    number, normalize, symmetric, reduction, _ = settings
+    in_batch = queue is None
+    k = k if in_batch else queue
+    factor = loss_weight(reduction, state.shape[-1]) / (2 if symmetric else 1)
     query_ids, key_ids = _contiguous(query_ids), _contiguous(key_ids)
     mirror = state[1] if state.shape[0] == 2 else None
     if of_keys:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dcvae_kernels.reference import Layers
 from dcvae_kernels.triton import on_device
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -281,18 +282,16 @@ def layout(weight: Tensor, dim: int) -> tuple[int, ...] | None:
     return height, width, taps, row_stride, depth_stride, tap_stride, taps, 1
 
 
-def make_plan(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]
-) -> Plan | None:
+def make_plan(layers: Layers) -> Plan | None:
     """Copies the tables to the device, which a CUDA graph cannot capture; but its warm-up has done that before.
 
     None for what the kernels do not take: other dtypes, other layouts, too many layers.
     """
-    if weights[0].dtype not in DTYPES or len(weights) > MAX_LAYERS:
+    if layers.weights[0].dtype not in DTYPES or len(layers.weights) > MAX_LAYERS:
         return None
     records, row_blocks, column_blocks, parts = [], [], [], []
     elements = rows = columns = 0
-    for i, (weight, u, v, dim) in enumerate(zip(weights, us, vs, dims, strict=True)):
+    for i, (weight, u, v, dim) in enumerate(zip(*layers, strict=True)):
         fields = layout(weight, dim)
         if fields is None or not (u.is_contiguous() and v.is_contiguous()):
             return None
@@ -305,7 +304,7 @@ def make_plan(
         parts.append((elements, weight.shape, weight.stride()))
         elements += triton.cdiv(weight.numel(), ALIGNMENT) * ALIGNMENT
         rows, columns = rows + height, columns + width
-    device = weights[0].device
+    device = layers.weights[0].device
     tables = (
         torch.tensor(records, device=device, dtype=torch.int64),
         torch.tensor(row_blocks, device=device, dtype=torch.int32),
