@@ -17,6 +17,7 @@ HEAVY += ["torch._dynamo"]  # seconds, which only those who compile need
         ("dcvae_pipelines", [*HEAVY, "dcvae_fast", "dcvae_kernels"]),
         ("dcvae_fast", ["torch", "tqdm", *HEAVY]),
         ("dcvae_fast.models.dcvae", [*HEAVY, "huggingface_hub"]),
+        ("dcvae_fast.evaluation, dcvae_fast.commands.latent, dcvae_fast.run_folder", ["dcvae_fast.training"]),
     ],
 )
 def test_import_is_light(package, forbidden):

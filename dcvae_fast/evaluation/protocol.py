@@ -110,7 +110,16 @@ def evaluate(
     """
     _check(model, data, metrics, protocol, images, batch, seed)
     batch = batch or max(4, min(64, 64 * 128**2 // model.config.resolution**2))
-    work = _Work(model.eval(), data, protocol, PROTOCOLS[protocol], images, batch, seed, progress)
+    work = _Work(
+        model=model.eval(),
+        splits=data,
+        protocol=protocol,
+        how=PROTOCOLS[protocol],
+        images=images,
+        batch=batch,
+        seed=seed,
+        progress=progress,
+    )
     steps: list[Iterator[Measurement]] = []  # which begin once all networks are there
     if chosen := [metric for metric in fidelity.FEATURE_METRICS if metric in metrics]:
         steps.append(_fidelity(work, chosen, _beside(model, features or fidelity.load_features(weights)), cache))
