@@ -1,9 +1,9 @@
 """metrics.jsonl, TensorBoard, the progress line, image grids.
 
-Training waits for the device here, where checkpoints are saved, and while it is profiled: nowhere else.
+Training waits for the device here, where checkpoints are saved, while it is profiled, and in float16 for the loss
+scale: nowhere else.
 """
 
-import io
 import json
 import logging
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import DivergedError
 from dcvae_fast.images import make_grid, png_bytes, to_bytes
-from dcvae_fast.run_folder import GRIDS, METRICS_FILE, atomic_write
+from dcvae_fast.run_folder import GRIDS, METRICS_FILE, atomic_write, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, time does not count: images a second, and the share of waiting, are those of training alone."""
+        """Do not count the time of the block: images a second, and the share of waiting, are those of training alone."""
         for value in list(self._sums.values())[-1:]:
             value.cpu()  # waits for the device, so that no training goes on in the pause
         began = time.perf_counter()
@@ -127,10 +127,9 @@ class Log:
         sheet = Image.new("RGB", (width, len(images) * height))
         for number, image in enumerate(images):
             sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (0, number * height))
-        content = io.BytesIO()
-        sheet.save(content, format="PNG")
         path = self.folder / GRIDS / "growth.png"
-        atomic_write(path, content.getvalue())
+        with replacing(path) as file:
+            sheet.save(file, format="PNG")
         return path
 
     def close(self) -> None:
