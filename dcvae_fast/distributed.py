@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Every method is a collective: all ranks must call it.
+    """This process among those that train together. All methods but `shard` are collectives: all ranks must call them.
 
     Attributes:
         rank: number of this process

@@ -150,7 +150,7 @@ class Units(torch.optim.Optimizer):
 
 
 class UnitEngine(Engine):
-    """An engine whose parameters are stepped in units; by itself, for Apex's Adam."""
+    """An engine whose parameters are stepped in units; by itself for Apex's Adam, and DeepSpeed's without its engine."""
 
     optimizer: Units
 

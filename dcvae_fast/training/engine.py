@@ -60,8 +60,8 @@ class Engine:
         return "torch" if world_size == 1 else f"torch, averaged over {world_size} ranks"
 
     @property
-    def adam(self) -> str:
-        """Which Adam is used: see `choose`."""
+    def adam_name(self) -> str:
+        """Whose Adam is used: see `choose`."""
         return choose(self._config.fused, self.parameters[0].device)
 
     def reset(self, lr: float, batch: int) -> None:
@@ -79,7 +79,7 @@ class Engine:
         """Step the parameters that have gradients by their means over all ranks, and clear the gradients.
 
         Raises:
-            DivergedError: float16 gradients overflow at any loss scale.
+            DivergedError: a float16 loss or its gradients are not finite at any loss scale.
         """
         self._average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.scaler.step(self.optimizer)
@@ -87,7 +87,7 @@ class Engine:
         self.optimizer.zero_grad()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_LOSS_SCALE:  # waits for the device
             with self.ranks.raise_on_all_ranks():
-                raise DivergedError("the gradients are not finite in float16, at any loss scale.")
+                raise DivergedError("a loss or its gradients are not finite in float16, at any loss scale.")
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         self.ranks.all_reduce_mean_(gradients)

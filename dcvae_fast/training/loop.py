@@ -70,7 +70,7 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
 
     Continues from the newest intact checkpoint, whatever the number of ranks that wrote it. On a CPU, with the same
     number of threads and ranks, the weights are bitwise those of an uninterrupted run. With several ranks, only the
-    first uses the folder.
+    first uses the folder. Messages are logged at INFO; `console.configure_logging` prints them.
 
     Args:
         config: all settings.
@@ -96,7 +96,7 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
             return Outcome(start, trained=False)
         verb = "Continuing" if start else "Training"
         logger.info(f"{verb} in {folder} on {step.device}, from {start:,} to {total:,} images")
-        logger.info(f"Gradients by {step.engine.describe()}; Adam by {step.engine.adam}")
+        logger.info(f"Gradients by {step.engine.describe()}; Adam by {step.engine.adam_name}")
         log = stack.enter_context(closing(Log(folder, start, total, ranks)))
         profiler = None
         if profiled and ranks.is_first:

@@ -54,12 +54,12 @@ class NoiseSource:
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         self._config, self._device, self._ranks = config, device, ranks
         # The meta device, on which a plan is made, has no generator and draws nothing.
-        self.generator = torch.Generator("cpu" if device.type == "meta" else device)
+        self._generator = torch.Generator("cpu" if device.type == "meta" else device)
 
     def draw(self, n: int, variant: Variant, shown: int) -> Noise:
         """Draw the noise of an iteration on n images per rank, after `shown` images."""
         loss = self._config.loss
-        self.generator.manual_seed(derive_seed(self._config.train.seed, shown))
+        self._generator.manual_seed(derive_seed(self._config.train.seed, shown))
         samples = loss.has_gan and variant.autoencoder
         # The order of the draws is part of what a run computes.
         return Noise(
@@ -68,13 +68,13 @@ class NoiseSource:
             interpolation=self._interpolation(n) if loss.has_gan and loss.adversarial == "wgan_gp" else None,
             generated=self._normal(sampled(self._config, self._ranks.world_size) or n) if samples else None,
             again=self._normal(n) if samples and loss.order == "sequential" else None,
-            location=torch.rand(1, device=self._device, generator=self.generator) if variant.local else None,
+            location=torch.rand(1, device=self._device, generator=self._generator) if variant.local else None,
         )
 
     def _normal(self, n: int) -> Tensor:
         shape = (n * self._ranks.world_size, self._config.model.latent_dim)
-        return self._ranks.shard(torch.randn(shape, device=self._device, generator=self.generator))
+        return self._ranks.shard(torch.randn(shape, device=self._device, generator=self._generator))
 
     def _interpolation(self, n: int) -> Tensor:
         shape = (2, n * self._ranks.world_size, 1, 1, 1)
-        return self._ranks.shard(torch.rand(shape, device=self._device, generator=self.generator).transpose(0, 1))
+        return self._ranks.shard(torch.rand(shape, device=self._device, generator=self._generator).transpose(0, 1))

@@ -1,6 +1,6 @@
 """One training iteration: noise, the objectives in order, optimizer, graphs. Knows no files, clock or command line.
 
-Nothing here waits for the device: metrics are detached tensors on it.
+Nothing here waits for the device, except for the loss scale in float16: metrics are detached tensors on it.
 """
 
 from collections.abc import Callable, Iterable
