@@ -150,7 +150,7 @@ class Units(torch.optim.Optimizer):
 
 
 class UnitEngine(Engine):
-    """An engine whose parameters are stepped in units; by itself for Apex's Adam, and DeepSpeed's without its engine."""
+    """An engine whose parameters are stepped in units; by itself for Apex's Adam, and for DeepSpeed's alone."""
 
     optimizer: Units
 

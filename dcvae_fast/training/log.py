@@ -95,7 +95,7 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time of the block: images a second, and the share of waiting, are those of training alone."""
+        """Leave the time of the block out of images per second and of the share of waiting."""
         for value in list(self._sums.values())[-1:]:
             value.cpu()  # waits for the device, so that no training goes on in the pause
         began = time.perf_counter()
