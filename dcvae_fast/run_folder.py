@@ -1,4 +1,4 @@
-"""The run folder: its layout, atomic writes, and checkpoints that survive a kill, a full disk and a damaged file.
+"""The run folder: its layout, and checkpoints that survive a kill, a full disk and a damaged file.
 
 RUN/config.yaml                    what is trained
 RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
@@ -7,12 +7,11 @@ RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
 
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dcvae_fast.config import Config, differences, to_dict
 from dcvae_fast.errors import RunError, reason
+from dcvae_pipelines.atomic import atomic_write, find_unfinished, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def prepare_run(folder: Path, config: Config) -> None:
             )
         return
     # What a start that was killed may leave is no reason to refuse.
-    begun = {folder / CHECKPOINTS, *folder.glob(f"{CONFIG_FILE}*.tmp")}
+    begun = {folder / CHECKPOINTS, *find_unfinished(folder)}
     if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - begun or _newest_first(folder)):
         raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
     try:
@@ -78,8 +78,8 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise RunError(f"{folder} is being trained by another process.") from error
     with lock:
-        for half_written in (folder / CHECKPOINTS).glob("*.tmp"):  # by a run that was killed
-            half_written.unlink()
+        for file in find_unfinished(folder / CHECKPOINTS):  # by a run that was killed
+            file.unlink()
         yield
 
 
@@ -180,35 +180,5 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return records
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` if the block succeeds: a reader, or a crash at any time, sees the old
-    content or the new one, never a part."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a whole file as `replacing` does; text as UTF-8."""
-    with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
 def _newest_first(folder: Path) -> list[Path]:
     return sorted((folder / CHECKPOINTS).glob("[0-9]" * 12 + ".pt"), reverse=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

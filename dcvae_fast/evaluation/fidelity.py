@@ -12,8 +12,8 @@ from torch import Tensor
 from dcvae_fast.config import ModelConfig
 from dcvae_fast.evaluation.measurement import hash_weights
 from dcvae_fast.evaluation.pretrained import Extractor, downloads_in, find_weights, read_weights
-from dcvae_fast.run_folder import atomic_write
 from dcvae_pipelines import EncodedSet, ImageSet
+from dcvae_pipelines.atomic import atomic_write
 
 INCEPTION, LPIPS = "inception-v3-compat", "lpips-vgg16"
 

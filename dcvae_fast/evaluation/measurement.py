@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dcvae_fast.errors import EvaluationError, reason
-from dcvae_fast.run_folder import atomic_write
+from dcvae_pipelines.atomic import atomic_write
 
 # In a run's folder.
 EVALUATION_FILE = "evaluation.json"

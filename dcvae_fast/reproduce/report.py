@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dcvae_fast.evaluation.measurement import Measurement
 from dcvae_fast.reproduce.paper import Key, Table
-from dcvae_fast.run_folder import atomic_write, replacing
+from dcvae_pipelines.atomic import atomic_write, replacing
 
 NONE = "–"
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import DivergedError
 from dcvae_fast.images import make_grid, png_bytes, to_bytes
-from dcvae_fast.run_folder import GRIDS, METRICS_FILE, atomic_write, replacing
+from dcvae_fast.run_folder import GRIDS, METRICS_FILE
+from dcvae_pipelines.atomic import atomic_write, replacing
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dcvae_fast.config import Config
-from dcvae_fast.run_folder import atomic_write
 from dcvae_fast.training.graphs import WARM_UPS
+from dcvae_pipelines.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dcvae_pipelines.atomic import atomic_write, find_unfinished, publish, unfinished
+from dcvae_pipelines.atomic import atomic_write, find_unfinished, replacing
 from dcvae_pipelines.datasets import load_dataset
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet, Files
@@ -172,7 +172,7 @@ def prepare(
                 (target / _MANIFEST).unlink()
             raise
         finally:
-            for file in find_unfinished(target):  # also those of an earlier call that was killed
+            for file in find_unfinished(target):  # of an earlier call that was killed
                 file.unlink()
 
 
@@ -262,7 +262,7 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
     """
     path, lines, records = target / f"{shard.stem}.tar", [], []
     with (
-        open(unfinished(path), "wb") as file,
+        replacing(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for index, image in zip(shard.span, images, strict=True):
@@ -277,10 +277,11 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
             records.append(image.record | {"member": f"{key}.{image.files[0][0]}" if members else None})
     record: dict[str, Any] = {"fingerprint": shard.fingerprint, "packed": len(lines)}
     if lines:
-        publish(path)
         with open(path, "rb") as file:
             record |= {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         atomic_write(path.with_suffix(".idx"), "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+    else:
+        path.unlink()
     _write_json(path.with_suffix(".json"), record | {"images": records})
 
 

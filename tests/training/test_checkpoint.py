@@ -123,7 +123,7 @@ def test_a_full_disk_loses_nothing(run):
 
 def test_what_a_kill_left_half_written_is_ignored_and_cleared(run):
     save_checkpoint(run, 1, state(1), keep=2)
-    (run / "checkpoints" / "000000000002.tmp").write_bytes(b"half")
+    (run / "checkpoints" / ".000000000002.pt.1.unfinished").write_bytes(b"half")
     loaded = load_checkpoint(run)
     assert loaded is not None and loaded["step"]["images"] == 1
     with locked(run):
@@ -145,7 +145,7 @@ def test_damaged_checkpoints_take_no_place_among_those_kept(run):
     assert checkpoints(run) == ["000000000002.pt", "000000000003.damaged", "000000000003.pt"]
 
 
-@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints", "config.yaml.tmp"]])
+@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints", ".config.yaml.1.unfinished"]])
 def test_a_start_that_was_killed_can_be_made_again(left, tmp_path):
     folder = tmp_path / "run"
     for name in left:
