@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,16 @@ FREE = {
     "steps_per_print": int,
     "wall_clock_breakdown": bool,
     "zero_allow_untested_optimizer": bool,
+    "zero_optimization.allgather_bucket_size": int,
+    "zero_optimization.allgather_partitions": bool,
+    "zero_optimization.contiguous_gradients": bool,
+    "zero_optimization.ignore_unused_parameters": bool,
+    "zero_optimization.overlap_comm": bool,
+    "zero_optimization.reduce_bucket_size": int,
+    "zero_optimization.reduce_scatter": bool,
+    "zero_optimization.round_robin_gradients": bool,
 }
-ZERO_FREE = {
-    "allgather_bucket_size": int,
-    "allgather_partitions": bool,
-    "contiguous_gradients": bool,
-    "ignore_unused_parameters": bool,
-    "overlap_comm": bool,
-    "reduce_bucket_size": int,
-    "reduce_scatter": bool,
-    "round_robin_gradients": bool,
-}
+WANTED = {int: "a number from 1 on", bool: "true or false", dict: "an object"}
 ELSEWHERE = {
     "optimizer": "Adam's settings are those of the recipe's section optim",
     "scheduler": "the learning rate is optim.lr and growth.lr",
@@ -327,38 +326,42 @@ def _range(address: Any) -> slice:
 
 
 def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:
-    """What DeepSpeed is told: the user's JSON, as far as it does not contradict the recipe.
+    """Return what DeepSpeed is told: the user's JSON, as far as it does not contradict the recipe.
 
     Raises:
         ConfigError: the file cannot be read, or says something that the recipe says otherwise, or nobody here heeds.
     """
-    path, stage = config.train.deepspeed_config, config.train.zero
+    path = config.train.deepspeed_config
     user = {} if path is None else _read(path)
-    zero = user.pop("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ConfigError(f"{path}: zero_optimization is no object.")
-    _compare(path, user, config, ranks)
-    wanted = zero.pop("stage", "auto")
-    if wanted == 3:
-        raise ConfigError(f"{path}: zero_optimization.stage is 3; it must be 0, 1 or 2: {NO_STAGE_3}.")
-    if wanted != "auto":
-        if isinstance(wanted, bool) or wanted not in (0, 1, 2) or stage not in (None, wanted):
-            either = "0, 1 or 2" if stage is None else f"{stage}, as train.zero is"
-            raise ConfigError(f"{path}: zero_optimization.stage is {wanted!r}; it must be {either}.")
-        stage = wanted
-    _check_rest(path, zero, ZERO_FREE, "zero_optimization.")
-    zero = {**_without_auto(zero), "stage": stage or 0}
-    if stage:
-        zero["compute_grad_norm"] = False  # it would wait for the device
-    return {
-        **_without_auto(user),
+    stage = _stage(path, user.pop("zero_optimization.stage", "auto"), config.train.zero)
+    settings: dict[str, Any] = {
         "gradient_accumulation_steps": 1,  # the engine adds gradients up itself
         "gradient_clipping": 0.0,  # the default is 1
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": stage},
     }
+    if stage:
+        settings["zero_optimization"]["compute_grad_norm"] = False  # it would wait for the device
+    decided = list(_decided(config, ranks))
+    for name, theirs in user.items():
+        for ours, setting in [(ours, setting) for known, ours, setting in decided if known == name]:
+            if theirs not in ("auto", ours):
+                raise ConfigError(f"{path}: {name} is {theirs!r}, but {setting} makes it {ours!r}.")
+        if name in {known for known, *_ in decided}:
+            continue
+        if name not in FREE:
+            why = ELSEWHERE.get(name, "it would not be heeded, or change what the recipe computes")
+            raise ConfigError(f"{path}: {name} cannot be set here: {why}.")
+        kind, (section, _, key) = FREE[name], name.rpartition(".")
+        if theirs == "auto":
+            continue
+        if type(theirs) is not kind or (kind is int and theirs < 1):
+            raise ConfigError(f"{path}: {name} is {theirs!r}; it must be {WANTED[kind]}.")
+        (settings[section] if section else settings)[key] = theirs
+    return settings
 
 
 def _read(path: str) -> dict[str, Any]:
+    """Return the settings in a JSON file, those of sections that are looked into as SECTION.NAME."""
     try:
         user = json.loads(Path(path).read_text())
     except OSError as error:
@@ -367,58 +370,43 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(f"train.deepspeed_config: {path} is no JSON ({error}).") from error
     if not isinstance(user, dict):
         raise ConfigError(f"train.deepspeed_config: {path} holds no JSON object.")
+    for section in ("zero_optimization", "bf16", "fp16"):
+        settings = user.pop(section, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path}: {section} is no object.")
+        user |= {f"{section}.{name}": value for name, value in settings.items()}
     return user
 
 
-def _compare(path: str | None, user: dict[str, Any], config: Config, ranks: int) -> None:
-    """Takes out of the user's settings what the recipe says too, if it says the same."""
+def _stage(path: str | None, theirs: Any, ours: int | None) -> int:
+    """Return ZeRO's stage, which the user's JSON may give, or `train.zero`, or both alike."""
+    if theirs == 3:
+        raise ConfigError(f"{path}: zero_optimization.stage is 3; it must be 0, 1 or 2: {NO_STAGE_3}.")
+    if theirs == "auto":
+        return ours or 0
+    if isinstance(theirs, bool) or theirs not in (0, 1, 2) or ours not in (None, theirs):
+        either = "0, 1 or 2" if ours is None else f"{ours}, as train.zero is"
+        raise ConfigError(f"{path}: zero_optimization.stage is {theirs!r}; it must be {either}.")
+    return theirs
 
-    def agree(settings: dict[str, Any], name: str, ours: Any, setting: str, prefix: str = "") -> None:
-        theirs = settings.pop(name, "auto")
-        if theirs not in ("auto", ours):
-            raise ConfigError(f"{path}: {prefix}{name} is {theirs!r}, but {setting} makes it {ours!r}.")
 
-    train, optim = config.train, config.optim
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        theirs = user.pop(name, "auto")
-        for stage in stages(config) if theirs != "auto" else ():
-            batch = point(config, stage.begin, ranks).batch
-            micro = min(train.micro_batch or batch, batch)
-            ours = {
-                "train_batch_size": batch * ranks,
-                "train_micro_batch_size_per_gpu": micro,
-                "gradient_accumulation_steps": -(-batch // micro),
-            }
-            where = f" at {stage.resolution}×{stage.resolution}" if config.model.grows else ""
-            batches = "growth.batch" if config.model.grows else "train.batch"
-            cut = "" if train.micro_batch is None else ", with train.micro_batch,"
-            agree({name: theirs}, name, ours[name], f"{batches} on {ranks} rank{'s'[: ranks > 1]}{cut}{where}")
+def _decided(config: Config, ranks: int) -> Iterator[tuple[str, Any, str]]:
+    """Yield settings of DeepSpeed that the recipe decides: name, value, and what in the recipe decides it."""
+    train = config.train
+    cut = "" if train.micro_batch is None else ", with train.micro_batch,"
+    for stage in stages(config):
+        batch = point(config, stage.begin, ranks).batch
+        micro = min(train.micro_batch or batch, batch)
+        at = f" at {stage.resolution}×{stage.resolution}" if config.model.grows else ""
+        batches = "growth.batch" if config.model.grows else "train.batch"
+        setting = f"{batches} on {ranks} rank{'s'[: ranks > 1]}{cut}{at}"
+        yield "train_batch_size", batch * ranks, setting
+        yield "train_micro_batch_size_per_gpu", micro, setting
+        yield "gradient_accumulation_steps", -(-batch // micro), setting
     for section, precision in (("bf16", "bfloat16"), ("fp16", "float16")):
-        theirs = user.pop(section, {})
-        if not isinstance(theirs, dict):
-            raise ConfigError(f"{path}: {section} is no object.")
-        agree(theirs, "enabled", train.precision == precision, f"train.precision {train.precision}", f"{section}.")
-        if section == "fp16":
-            agree(theirs, "loss_scale", 0, "the recipe's dynamic loss scale", "fp16.")
-            agree(theirs, "initial_scale_power", math.log2(optim.loss_scale), "optim.loss_scale", "fp16.")
-            agree(theirs, "loss_scale_window", optim.loss_scale_window, "optim.loss_scale_window", "fp16.")
-        _check_rest(path, theirs, {}, f"{section}.")
-    agree(user, "gradient_clipping", 0, "the method, which clips none,")
-    agree(user, "communication_data_type", "fp32", "the type of the gradients")
-    _check_rest(path, user, FREE)
-
-
-def _check_rest(path: str | None, settings: dict[str, Any], known: dict[str, type], prefix: str = "") -> None:
-    """Of what the recipe does not say, only this may be set."""
-    for name, value in settings.items():
-        if name not in known:
-            why = ELSEWHERE.get(name, "it would not be heeded, or change what the recipe computes")
-            raise ConfigError(f"{path}: {prefix}{name} cannot be set here: {why}.")
-        kind = known[name]
-        if value != "auto" and (type(value) is not kind or (kind is int and value < 1)):
-            wanted = {int: "a number from 1 on", bool: "true or false", dict: "an object"}[kind]
-            raise ConfigError(f"{path}: {prefix}{name} is {value!r}; it must be {wanted}.")
-
-
-def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value != "auto"}
+        yield f"{section}.enabled", train.precision == precision, f"train.precision {train.precision}"
+    yield "fp16.loss_scale", 0, "the recipe's dynamic loss scale"
+    yield "fp16.initial_scale_power", math.log2(config.optim.loss_scale), "optim.loss_scale"
+    yield "fp16.loss_scale_window", config.optim.loss_scale_window, "optim.loss_scale_window"
+    yield "gradient_clipping", 0, "the method, which clips none,"
+    yield "communication_data_type", "fp32", "the type of the gradients"
