@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,18 +108,10 @@ def evaluate(
         EvaluationError: an argument has no meaning, or weights cannot be had.
         DataError: an image cannot be decoded, or does not fit the model.
     """
-    _check(model, data, metrics, protocol, images, batch, seed)
-    batch = batch or max(4, min(64, 64 * 128**2 // model.config.resolution**2))
-    work = _Work(
-        model=model.eval(),
-        splits=data,
-        protocol=protocol,
-        how=PROTOCOLS[protocol],
-        images=images,
-        batch=batch,
-        seed=seed,
-        progress=progress,
-    )
+    if batch is None:
+        batch = max(4, min(64, 64 * 128**2 // model.config.resolution**2))
+    work = _Work(model.eval(), data, protocol, images, batch, seed, progress)
+    _check(work, metrics)
     steps: list[Iterator[Measurement]] = []  # which begin once all networks are there
     if chosen := [metric for metric in fidelity.FEATURE_METRICS if metric in metrics]:
         steps.append(_fidelity(work, chosen, _beside(model, features or fidelity.load_features(weights)), cache))
@@ -149,29 +141,22 @@ def data_of(metric: str, of: Subject, data: Splits) -> str | None:
     return f"{data.test.name}: {', '.join(used)}" if used else None
 
 
-def _check(
-    model: DCVAE,
-    data: Splits | None,
-    metrics: Collection[str],
-    protocol: str,
-    images: int,
-    batch: int | None,
-    seed: int,
-) -> None:
+def _check(work: "_Work", metrics: Collection[str]) -> None:
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise EvaluationError(f"metrics has {', '.join(unknown)}; known are {', '.join(METRICS)}.")
     if not metrics:
         raise EvaluationError(f"metrics is empty; known are {', '.join(METRICS)}.")
-    if protocol not in PROTOCOLS:
-        raise EvaluationError(f"protocol is {protocol!r}; it must be {' or '.join(PROTOCOLS)}.")
-    if images < fidelity.FEWEST:
-        raise EvaluationError(f"images is {images}; it must be at least {fidelity.FEWEST}.")
-    if batch is not None and batch < 1:
-        raise EvaluationError(f"batch is {batch}; it must be at least 1.")
-    if not 0 <= seed < 2**63:
-        raise EvaluationError(f"seed is {seed}; it must be from 0 to 2⁶³ − 1.")
-    if "ppl" in metrics and model.config.resolution < 32:
-        raise EvaluationError(f"ppl looks at images of 32×32 or more; this model's are {model.config.resolution} wide.")
+    if work.protocol not in PROTOCOLS:
+        raise EvaluationError(f"protocol is {work.protocol!r}; it must be {' or '.join(PROTOCOLS)}.")
+    if work.images < fidelity.FEWEST:
+        raise EvaluationError(f"images is {work.images}; it must be at least {fidelity.FEWEST}.")
+    if work.batch < 1:
+        raise EvaluationError(f"batch is {work.batch}; it must be at least 1.")
+    if not 0 <= work.seed < 2**63:
+        raise EvaluationError(f"seed is {work.seed}; it must be from 0 to 2⁶³ − 1.")
+    config, data = work.model.config, work.splits
+    if "ppl" in metrics and config.resolution < 32:
+        raise EvaluationError(f"ppl looks at images of 32×32 or more; this model's are {config.resolution} wide.")
     if data is None:
         if set(metrics) != {"ppl"}:
             raise EvaluationError("data is missing; of all metrics, only ppl does without.")
@@ -180,7 +165,7 @@ def _check(
         if len(split) < fidelity.FEWEST and set(metrics) & set(fidelity.FEATURE_METRICS):
             needed = f"fid, is, kid and prc need {fidelity.FEWEST}"
             raise EvaluationError(f"{split.name} has {len(split)} {name} images; {needed}.")
-        first = next(parts(split, evenly(len(split), fidelity.FEWEST), model.config, data.on_corrupt))
+        first = next(parts(split, evenly(len(split), fidelity.FEWEST), config, data.on_corrupt))
         if "probe" in metrics:
             probe.check_labels(first)
 
@@ -197,16 +182,25 @@ class _Work:
     model: DCVAE
     splits: Splits | None
     protocol: str
-    how: Protocol
     images: int
     batch: int
     seed: int
     progress: Progress
 
     @property
+    def how(self) -> Protocol:
+        return PROTOCOLS[self.protocol]
+
+    @property
     def data(self) -> Splits:
         assert self.splits is not None  # or `_check` would have refused
         return self.splits
+
+    def measurement(self, metric: str, of: Subject, value: float, count: int, **more: Any) -> Measurement:
+        """Complete a measurement by what is the same for all."""
+        data = None if self.splits is None else data_of(metric, of, self.splits)
+        common = {"protocol": self.protocol, "data": data, "seed": self.seed}
+        return Measurement(**{"metric": metric, "of": of, "value": value, "count": count, **common, **more})
 
     def once(self) -> Tensor:
         """Indices of test images, each at most once, and no more than asked for."""
@@ -240,20 +234,9 @@ def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: 
     for of, images in sets.items():
         features = fidelity.features_of((to_bytes(some, rounded=how.rounded) for some in images), extractor)
         for metric in metrics:
-            beside = data_of(metric, of, work.data)
             for name, (value, spread, spread_is) in fidelity.compare(metric, features, real, extractor).items():
-                yield Measurement(
-                    metric=name,
-                    of=of,
-                    protocol=work.protocol,
-                    value=value,
-                    spread=spread,
-                    spread_is=spread_is,
-                    count=_count(features),
-                    data=beside,
-                    seed=work.seed,
-                    extractor=extractor.name,
-                )
+                more = {"spread": spread, "spread_is": spread_is, "extractor": extractor.name}
+                yield work.measurement(name, of, value, len(next(iter(features.values()))), **more)
 
 
 def _real_features(work: _Work, extractor: Extractor, cache: Path | None) -> dict[str, Tensor]:
@@ -265,49 +248,25 @@ def _real_features(work: _Work, extractor: Extractor, cache: Path | None) -> dic
     return fidelity.real_features(counted, extractor, cache, lambda: fidelity.content_key(data.train, indices, config))
 
 
-def _count(features: dict[str, Tensor]) -> int:
-    return len(next(iter(features.values())))
-
-
 def _pixel(work: _Work) -> Iterator[Measurement]:
     config = work.model.config
     error, count = perceptual.pixel_error(work.pairs(work.once(), "pixels"))
     values = perceptual.pixel_distances(error, config.image_channels * config.resolution**2)
-    yield from _distances(work, values, count, None)
+    for name, value in values.items():
+        yield work.measurement(name, "reconstructions", value, count)
 
 
 def _perceptual(work: _Work, vgg16: Extractor) -> Iterator[Measurement]:
     distances, count = perceptual.perceptual_distances(work.pairs(work.once(), "perceptual"), vgg16)
-    yield from _distances(work, distances, count, vgg16.name)
-
-
-def _distances(work: _Work, values: dict[str, float], count: int, extractor: str | None) -> Iterator[Measurement]:
-    for name, value in values.items():
-        yield Measurement(
-            metric=name,
-            of="reconstructions",
-            protocol=work.protocol,
-            value=value,
-            count=count,
-            data=data_of(name, "reconstructions", work.data),
-            seed=work.seed,
-            extractor=extractor,
-        )
+    for name, value in distances.items():
+        yield work.measurement(name, "reconstructions", value, count, extractor=vgg16.name)
 
 
 def _path_length(work: _Work, lpips: Extractor) -> Iterator[Measurement]:
     pairs = 2 * work.images
     lengths = perceptual.path_lengths(work.model, lpips, pairs, work.batch, work.seed)
     value = perceptual.trimmed_mean(torch.cat(list(work.counted(lengths, "path lengths", pairs, len))))
-    yield Measurement(
-        metric="ppl",
-        of="samples",
-        protocol="paper",
-        value=value,
-        count=pairs,
-        seed=work.seed,
-        extractor=lpips.name,
-    )
+    yield work.measurement("ppl", "samples", value, pairs, protocol="paper", extractor=lpips.name)
 
 
 def _probe(work: _Work) -> Iterator[Measurement]:
@@ -317,14 +276,6 @@ def _probe(work: _Work) -> Iterator[Measurement]:
         images = parts(split, torch.arange(len(split)), model.config, data.on_corrupt)
         latents.append(probe.posterior_means(model, work.counted(images, name, len(split), len), work.batch))
     errors = 100 * probe.linear_probe(*latents, seed=work.seed, device=model.device)
-    yield Measurement(
-        metric="probe_error",
-        of="latents",
-        protocol="paper",
-        value=errors.mean().item(),
-        spread=probe.half_width(errors),
-        spread_is="half of the 95 % confidence interval over 5 classifiers, other beginnings and mini-batches",
-        count=len(latents[1][0]),
-        data=data_of("probe_error", "latents", data),
-        seed=work.seed,
-    )
+    spread_is = "half of the 95 % confidence interval over 5 classifiers, other beginnings and mini-batches"
+    more = {"spread": probe.half_width(errors), "spread_is": spread_is, "protocol": "paper"}
+    yield work.measurement("probe_error", "latents", errors.mean().item(), len(latents[1][0]), **more)
