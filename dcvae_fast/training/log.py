@@ -19,7 +19,7 @@ from torch import Tensor
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import DivergedError
 from dcvae_fast.images import make_grid, png_bytes, to_bytes
-from dcvae_fast.run_folder import GRIDS, METRICS_FILE
+from dcvae_fast.run_folder import GRIDS, METRICS_FILE, read_metrics
 from dcvae_pipelines.atomic import atomic_write, replacing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Log:
         if ranks.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
-            _drop_after(folder / METRICS_FILE, images)
+            _drop_after(folder, images)
             self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=images + 1)
         self._restart(images)
 
@@ -157,18 +157,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _drop_after(path: Path, images: int) -> None:
+def _drop_after(folder: Path, images: int) -> None:
     """Drop the lines of a run's metrics that a resumed run writes again, and those that are damaged."""
-    if not path.is_file():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _images_of(line) <= images]
-    if kept != lines:
-        atomic_write(path, b"".join(kept))
-
-
-def _images_of(line: bytes) -> float:
-    try:
-        return json.loads(line)["images"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    if (path := folder / METRICS_FILE).is_file():
+        kept = [record for record in read_metrics(folder) if record["images"] <= images]
+        atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
