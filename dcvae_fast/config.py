@@ -5,60 +5,48 @@ experiment what differs from them. `official` in a docstring is the authors' cod
 """
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from dcvae_fast.errors import ConfigError
 
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 
 
-class _Range(NamedTuple):
-    least: float | None
-    above: float | None
-    most: float | None
-    below: float | None
-
-    def holds(self, value: Any) -> bool:
-        return (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        if self.below is not None:
-            return f"in [{self.least}, {self.below})"
-        if self.most is not None:
-            return f"in [{self.least}, {self.most}]"
-        if self.above is not None:
-            return f"above {self.above}"
-        return "0 or more" if self.least == 0 else f"at least {self.least}"
+_HOLDS: dict[str, Callable[[Any, float], bool]] = {
+    "least": operator.ge,
+    "above": operator.gt,
+    "most": operator.le,
+    "below": operator.lt,
+}
 
 
-def setting(
-    default: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    may_change: bool = False,
-) -> Any:
+def setting(default: Any, *, may_change: bool = False, **bounds: float) -> Any:
     """Return a dataclass field with a default and a range. The range holds for each entry of a tuple or dict.
 
     Args:
         default: value if no recipe says otherwise.
-        least, above: smallest value allowed, or a bound that the value must exceed.
-        most, below: largest value allowed, or a bound that the value must stay below; only together with `least`.
         may_change: whether a resumed run may change the setting, because it does not alter what is computed.
+        bounds: `least` or `above`, and with `least` possibly `most` or `below`; a value may equal `least` and `most`.
     """
-    metadata = {"range": _Range(least, above, most, below), "may_change": may_change}
+    metadata = {"bounds": bounds, "may_change": may_change}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _range(least: float = 0, above: float | None = None, most: float | None = None, below: float | None = None) -> str:
+    """Return bounds in words."""
+    if above is not None:
+        return f"above {above}"
+    if below is not None:
+        return f"in [{least}, {below})"
+    if most is not None:
+        return f"in [{least}, {most}]"
+    return "0 or more" if least == 0 else f"at least {least}"
 
 
 def _check(setting: str, value: Any, holds: bool, wanted: str) -> None:
@@ -74,10 +62,10 @@ class _Section:
         section = type(self).__name__.removesuffix("Config").lower()
         for option in dataclasses.fields(self):
             name, value = f"{section}.{option.name}", getattr(self, option.name)
-            allowed, optional = option.metadata.get("range"), NoneType in get_args(option.type)
-            if allowed is None or (value is None and optional):
+            bounds, optional = option.metadata.get("bounds"), NoneType in get_args(option.type)
+            if not bounds or (value is None and optional):
                 continue
-            wanted = str(allowed)
+            wanted = _range(**bounds)
             if optional:
                 wanted = f"null, or {wanted}" if " or " in wanted else f"null or {wanted}"
             entries = {name: value}
@@ -86,7 +74,7 @@ class _Section:
             elif isinstance(value, tuple | list):
                 entries = {f"{name}[{index}]": entry for index, entry in enumerate(value)}
             for entry_name, entry in entries.items():
-                _check(entry_name, entry, allowed.holds(entry), wanted)
+                _check(entry_name, entry, all(_HOLDS[kind](entry, bound) for kind, bound in bounds.items()), wanted)
 
 
 @dataclass(frozen=True)
@@ -443,8 +431,3 @@ def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
             if was != now and not setting.metadata.get("may_change"):
                 found.append((f"{section.name}.{setting.name}", was, now))
     return found
-
-
-def differences(old: dict[str, Any], new: Config) -> list[str]:
-    """The same as lines `section.name: old → new`."""
-    return [f"{setting}: {was} → {now}" for setting, was, now in changes(old, new)]

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from dcvae_fast.config import Config, differences, to_dict
+from dcvae_fast.config import Config, changes, to_dict
 from dcvae_fast.errors import RunError, reason
 from dcvae_pipelines.atomic import atomic_write, find_unfinished, replacing
 
@@ -48,10 +48,10 @@ def prepare_run(folder: Path, config: Config) -> None:
             raise RunError(
                 f"{path} cannot be read ({error}); restore it, or choose another folder with --run."
             ) from error
-        if lines := differences(stored if isinstance(stored, dict) else {}, config):
+        if found := changes(stored if isinstance(stored, dict) else {}, config):
             raise RunError(
                 f"{folder} was made with another configuration (there → asked for):\n  "
-                + "\n  ".join(lines)
+                + "\n  ".join(f"{setting}: {was} → {now}" for setting, was, now in found)
                 + "\nChoose another folder, or ask for the settings it was made with."
             )
         return
@@ -172,7 +172,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.jsonl, if there is one yet, without lines that a kill has cut short."""
     path, records = folder / METRICS_FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
