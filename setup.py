@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(ROOT, include=["dcvae_fast", "dcvae_fast.*"]) + nested_packages(),
     package_dir={name: f"{folder}/{name}" for name, folder in NESTED.items()},
-    package_data={"dcvae_pipelines": ["splits/*.txt"], "": ["py.typed"]},
+    package_data={"": ["py.typed"]},
     # The ops (dcvae_kernels) need nothing else.
     install_requires=[
         "torch>=2.11",
