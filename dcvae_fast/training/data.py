@@ -34,21 +34,14 @@ def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
     return images
 
 
-def first_images(config: Config, split: str, count: int) -> ImageSet:
-    """Decode the first `count` images of a split, or fewer if there are fewer, at the final resolution.
+def first_images(config: Config, images: ImageSet | EncodedSet, count: int) -> ImageSet:
+    """Decode the first `count` images, or fewer if there are fewer, at the final resolution.
 
     Raises:
-        DataError: the split is missing or damaged, or one of the images and `data.on_corrupt` is stop.
-        ConfigError: its images do not fit the networks.
+        DataError: one of the images is damaged and `data.on_corrupt` is stop.
     """
-    data, model = config.data, config.model
-    return decode_images(
-        open_data(config, split),
-        count,
-        resolution=model.resolution,
-        channels=model.image_channels,
-        on_corrupt=data.on_corrupt,
-    )
+    model, how = config.model, config.data.on_corrupt
+    return decode_images(images, count, resolution=model.resolution, channels=model.image_channels, on_corrupt=how)
 
 
 def training_images(config: Config) -> ImageSet | EncodedSet:

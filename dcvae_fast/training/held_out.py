@@ -15,8 +15,9 @@ from dcvae_fast.evaluation.perceptual import images_at_once, pixel_error
 from dcvae_fast.evaluation.probe import linear_probe, posterior_means
 from dcvae_fast.images import to_bytes
 from dcvae_fast.models.dcvae import DCVAE
+from dcvae_fast.training.data import first_images
 from dcvae_fast.training.seeding import derive_seed
-from dcvae_pipelines import EncodedSet, ImageSet, decode_images
+from dcvae_pipelines import EncodedSet, ImageSet
 from dcvae_pipelines.pixels import resize
 
 # Training images that the probe learns from: for each held-out one, and at most.
@@ -43,16 +44,11 @@ class HeldOut:
             ConfigError: FID is wanted, and the weights of its network cannot be had.
             DataError: an image cannot be decoded.
         """
-        self._config, model, count = config, config.model, held_out_images(config)
-
-        def first(images: ImageSet | EncodedSet, count: int) -> ImageSet:
-            how = config.data.on_corrupt
-            return decode_images(
-                images, count, resolution=model.resolution, channels=model.image_channels, on_corrupt=how
-            )
-
-        self._test_set = first(test_set, count)
-        self._learn_from = None if test_set.labels is None else first(train_set, min(PROBE_IMAGES, PROBE_SHARE * count))
+        self._config, count = config, held_out_images(config)
+        self._test_set = first_images(config, test_set, count)
+        self._learn_from = None
+        if test_set.labels is not None:
+            self._learn_from = first_images(config, train_set, min(PROBE_IMAGES, PROBE_SHARE * count))
         self._train_set, self._inception = None, None
         if config.log.fid_images:
             self._train_set = train_set
@@ -67,6 +63,7 @@ class HeldOut:
             self._inception.network.to(device)
         self._real: dict[int, Tensor] = {}  # features of training images, by resolution
 
+    @cudnn.flags(enabled=True, allow_tf32=False)
     def measure(self, model: DCVAE) -> dict[str, float]:
         """Without TF32: pixel_mse (on [-1, 1]), probe_accuracy where there are labels, fid where it is wanted.
 
@@ -76,10 +73,7 @@ class HeldOut:
         Raises:
             DivergedError: the model's images are no longer finite numbers.
         """
-        with cudnn.flags(enabled=True, allow_tf32=False):
-            return self._measure(model, model.config.resolution)
-
-    def _measure(self, model: DCVAE, resolution: int) -> dict[str, float]:
+        resolution = model.config.resolution
         at_once = images_at_once(resolution)
         test_set = _resized(self._test_set, resolution)
         error, _ = pixel_error(reconstructions(model, [test_set], at_once))

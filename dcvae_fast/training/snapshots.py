@@ -12,7 +12,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.training.compiled import uncompiled
-from dcvae_fast.training.data import first_images
+from dcvae_fast.training.data import first_images, open_data
 from dcvae_fast.training.held_out import HeldOut, held_out_images
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.seeding import derive_seed
@@ -40,10 +40,10 @@ def open_snapshots(config: Config, train_set: ImageSet | EncodedSet, device: tor
     """Decode held-out images of a run that trains on `train_set`.
 
     Raises:
-        ConfigError, DataError: see `HeldOut`.
+        ConfigError, DataError: see `open_data` and `HeldOut`.
     """
     count = held_out_images(config)
-    test_set = first_images(config, "test", max(GRID_IMAGES, count))
+    test_set = first_images(config, open_data(config, "test"), max(GRID_IMAGES, count))
     held_out = HeldOut(config, train_set, test_set, device) if count else None
     return Snapshots(test_set.images[:GRID_IMAGES], held_out)
 
