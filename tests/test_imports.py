@@ -14,7 +14,6 @@ HEAVY += ["torch._dynamo"]  # seconds, which only those who compile need
     ("package", "forbidden"),
     [
         ("dcvae_kernels", [*HEAVY, "dcvae_fast", "dcvae_pipelines", "yaml", "safetensors", "huggingface_hub"]),
-        ("dcvae_pipelines", [*HEAVY, "dcvae_fast", "dcvae_kernels"]),
         ("dcvae_fast", ["torch", "tqdm", *HEAVY]),
         ("dcvae_fast.models.dcvae", [*HEAVY, "huggingface_hub"]),
         ("dcvae_fast.evaluation, dcvae_fast.commands.latent, dcvae_fast.run_folder", ["dcvae_fast.training"]),

@@ -1,4 +1,3 @@
-import io
 import logging
 import os
 import sys
@@ -14,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 import dcvae_pipelines.image
-from dcvae_pipelines import Batch, DaliSource, DataError, EncodedSet, ResidentSource, decode_images, load_dataset
+from dcvae_pipelines import Batch, DaliSource, DataError, EncodedSet, ResidentSource, decode_images
 from dcvae_pipelines.encoded import Files
 from dcvae_pipelines.image import centre_square
+from image_files import encode, turned
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
@@ -88,29 +88,21 @@ def test_images_of_many_sizes_share_a_batch(finish: str, tmp_path: Path, monkeyp
     assert torch.equal(batch.images, (40 * batch.ids / 127.5 - 1)[:, None, None, None].expand(6, 3, 8, 8))
 
 
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8))
     grey = colour.convert("L")
     transparent = colour.copy()
     transparent.putalpha(grey)
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    turned = Image.Exif()
-    turned[0x0112] = 6
     plain_exif = Image.Exif()
     plain_exif[0x010F] = "a maker"
     kinds = [
         encode(colour, "JPEG"),
         encode(colour, "JPEG", progressive=True, subsampling=2),
-        encode(colour, "JPEG", exif=turned),
+        encode(colour, "JPEG", exif=turned(6)),
         encode(grey, "JPEG"),
         encode(colour.convert("CMYK"), "JPEG"),
-        encode(colour, "PNG", exif=turned),
+        encode(colour, "PNG", exif=turned(6)),
         encode(transparent, "PNG"),
         encode(colour.convert("P"), "PNG"),
         encode(grey, "PNG"),
@@ -123,7 +115,7 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
         encode(colour.convert("P"), "GIF", save_all=True, append_images=[grey]),
         encode(colour.convert("P"), "GIF"),
         encode(colour.convert("CMYK"), "TIFF"),
-        encode(colour, "TIFF", exif=turned),
+        encode(colour, "TIFF", exif=turned(6)),
         b"P6 20 16 100\n" + bytes(i % 101 for i in range(960)),
         encode(colour, "WEBP", save_all=True, append_images=[colour.rotate(180)]),
         encode(colour, "TIFF"),
@@ -375,9 +367,3 @@ def test_settings_out_of_range_are_named(images: EncodedSet, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(DataError, match=r"nvidia-dali-cuda130 is needed here .*: pip install nvidia-dali-cuda130"):
         source(images)
-
-
-def test_a_folder_of_real_faces_is_a_source(real_data: Path):
-    faces = load_dataset("folder", real_data / "faces1024")
-    shown = ids(iter(source(faces, batch=18, resolution=4)), 3)
-    assert sorted(shown) == list(range(len(faces))) and len(faces) == 54

@@ -1,7 +1,6 @@
 """Where data sets lie and how they are split: folders, shards, LMDBs."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -18,13 +16,12 @@ from PIL import Image
 
 from dcvae_pipelines import DataError, EncodedSet, datasets, decode_images, decoded, load_dataset
 from dcvae_pipelines.encoded import Lmdb, Shards, find_images
+from image_files import encode, make_lmdb, make_shard
 
 
 def jpeg(value: int, width: int = 8, height: int = 8) -> bytes:
     """A grey image of one value, which JPEG keeps."""
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (value, value, value)).save(file, "JPEG")
-    return file.getvalue()
+    return encode(Image.new("RGB", (width, height), (value, value, value)), "JPEG")
 
 
 def make_folder(folder: Path, names: list[str]) -> Path:
@@ -63,12 +60,6 @@ def test_one_in_twenty_images_is_held_out_by_its_name(tmp_path: Path):
 
     make_folder(tmp_path, [*files, "later.jpg"])  # the others stay where they were
     assert set(names(train)) < set(names(load_dataset("folder", tmp_path)))
-
-
-def test_decoding_reports_progress(tmp_path: Path):
-    images, reported = load_dataset("folder", make_folder(tmp_path, [f"{i}.jpg" for i in range(5)])), []
-    decode_images(images, 3, resolution=8, progress=lambda *counts: reported.append(counts))
-    assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_no_more_than_a_thousand_are_held_out():
@@ -188,17 +179,10 @@ def test_a_subset_of_celebahq_without_held_out_images_is_split_like_a_folder(tmp
     assert (len(train), len(test)) == (20, 1)
 
 
-def make_lmdb(path: Path, contents: dict[bytes, bytes]) -> None:
-    with lmdb.open(str(path), map_size=2**24) as environment, environment.begin(write=True) as transaction:
-        for key, value in contents.items():
-            transaction.put(key, value)
-
-
 def test_lsun_is_read_from_its_lmdbs(tmp_path: Path):
-    webp = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 200, 200)).save(webp, "WEBP", lossless=True)
-    make_lmdb(tmp_path / "bedroom_train_lmdb", {b"b": jpeg(2), b"a": jpeg(1), b"c": webp.getvalue()})
-    make_lmdb(tmp_path / "bedroom_val_lmdb", {b"d": jpeg(4)})
+    webp = encode(Image.new("RGB", (8, 8), (200, 200, 200)), "WEBP", lossless=True)
+    make_lmdb(tmp_path / "bedroom_train_lmdb", {"b": jpeg(2), "a": jpeg(1), "c": webp})
+    make_lmdb(tmp_path / "bedroom_val_lmdb", {"d": jpeg(4)})
     train = load_dataset("lsun_bedroom", tmp_path)
     assert values(train) == [1, 2, 200] and values(load_dataset("lsun_bedroom", tmp_path, "test")) == [4]
     assert train.image_name(1) == f"{tmp_path / 'bedroom_train_lmdb'}: b"
@@ -213,7 +197,7 @@ def test_lsun_is_read_from_folders(tmp_path: Path):
 
 
 def test_a_missing_or_broken_lmdb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    make_lmdb(tmp_path / "bedroom_train_lmdb", {b"a": jpeg(1)})
+    make_lmdb(tmp_path / "bedroom_train_lmdb", {"a": jpeg(1)})
     with pytest.raises(DataError, match=r"looked for .*bedroom_val_lmdb/data.mdb .*; unpack bedroom_val_lmdb\.zip"):
         load_dataset("lsun_bedroom", tmp_path, "test")
     (tmp_path / "bedroom_val_lmdb").mkdir()
@@ -226,16 +210,6 @@ def test_a_missing_or_broken_lmdb_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 # --- shards ---
-
-
-def make_shard(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            archive.addfile(header, io.BytesIO(content))
-    return path
 
 
 def test_shards_are_read_with_their_labels(tmp_path: Path):

@@ -1,7 +1,4 @@
-import io
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from torch import Tensor
 import dcvae_pipelines.image
 from dcvae_pipelines import DataError, load_image
 from dcvae_pipelines.image import Header, read_header
+from image_files import encode, png_of_16_bit_colours, turned
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
@@ -165,34 +163,9 @@ def test_other_channel_counts_are_refused(tmp_path: Path):
 # --- headers ---
 
 
-def encoded(array: np.ndarray, kind: str, mode: str | None = None, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array, mode).save(file, kind, **options)
-    return file.getvalue()
-
-
-def turned(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-# One pixel of 16 bits a channel, which Pillow reads but does not write.
-DEEP_COLOURS = (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0))
-    + chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">3H", 0x01FF, 0x8000, 0xFFFF)))
-    + chunk(b"IEND", b"")
-)
-
-
 def test_a_header_says_what_an_image_is():
     def header(*args, **options) -> Header:
-        return read_header(encoded(*args, **options), "x")
+        return read_header(encode(*args, **options), "x")
 
     colour = pixels(0, 10, 30, 3)
     assert header(colour, "JPEG") == Header("JPEG", "RGB", 30, 10)
@@ -203,8 +176,8 @@ def test_a_header_says_what_an_image_is():
     assert header(pixels(0, 4, 5), "PNG").mode == "L"
     deep = header(pixels(0, 4, 5).astype(np.uint16), "PNG")
     assert deep.mode == "I;16" and deep.deep
-    assert read_header(DEEP_COLOURS, "x") == Header("PNG", "RGB", 1, 1, deep=True)
-    assert header(pixels(0, 4, 5, 4), "JPEG", "CMYK").mode == "CMYK"
+    assert read_header(png_of_16_bit_colours(np.full((1, 1, 3), 0x01FF)), "x") == Header("PNG", "RGB", 1, 1, deep=True)
+    assert header(Image.fromarray(pixels(0, 4, 5, 4), "CMYK"), "JPEG").mode == "CMYK"
     frames = [Image.fromarray(pixels(i, 4, 5)) for i in range(2)]
     assert header(pixels(2, 4, 5), "GIF", save_all=True, append_images=frames).animated
 
@@ -212,14 +185,14 @@ def test_a_header_says_what_an_image_is():
 def test_the_orientation_of_a_png_is_found_in_its_xmp_too():
     xmp = PngInfo()
     xmp.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta tiff:Orientation="6"/>', zip=True)
-    content = encoded(pixels(0, 10, 30, 3), "PNG", pnginfo=xmp)
+    content = encode(pixels(0, 10, 30, 3), "PNG", pnginfo=xmp)
     assert read_header(content, "x") == Header("PNG", "RGB", 10, 30, rotated=True)
     assert dcvae_pipelines.image.decode(content, "x", 3).size == (10, 30)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}])
 def test_a_jpeg_without_its_end_is_named(options: dict):
-    whole = encoded(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
+    whole = encode(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
     assert read_header(whole + b"\0trailing bytes", "x").format == "JPEG"
     for end in (len(whole) - 2, len(whole) - 100, len(whole) * 3 // 4):
         with pytest.raises(DataError, match=r"a\.jpg: cannot be read as an image: it is truncated"):

@@ -1,4 +1,3 @@
-import io
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from PIL import Image
 
 from dcvae_pipelines import DataError, EncodedSet, ImageSet, decode_images
 from dcvae_pipelines.encoded import Files
+from image_files import encode
 
 
 def files(folder: Path, contents: list[bytes]) -> EncodedSet:
@@ -17,8 +17,7 @@ def files(folder: Path, contents: list[bytes]) -> EncodedSet:
 
 
 def png(value: int) -> bytes:
-    Image.new("L", (8, 8), value).save(content := io.BytesIO(), "PNG")
-    return content.getvalue()
+    return encode(Image.new("L", (8, 8), value))
 
 
 def test_progress_counts_each_image_those_left_out_included(tmp_path: Path):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from dcvae_pipelines import DataError, ResidentSource, Source
+from dcvae_pipelines import ResidentSource, Source
 
 
 def test_importing_the_package_imports_torch_only():
@@ -30,7 +30,3 @@ def test_a_resident_source_is_a_source():
     assert batch.images.shape == (1, 1, 4, 4) and batch.ids.shape == (1,)
     with pytest.raises(AttributeError):
         batch.ids = batch.images  # type: ignore[misc]
-
-
-def test_a_data_error_is_a_value_error():
-    assert issubclass(DataError, ValueError)
