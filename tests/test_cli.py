@@ -1,6 +1,5 @@
 """The command line as a user meets it: what it prints, what it writes, how it refuses."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,9 @@ from PIL import Image
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main
 from dcvae_fast.config import ModelConfig
+from dcvae_fast.run_folder import read_metrics
 from dcvae_pipelines import load_dataset, make_source
+from image_files import write_noise
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--recipe", str(ROOT / "tests" / "tiny.yaml")]
@@ -75,7 +76,7 @@ def test_train_ends_with_its_last_held_out_metrics_and_then_says_that_it_is_done
     command = ["train", *TINY, "--train.images", "16", "--log.held_out", "40", "--run", str(folder)]
     assert main(command) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    measured = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    measured = read_metrics(folder)[-1]
     assert last == (
         f"On held-out images: pixel error {measured['held_out/pixel_mse']:.4f}, accuracy of a linear probe"
         f" {measured['held_out/probe_accuracy']:.1%}. Look at {folder / 'grids'}."
@@ -202,11 +203,7 @@ def test_every_way_in(tmp_path):
 
 
 def test_data_shows_what_the_networks_would_see(tmp_path, capsys):
-    generator = torch.Generator().manual_seed(0)
-    (tmp_path / "images").mkdir()
-    for i in range(12):
-        pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i:02d}.png")
+    write_noise(tmp_path / "images", 12, 32, 32, 3)
     out = tmp_path / "seen" / "data.png"
     settings = ["--data.name", "folder", "--data.root", str(tmp_path / "images"), "--data.mirror", "true"]
     assert main(["data", "cifar10", "--n", "10", "--out", str(out), *settings]) == 0
@@ -230,12 +227,7 @@ def test_data_shows_what_the_networks_would_see(tmp_path, capsys):
 
 
 def test_prepare_reports_by_name_and_what_it_made_can_be_trained_on(tmp_path, capsys):
-    source, target = tmp_path / "images", tmp_path / "shards"
-    source.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(6):
-        pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(source / f"{i}.png")
+    source, target = write_noise(tmp_path / "images", 6, 40, 50, 3), tmp_path / "shards"
     Image.new("L", (64, 64)).save(source / "grey.png")
     (source / "broken.jpg").write_bytes(b"not an image")
     assert main(["prepare", str(source), str(target)]) == 0

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from dcvae_fast.config import ModelConfig
@@ -15,6 +14,7 @@ from dcvae_fast.evaluation import evaluate, images
 from dcvae_fast.evaluation.fidelity import content_key, features_of, frechet_distance
 from dcvae_fast.evaluation.images import evenly, parts
 from dcvae_pipelines import DataError, load_dataset
+from image_files import write_noise
 
 ALL = ("fid", "is", "kid", "prc")
 
@@ -150,17 +150,8 @@ def test_features_are_kept_by_content(model, data, features, tmp_path):
     assert measure(replace(data, test=data.train))[1] is False
 
 
-def folder_of_images(folder):
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(24):
-        pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.bmp")
-    return load_dataset("folder", folder)
-
-
 def test_files_are_told_apart_by_what_is_in_them_whatever_their_dates(tmp_path):
-    found = folder_of_images(tmp_path / "images")
+    found = load_dataset("folder", write_noise(tmp_path / "images", 24, 40, 50, 3, ending="bmp"))
     indices, config = torch.arange(len(found)), ModelConfig()
     key = content_key(found, indices, config)
     assert content_key(load_dataset("folder", tmp_path / "images"), indices, config) == key
@@ -175,7 +166,7 @@ def test_files_are_told_apart_by_what_is_in_them_whatever_their_dates(tmp_path):
 
 
 def test_files_are_decoded_a_part_at_a_time(tmp_path, monkeypatch):
-    found = folder_of_images(tmp_path / "images")
+    found = load_dataset("folder", write_noise(tmp_path / "images", 24, 40, 50, 3, ending="bmp"))
     (whole,) = parts(found, torch.arange(20), ModelConfig())
     monkeypatch.setattr(images, "PART_BYTES", 3 * 32**2 * 6)
     some = list(parts(found, torch.arange(20), ModelConfig()))

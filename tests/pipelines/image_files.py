@@ -6,8 +6,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -47,7 +47,19 @@ def make_shard(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def make_lmdb(path: Path, contents: dict[str, bytes]) -> None:
+    import lmdb  # machines with a GPU for tests may lack it
+
     path.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
         for key, value in contents.items():
             transaction.put(key.encode(), value)
+
+
+def write_noise(folder: Path, count: int, *shape: int, ending: str = "png") -> Path:
+    """Write files 00.png, 01.png… of noise with this shape, [H, W] or [H, W, 3], into a new folder."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.{ending}")
+    return folder

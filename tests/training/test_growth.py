@@ -1,6 +1,5 @@
 """Runs whose networks grow: what growing changes and what it leaves, resuming, models of every stage."""
 
-import json
 import math
 from copy import deepcopy
 from dataclasses import replace
@@ -16,11 +15,12 @@ from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, DataConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
 from dcvae_fast.models.progressive import Trunk
-from dcvae_fast.run_folder import load_checkpoint
+from dcvae_fast.run_folder import load_checkpoint, read_metrics
 from dcvae_fast.training.loop import train
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
+from image_files import write_noise
 from test_graphs import GROWING_FAST, follow_weights
 
 Z = 6
@@ -225,13 +225,7 @@ def test_losses_penalties_and_keys_are_in_float32_under_autocast(monkeypatch: py
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(24):
-        pixels = torch.randint(256, (40, 40, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.png")
-    return folder
+    return write_noise(tmp_path / "pictures", 24, 40, 40, 3)
 
 
 def settings(folder: Path, pictures: Path, images: int) -> list[str]:
@@ -307,7 +301,7 @@ def test_faces_small_learns_to_tell_real_faces_apart(real_data: Path, tmp_path: 
     assert model.config.resolution == 32
     state = load_checkpoint(tmp_path / "run")
     assert state is not None and state["sources"][0]["images"] == 2240 and state["sources"][0]["of"] == 54
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run")
     assert {line["images"] for line in lines if "held_out/pixel_mse" in line} == {1600, 2240}
     lines = [line for line in lines if "loss/contrast" in line]
     assert lines[-1]["loss/contrast"] < lines[4]["loss/contrast"]

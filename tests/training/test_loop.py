@@ -16,11 +16,12 @@ from PIL import Image
 from dcvae_fast import DCVAE
 from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
-from dcvae_fast.run_folder import load_checkpoint, save_checkpoint
+from dcvae_fast.run_folder import load_checkpoint, read_metrics, save_checkpoint
 from dcvae_fast.training import signals
 from dcvae_fast.training.data import open_data, open_source
 from dcvae_fast.training.loop import train
 from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet
+from image_files import write_noise
 
 CPU = torch.device("cpu")
 TINY = ["--recipe", str(Path(__file__).parent.parent / "tiny.yaml")]
@@ -65,7 +66,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def test_a_run_folder_holds_what_was_learned(uninterrupted):
-    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(uninterrupted)
     assert [line["images"] for line in lines] == [32, 64, 96, 128, 160]
     assert {
         "loss/discriminator",
@@ -97,8 +98,7 @@ def test_resumed_at_any_checkpoint_is_bitwise_the_same(uninterrupted, tmp_path):
     for images in (24, 64, 72, 160):  # also where no checkpoint was due
         assert run(tmp_path / "run", images).images == images
     assert_same_state(uninterrupted, tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["images"] for line in lines] == [24, 32, 64, 72, 96, 128, 160]
+    assert [line["images"] for line in read_metrics(tmp_path / "run")] == [24, 32, 64, 72, 96, 128, 160]
     assert not run(tmp_path / "run", 160).trained
 
 
@@ -220,13 +220,7 @@ def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys)
 
 @pytest.fixture
 def folder_of_images(tmp_path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(40):
-        pixels = torch.randint(256, (36, 40), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.png")
-    return folder
+    return write_noise(tmp_path / "images", 40, 36, 40)
 
 
 def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path, request):

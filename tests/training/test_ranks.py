@@ -18,7 +18,7 @@ from PIL import Image
 
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.run_folder import load_checkpoint
+from dcvae_fast.run_folder import load_checkpoint, read_metrics
 from dcvae_fast.training.loop import train
 from dcvae_fast.training.step import TrainStep
 from ranks_worker import CASES, FIXED, advance, follow, record
@@ -213,9 +213,7 @@ def test_a_run_of_two_ranks_is_one_run(launched: Launched):
     # A single process continues the run.
     for folder in (run, alone):
         train(parse_config(tiny(folder, 80, *SMOOTH)).config, folder)
-    lines, expected = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, alone)
-    )
+    lines, expected = map(read_metrics, (run, alone))
     # Ten iterations amplify rounding errors, on some processors to 3e-4 in batch statistics. The test above compares
     # each iteration strictly.
     for line, mine in zip(lines, expected, strict=True):  # means over the ranks are those over the whole batch

@@ -1,10 +1,9 @@
 """Short, narrow VAE runs on real MNIST and CIFAR-10: the pixel error falls well under that of the mean image."""
 
-import json
-
 import pytest
 
 from dcvae_fast.cli import main
+from dcvae_fast.run_folder import read_metrics
 from dcvae_pipelines import ImageSet, load_dataset
 
 NARROW = (
@@ -21,7 +20,7 @@ def test_learns_to_reconstruct(recipe, images, share, accuracy, torchvision_root
     folder = tmp_path / "run"
     data = ["--data.root", str(torchvision_root), "--train.images", str(images), "--run", str(folder)]
     assert main(["train", "--recipe", recipe, *NARROW, *data]) == 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     measured = [line for line in lines if "held_out/pixel_mse" in line][-1]
     train_set, test_set = (load_dataset(recipe, torchvision_root, split) for split in ("train", "test"))
     assert isinstance(train_set, ImageSet) and isinstance(test_set, ImageSet)
