@@ -126,6 +126,21 @@ def device_kernels(call: Callable[[], Any]) -> list[str]:
     return [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
 
 
+def run_ranks(script: Path, count: int, folder: Path) -> None:
+    """Run `script RANK FILE` as `count` ranks on the CPU, which meet in a file in the folder; all have to succeed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    commands = [[sys.executable, script, str(rank), str(folder / "rendezvous")] for rank in range(count)]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def compiled_ahead(operation: str, *options: str) -> list[dict[str, Any]]:
     """What `compile_ahead.py` reports; from another process, for this one may interpret its kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

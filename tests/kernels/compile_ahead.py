@@ -10,15 +10,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -62,34 +62,21 @@ class Resources:
 
 
 def record(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
-    """The launches that `call` would make of the module's kernels; its tensors may be meta tensors."""
+    """Return the launches that `call` would make of the module's kernels; its tensors may be meta tensors."""
     launches = []
-    with _recording(module, launches):
-        call()
-    return launches
-
-
-@contextmanager
-def _recording(module: ModuleType, launches: list[Launch]) -> Iterator[None]:
-    kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction)}
 
     class Recorder:
         def __init__(self, name: str):
-            self.name = name
+            self.name, self.kernel = name, getattr(module, name)
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: Any, **options: Any) -> None:
-                launches.append(_launch(module, self.name, kernels[self.name], args, options))
+            return lambda *args, **options: launches.append(_launch(module, self.name, self.kernel, args, options))
 
-            return launch
-
-    for name in kernels:
-        setattr(module, name, Recorder(name))
-    try:
-        yield
-    finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name, x in vars(module).items() if isinstance(x, triton.JITFunction)]:
+            patch.setattr(module, name, Recorder(name))
+        call()
+    return launches
 
 
 def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: dict[str, Any]) -> Launch:

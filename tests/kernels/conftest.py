@@ -31,3 +31,17 @@ def on(request: pytest.FixtureRequest) -> Iterator[Implementation]:
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.device(implementation.device), exact:
             yield implementation
+
+
+@pytest.fixture
+def triton_on(on: Implementation) -> Implementation:
+    if on.impl != "triton":
+        pytest.skip("for the Triton kernels only")
+    return on
+
+
+@pytest.fixture
+def on_gpu(triton_on: Implementation) -> Implementation:
+    if triton_on.interpreted:
+        pytest.skip("needs a CUDA device")
+    return triton_on

@@ -3,8 +3,6 @@
 Run as `test_info_nce_group.py RANK FILE`, this is one of three ranks.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-from checks import leaves, randn
+from checks import leaves, randn, run_ranks
 from dcvae_kernels import InfoNCE, info_nce
 
 WORLD, BATCH, DIM = 3, 4, 5
@@ -39,17 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.multiprocess
 def test_like_one_process(tmp_path: Path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")] for rank in range(WORLD)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(Path(__file__), WORLD, tmp_path)
 
 
 def test_what_is_no_group():

@@ -21,20 +21,6 @@ triton_info_nce = pytest.importorskip("dcvae_kernels.triton.info_nce")
 KERNELS = ("sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel")
 
 
-@pytest.fixture
-def triton_on(on: Implementation) -> Implementation:
-    if on.impl != "triton":
-        pytest.skip("for the Triton kernels only")
-    return on
-
-
-@pytest.fixture
-def on_gpu(triton_on: Implementation) -> Implementation:
-    if triton_on.interpreted:
-        pytest.skip("needs a CUDA device")
-    return triton_on
-
-
 # Launches -------------------------------------------------------------------------------------------------------------
 
 

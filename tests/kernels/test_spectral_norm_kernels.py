@@ -15,13 +15,6 @@ kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
 UPDATE, GRADIENT = ["rows_kernel", "columns_kernel", "divide_kernel"], ["inner_kernel", "gradient_kernel"]
 
 
-@pytest.fixture
-def triton_on(on: Implementation) -> Implementation:
-    if on.impl != "triton":
-        pytest.skip("for the Triton kernels only")
-    return on
-
-
 class Weights(nn.Module):
     """Layers, and nothing done with them: the forward pass returns their weights."""
 
@@ -45,9 +38,8 @@ def test_as_many_launches_for_many_layers_as_for_one(triton_on: Implementation, 
 
 
 @pytest.mark.gpu
-def test_no_other_launches_than_ours(triton_on: Implementation):
-    if triton_on.interpreted:
-        pytest.skip("needs a CUDA device")
+@pytest.mark.usefixtures("on_gpu")
+def test_no_other_launches_than_ours():
     net = spectral_norm(Weights([nn.Conv2d(8, 8, 3) for _ in range(10)]), impl="triton")
     incoming = [torch.randn(8, 8, 3, 3) for _ in range(10)]
     parameters = [p for p in net.parameters() if p.ndim == 4]
@@ -135,9 +127,8 @@ def test_reads_and_writes_nothing_beyond_its_buffers(triton_on: Implementation):
 
 
 @pytest.mark.gpu
-def test_cuda_graph(triton_on: Implementation):
-    if triton_on.interpreted:
-        pytest.skip("needs a CUDA device")
+@pytest.mark.usefixtures("on_gpu")
+def test_cuda_graph():
     layers = [nn.Conv2d(8, 8, 3), nn.Linear(8, 3)]
     net = spectral_norm(Weights(layers), impl="triton")
     parameters = [p for p in net.parameters() if p.ndim > 1]
