@@ -100,9 +100,9 @@ class Ranks:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim)
 
-    def shard(self, x: Tensor, dim: int = 0) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         """Return this rank's part of a tensor that all ranks hold: the inverse of `all_gather`."""
-        return x.chunk(self.world_size, dim)[self.rank]
+        return x.chunk(self.world_size)[self.rank]
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:

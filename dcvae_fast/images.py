@@ -12,14 +12,14 @@ def to_bytes(images: Tensor, *, rounded: bool = True) -> Tensor:
     return (pixels.round() if rounded else pixels).clamp(0, 255).to(torch.uint8)
 
 
-def make_grid(tiles: Tensor, columns: int, gap: int = 2) -> Tensor:
+def make_grid(tiles: Tensor, columns: int) -> Tensor:
     """Images [N, C, H, W] in [-1, 1] → a grid uint8 [3, H', W'] on the CPU, row by row; small images are enlarged to
     64 pixels."""
     from torchvision import utils
 
     scale = max(1, 64 // tiles.shape[-1])
     pixels = to_bytes(tiles).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return utils.make_grid(pixels, nrow=columns, padding=gap, pad_value=255)
+    return utils.make_grid(pixels, nrow=columns, padding=2, pad_value=255)
 
 
 def png_bytes(image: Tensor) -> bytes:

@@ -162,7 +162,6 @@ def test_sample_reconstruct_interpolate_export(saved, picture, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "--recipe", "nothing"], "no such recipe"),
         (["train", "--recipe", "cifar10"], "data.root is not set"),
         (["train", "--recipe", "mnist", "--data.root", "{tmp}/nowhere"], "nowhere"),
         (["train", *TINY, "--model.image_channels", "3"], "model.image_channels is 3, but digits has 1"),

@@ -234,12 +234,11 @@ def _packages(table: Table) -> list[str]:
 
 def _open_data(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
     """Open the data sets of all runs, each once."""
-    splits: dict[DataConfig, Splits] = {}
-    for run in runs:
-        if (data := run.config.data) not in splits:
-            train_set, test_set = (open_data(run.config, split) for split in ("train", "test"))
-            splits[data] = Splits(train_set, test_set, data.on_corrupt)
-    return splits
+    configs = {run.config.data: run.config for run in runs}
+    return {
+        data: Splits(open_data(config, "train"), open_data(config, "test"), data.on_corrupt)
+        for data, config in configs.items()
+    }
 
 
 def _train(run: Training) -> Outcome:

@@ -353,12 +353,9 @@ def test_nothing_goes_on_when_nobody_listens(images: EncodedSet):
 
 def test_settings_out_of_range_are_named(images: EncodedSet, monkeypatch: pytest.MonkeyPatch):
     for settings, message in (
-        ({"batch": 0}, "batch must be at least 1, not 0"),
-        ({"rank": 2, "ranks": 2}, "rank must be at least 0 and below ranks = 2, not 2"),
         ({"channels": 4}, "channels must be 1"),
         ({"resolution": 0}, "resolution must be at least 1, not 0"),
         ({"prefetch": 0}, "prefetch and threads must be at least 1, not 0 and 2"),
-        ({"batch": 25, "drop_last": True}, "drop_last leaves no batch"),
     ):
         with pytest.raises(DataError, match=message):
             source(images, **settings)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcvae_fast.config import Config, ContrastConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.config import Config, ContrastConfig
 from dcvae_fast.distributed import SINGLE
 from dcvae_fast.models.autogan import Decoder
 from dcvae_fast.training.noise import NoiseSource, Variant
@@ -24,18 +24,11 @@ from dcvae_fast.training.schedule import Point
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
-from test_graphs import GROWING
+from test_graphs import GROWING, SMALL
 
-B, SAMPLED, Z, D = 4, 6, 5, 3
-CONFIG = Config(
-    model=ModelConfig(
-        image_channels=1, latent_dim=Z, decoder_width=8, encoder_width=4, discriminator_width=4, contrast_dim=D
-    ),
-    contrast=ContrastConfig(negatives=10, layers=("b2", "final"), momentum=0.9),
-    # With the default ε, Adam makes full steps from gradients that are rounding errors (of a bias before BatchNorm).
-    optim=OptimConfig(lr=1e-3, eps=1e-3),
-    train=TrainConfig(batch=B, sampled_batch=SAMPLED, n_critic=2, average=0.9),
-)
+B, SAMPLED, Z, D = SMALL.train.batch, 6, SMALL.model.latent_dim, SMALL.model.contrast_dim
+# With the default ε, Adam makes full steps from gradients that are rounding errors (of a bias before BatchNorm).
+CONFIG = replace(SMALL, contrast=replace(SMALL.contrast, negatives=10), optim=replace(SMALL.optim, eps=1e-3))
 
 
 def with_loss(config: Config = CONFIG, **settings) -> Config:
