@@ -235,7 +235,7 @@ def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys
             assert ("missing" in cell) == cell["column"].startswith(("FID", "IS", "perceptual"))
 
     # What is there is not measured again, now that Inception is.
-    request.getfixturevalue("no_inception")
+    request.getfixturevalue("rows")
     assert main(command) == 1
     assert "8 numbers of table1 are missing" in capsys.readouterr().err.splitlines()[-1]
     cells = [cell.strip() for cell in lines_with_numbers((out / "table1.md").read_text())[0].strip("|").split("|")]

@@ -28,7 +28,7 @@ def config_of(*settings: str) -> Config:
     return parse_config([*TINY, *settings]).config
 
 
-@pytest.mark.usefixtures("no_inception", "quick_ends")
+@pytest.mark.usefixtures("rows", "quick_ends")
 def test_they_are_logged_at_their_times_and_training_stays_bitwise_the_same(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -60,7 +60,7 @@ def test_they_are_logged_at_their_times_and_training_stays_bitwise_the_same(tmp_
     assert [event.step for event in board.Scalars("held_out/fid")] == [64, 128, 160]
 
 
-@pytest.mark.usefixtures("no_inception")
+@pytest.mark.usefixtures("rows")
 def test_fid_is_that_of_as_many_training_images_at_the_models_resolution():
     config = config_of("--log.held_out", "20", "--log.fid_images", "50")
     train_set = load_dataset("digits")
@@ -83,7 +83,7 @@ def test_fid_is_that_of_as_many_training_images_at_the_models_resolution():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out, "pixel_error", lambda pairs: (0.5, 20))
         measured = measuring.measure(same)
-    assert measured["fid"] == pytest.approx(0, abs=1e-4) and fid > 0.1
+    assert measured["fid"] == pytest.approx(0, abs=1e-4) and fid > 100
 
 
 def test_how_many_images_there_are_and_what_they_do_without():
