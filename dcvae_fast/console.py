@@ -26,7 +26,8 @@ def configure_logging() -> None:
     """Print INFO of `dcvae_fast` to stdout as it is, and warnings and errors of all packages to stderr with their
     level in front. Calling it again changes nothing; logging that the caller has configured is kept."""
     package = logging.getLogger("dcvae_fast")
-    package.setLevel(logging.INFO)
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
     if not any(isinstance(handler, ConsoleHandler) for handler in package.handlers):
         messages = ConsoleHandler("stdout")
         messages.addFilter(lambda record: record.levelno < logging.WARNING)

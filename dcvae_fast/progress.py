@@ -4,6 +4,7 @@ Nothing is shown where INFO messages of the package are not: by default, and on 
 """
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ def progress_bar(
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(desc=description, total=total, initial=initial, unit="", dynamic_ncols=True, file=sys.stderr) as bar:
+        width = shutil.get_terminal_size().columns  # 80 where the terminal does not know
+
+        with tqdm(desc=description, total=total, initial=initial, unit="", ncols=width, file=sys.stderr) as bar:
             yield bar.update
         return
 

@@ -2,7 +2,8 @@
 
 RUN/config.yaml                    what is trained
 RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
-RUN/metrics.jsonl, RUN/tensorboard, RUN/grids
+RUN/metrics.jsonl, RUN/tensorboard, RUN/grids, RUN/profile
+RUN/.lock                          held by the process that trains
 """
 
 import json
@@ -76,10 +77,13 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock = FileLock(folder / LOCK_FILE).acquire(blocking=False)
     except Timeout as error:
-        raise RunError(f"{folder} is being trained by another process.") from error
+        raise RunError(
+            f"{folder} is being trained by another process; if it is not, delete {folder / LOCK_FILE}."
+        ) from error
     with lock:
-        for file in find_unfinished(folder / CHECKPOINTS):  # by a run that was killed
-            file.unlink()
+        for part in (folder, folder / CHECKPOINTS, folder / GRIDS):
+            for file in find_unfinished(part):  # by a run that was killed
+                file.unlink()
         yield
 
 
@@ -174,9 +178,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path, records = folder / METRICS_FILE, []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and "images" in record:
+            records.append(record)
     return records
 
 

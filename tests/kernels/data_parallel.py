@@ -53,6 +53,19 @@ def queue_of_all_ranks(rank: int, impl: Any) -> None:
         torch.testing.assert_close(alone.weight, together.module.weight, rtol=1e-6, atol=1e-6)
 
 
+def own_queues(rank: int, impl: Any) -> None:
+    """A queue outside the wrapped module stays its rank's own."""
+    queue = KeyQueue(4, 8)
+    queue.enqueue(randn(4, 8, seed=rank))
+    together = DistributedDataParallel(encoder())
+    x, k = randn(BATCH, 5, seed=30 + rank), randn(BATCH, 8, seed=40 + rank)
+    loss = info_nce(together(x), k, queue.keys, impl=impl)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), info_nce(encoder()(x).detach(), k, randn(4, 8, seed=rank)))
+    losses = gathered(loss[None])
+    assert losses[0] != losses[1]
+
+
 def keys_of_all_ranks(rank: int, impl: Any) -> None:
     """In-batch negatives from all ranks: the gathered keys as the queue, the own one left out by its id."""
     x, k = randn(WORLD * BATCH, 5, seed=50), randn(WORLD * BATCH, 8, seed=51)
@@ -88,6 +101,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     for impl in ("torch", "triton"):
         queue_of_all_ranks(rank, impl)
+        own_queues(rank, impl)
         keys_of_all_ranks(rank, impl)
         spectral_norm_buffers(rank, impl)
     dist.destroy_process_group()

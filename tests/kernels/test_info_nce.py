@@ -177,6 +177,17 @@ def test_all_negatives_opposite(on: Implementation, temperature: float):
     assert (gradient - exact).norm() <= 1e-4 * exact.norm()
 
 
+def test_reduction_none_takes_any_incoming_gradient(on: Implementation):
+    q, k, queue = leaves(*(on.randn(*s, seed=i, dtype=on.widest) for i, s in enumerate([(5, 8), (5, 8), (7, 8)])))
+    weights = on.randn(5, seed=3, dtype=on.widest)
+    loss = on.info_nce(q, k, queue, temperature=0.2, reduction="none")
+    exact = by_definition(q, k, [queue] * 5, 0.2).to(loss.dtype)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (q, k, queue), weights), torch.autograd.grad(exact, (q, k, queue), weights)
+    )
+
+
 def test_without_normalisation(on: Implementation):
     q, k, queue = (on.randn(*s, seed=i) for i, s in enumerate([(5, 8), (5, 8), (7, 8)]))
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 2.0

@@ -113,6 +113,13 @@ def test_compiles_when_given_a_tensor_twice():
     torch.testing.assert_close(torch.autograd.grad(compiled, z), torch.autograd.grad(eager, z))
 
 
+def test_gradients_only_where_asked():
+    q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), randn(5, 8, seed=2)
+    info_nce(q, k, queue).backward()
+    assert q.grad is not None and k.grad is None and queue.grad is None
+    assert not info_nce(q.detach(), k, queue).requires_grad
+
+
 def test_functional_transforms(on: Implementation):
     q, k, queue = leaves(on.randn(3, 8), on.randn(3, 8, seed=1), on.randn(5, 8, seed=2))
     ours = on.info_nce

@@ -1,4 +1,4 @@
-"""spectral_norm against torch's own parametrization, layer by layer."""
+"""spectral_norm against torch's own parametrization, layer by layer, and against singular values."""
 
 import copy
 import sys
@@ -109,6 +109,18 @@ def test_same_as_torch_step_by_step(on: Implementation, n_power_iterations: int,
     for name in LAYERS:
         weights = ours.get_submodule(name).weight, theirs.get_submodule(name).weight
         torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_largest_singular_value_becomes_one(on: Implementation):
+    torch.manual_seed(0)
+    net: Any = spectral_norm(Net(), n_power_iterations=5)
+    with torch.no_grad():
+        for _ in range(5 if on.interpreted else 20):
+            net(images())
+    for name in LAYERS:
+        weight = net.get_submodule(name).weight.detach()
+        matrix = (weight.transpose(0, 1) if name == "up" else weight).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_hand_computed():

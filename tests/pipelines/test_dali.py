@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import dcvae_pipelines.image
-from dcvae_pipelines import Batch, DaliSource, DataError, EncodedSet, ResidentSource, decode_images
+from dcvae_pipelines import Batch, DaliSource, DataError, EncodedSet, ResidentSource, decode_images, load_dataset
 from dcvae_pipelines.encoded import Files
 from dcvae_pipelines.image import centre_square
 from image_files import encode, turned
@@ -353,6 +353,9 @@ def test_nothing_goes_on_when_nobody_listens(images: EncodedSet):
 
 def test_settings_out_of_range_are_named(images: EncodedSet, monkeypatch: pytest.MonkeyPatch):
     for settings, message in (
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"rank": 2, "ranks": 2}, "rank must be at least 0 and below ranks = 2, not 2"),
+        ({"batch": 25, "drop_last": True}, "drop_last leaves no batch"),
         ({"channels": 4}, "channels must be 1"),
         ({"resolution": 0}, "resolution must be at least 1, not 0"),
         ({"prefetch": 0}, "prefetch and threads must be at least 1, not 0 and 2"),
@@ -364,3 +367,9 @@ def test_settings_out_of_range_are_named(images: EncodedSet, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(DataError, match=r"nvidia-dali-cuda130 is needed here .*: pip install nvidia-dali-cuda130"):
         source(images)
+
+
+def test_a_folder_of_real_faces_is_a_source(real_data: Path):
+    faces = load_dataset("folder", real_data / "faces1024")
+    shown = ids(iter(source(faces, batch=18, resolution=4)), 3)
+    assert sorted(shown) == list(range(len(faces))) and len(faces) == 54

@@ -161,6 +161,12 @@ def test_an_image_that_is_not_aligned_is_named(tmp_path: Path):
         decode_images(load_dataset("celeba", tmp_path), 1, resolution=128)
 
 
+def test_decoding_reports_progress(tmp_path: Path):
+    images, reported = load_dataset("folder", make_folder(tmp_path, [f"{i}.jpg" for i in range(5)])), []
+    decode_images(images, 3, resolution=8, progress=lambda *counts: reported.append(counts))
+    assert reported == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_celebahq_holds_out_a_fixed_thousand(tmp_path: Path):
     held_out = datasets._celebahq_held_out()
     assert len(held_out) == 1000 and held_out <= set(range(30_000))

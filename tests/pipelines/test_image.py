@@ -56,11 +56,16 @@ def test_the_centre_square_is_taken(tmp_path: Path, height: int, width: int):
     )
 
 
-def test_shrinking_is_antialiased(tmp_path: Path):
+def test_shrinking_is_antialiased_as_pillow_does(tmp_path: Path):
     stripes = np.zeros((256, 256), np.uint8)
     stripes[:, ::2] = 255  # without antialiasing, all black or all white
     image = load_image(save(stripes, tmp_path / "stripes.png"), channels=1, resolution=32)
     assert (to_8_bits(image) - 127.5).abs().max() < 8
+
+    array = pixels(0, 100, 100, 3)
+    image = load_image(save(array, tmp_path / "noise.png"), channels=3, resolution=32)
+    expected = np.array(Image.fromarray(array).resize((32, 32), Image.Resampling.BICUBIC))
+    assert (to_8_bits(image) - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() <= 1.01
 
 
 def test_enlarging_stays_in_range(tmp_path: Path):
@@ -138,6 +143,14 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     for refused in (lambda: load_image(path, 1, 32), lambda: read_header(path.read_bytes(), str(path))):
         with pytest.raises(DataError, match=r"bomb\.png: .* its 64 × 64 pixels could be a decompression bomb"):
             refused()
+
+
+def test_a_real_face_is_read(real_data: Path):
+    path = sorted((real_data / "faces1024").glob("*.jpg"))[0]
+    image = load_image(path, channels=3, resolution=64)
+    with Image.open(path) as file:
+        expected = np.array(file.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
+    assert (to_8_bits(image) - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() <= 1.01
 
 
 def test_other_channel_counts_are_refused(tmp_path: Path):

@@ -192,6 +192,14 @@ def test_colour_profiles_of_before_are_not_written_along(tmp_path: Path):
             assert "icc_profile" not in image.info and not image.getexif()
 
 
+def test_decompression_bombs_are_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = fill(tmp_path / "src", {"bomb.png": encode(pixels(0, 64, 64)), "fine.png": encode(pixels(1, 32, 32))})
+    monkeypatch.setattr("dcvae_pipelines.image.MAX_PIXELS", 40 * 48)
+    summary = prepare(source, tmp_path / "dst")
+    assert summary.kinds["corrupt"].names == ["train/bomb.png"]
+    assert "decompression bomb" in records(tmp_path / "dst")["train/bomb.png"]["reason"]
+
+
 @pytest.fixture
 def celeba(tmp_path: Path) -> Path:
     folder = tmp_path / "src" / "celeba"

@@ -29,6 +29,14 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.ids, b.ids) and torch.equal(a.images, b.images)
 
 
+def test_values_are_normalised_exactly():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = next(iter(ResidentSource(values, batch=1, seed=0))).images
+    assert images.dtype == torch.float32 and images.shape == (1, 1, 16, 16)
+    assert images[0, 0, 0, 0] == -1 and images[0, 0, -1, -1] == 1
+    assert torch.equal(images, values.float() / 127.5 - 1)
+
+
 def test_ids_name_the_images():
     batch = next(iter(ResidentSource(numbered(50), batch=20, seed=3)))
     assert batch.ids.dtype == torch.int64

@@ -1,11 +1,12 @@
 """The paper's tables: its numbers, which of ours stand beside them, how the pages read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dcvae_fast.evaluation import METRICS, Measurement
-from dcvae_fast.reproduce.paper import NEGATIVES, TABLES, Key
+from dcvae_fast.reproduce.paper import NEGATIVES, TABLES, Key, Table
 from dcvae_fast.reproduce.report import Result, as_json, markdown
 
 # Column by column, from top to bottom, as the paper prints them.
@@ -126,3 +127,16 @@ def test_json_says_the_same(some):
     assert (first["paper"], first["ours"]["value"], first["remarks"]) == ("1.30±0.035", 1.2345678, [SHORT, CHANGED])
     assert (second["missing"], second["remarks"]) == ("it diverged.", [SHORT])
     assert (third["missing"], third["run"], third["remarks"]) == ("not trained yet", "table6/z64", [])
+
+
+def test_figure_7_has_no_numbers_of_the_papers():
+    page = markdown(TABLES["figure7"], {})
+    assert " paper " not in "".join(line for line in page.splitlines() if line[:1] == "|" and "method" not in line)
+    assert "an axis from 2.0 to 5.0 without a unit, and prints no numbers" in page
+
+
+def test_a_row_that_does_not_say_of_what_is_a_mistake():
+    wrong = replace(TABLES["table5"].rows[-1], of=None)
+    table = Table("table5", "", TABLES["table5"].columns, (wrong,))
+    with pytest.raises(AssertionError, match="does not say of what"):
+        table.needed()

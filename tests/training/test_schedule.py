@@ -126,6 +126,9 @@ def test_networks_of_one_resolution_do_not_grow():
             lambda: replace(config(), train=TrainConfig(sampled_batch=7)),
             "train.sampled_batch is 7; it must be null for",
         ),
+        (lambda: GrowthConfig(fade_images=-1), "growth.fade_images is -1"),
+        (lambda: GrowthConfig(stable_images=0), "growth.stable_images is 0"),
+        (lambda: GrowthConfig(batch={4: 16, 8: 0}), r"growth.batch\[8\] is 0"),
         (lambda: GrowthConfig(lr={16: 0.0}), r"growth.lr\[16\] is 0.0"),
     ],
 )

@@ -343,6 +343,22 @@ def test_two_runs_are_bitwise_equal_and_seeds_differ():
     assert not torch.allclose(first, weights(3))
 
 
+def test_state_goes_on_bitwise():
+    whole, stopped = TrainStep(CONFIG), TrainStep(CONFIG)
+    first, second, third = batches(3)
+    for step in (whole, stopped):
+        step(first)
+        step(second)
+    resumed = TrainStep(CONFIG)
+    resumed.load_state_dict(deepcopy(stopped.state_dict()))
+    whole(third)
+    resumed(third)
+    for (name, mine), theirs in zip(
+        whole.networks.state_dict().items(), resumed.networks.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
 def test_an_iteration_does_no_arithmetic_twice():
     """1.400 TFLOP for 64 images with the 1-in-5 steps averaged in, where the authors' code spends 2.00."""
     step = TrainStep(Config(), "meta")
