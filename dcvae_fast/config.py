@@ -396,7 +396,10 @@ class Config:
         _check("growth.start", growth.start, growth.start in starts, f"one of {starts}")
         if growth.start < 16 and self.loss.instance != "pixel":
             _check(
-                "contrast.layers", contrast.layers, "final" in contrast.layers, "with final, for low begins at 16×16"
+                "contrast.layers",
+                contrast.layers,
+                "final" in contrast.layers,
+                "with final: low begins at 16×16",
             )
         reached = [resolution for resolution in starts if growth.start <= resolution]
         missing = [resolution for resolution in reached if resolution not in growth.batch]

@@ -3,28 +3,26 @@
 import logging
 import os
 import sys
-from typing import Literal, TextIO
+from typing import Literal
+
+Stream = Literal["stdout", "stderr"]
 
 
 class ConsoleHandler(logging.Handler):
-    """Print records to the current `sys.stdout` or `sys.stderr` without damaging a progress bar."""
+    """Print records to the current `sys.stdout` or `sys.stderr`."""
 
-    def __init__(self, stream: Literal["stdout", "stderr"]):
+    def __init__(self, stream: Stream):
         super().__init__()
-        self._stream = stream
+        self._stream: Stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            _print(self.format(record), getattr(sys, self._stream))
-        except BrokenPipeError:  # the reader has gone, as in `dcvae train … | head`, which must not stop training
-            setattr(sys, self._stream, open(os.devnull, "w"))  # noqa: SIM115, it stays open until the end
-        except Exception:
-            self.handleError(record)
+        print_line(self.format(record), self._stream)
 
 
 def configure_logging() -> None:
     """Print INFO of `dcvae_fast` to stdout as it is, and warnings and errors of all packages to stderr with their
-    level in front. Calling it again changes nothing; logging that the caller has configured is kept."""
+    level in front. Calling it again changes nothing. If the caller has configured the root logger to print INFO, it
+    prints these messages too."""
     package = logging.getLogger("dcvae_fast")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
@@ -37,10 +35,23 @@ def configure_logging() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[warnings])
 
 
-def _print(line: str, stream: TextIO) -> None:
+def print_line(line: str, name: Stream) -> None:
+    """Print a line to the current `sys.stdout` or `sys.stderr` without damaging a progress bar.
+
+    A stream that cannot be written is not used again: long work must not stop for a message whose reader has gone, as
+    in `dcvae train … | head`, or whose disk is full.
+    """
+    stream = getattr(sys, name)
+    if stream is None:  # closed before Python started
+        return
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if tqdm is None:
-        print(line, file=stream)
-    else:
-        tqdm.write(line, file=stream)
-    stream.flush()
+    try:
+        if tqdm is None:
+            print(line, file=stream)
+        else:
+            tqdm.write(line, file=stream)
+        stream.flush()
+    except OSError as error:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open until the end
+        if name == "stdout" and not isinstance(error, BrokenPipeError):
+            print_line(f"WARNING: stdout cannot be written ({error.strerror}); its messages are lost", "stderr")

@@ -4,11 +4,14 @@ Nothing is shown where INFO messages of the package are not: by default, and on 
 """
 
 import logging
-import shutil
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from dcvae_fast.console import print_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +33,13 @@ def progress_bar(
     Yields:
         A function to call with the number of items done since its last call.
     """
-    if not logger.isEnabledFor(logging.INFO):
+    if sys.stderr is None or not logger.isEnabledFor(logging.INFO):
         yield lambda count: None
         return
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        width = shutil.get_terminal_size().columns  # 80 where the terminal does not know
-
-        with tqdm(desc=description, total=total, initial=initial, unit="", ncols=width, file=sys.stderr) as bar:
+        with tqdm(desc=description, total=total, initial=initial, unit="", file=sys.stderr, **_size()) as bar:
             yield bar.update
         return
 
@@ -53,9 +54,18 @@ def progress_bar(
         line = f"{done:,} / {total:,} {description}, {seconds:.0f} s"
         if initial < done < total:
             line += f", {seconds * (total - done) / (done - initial):.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+        print_line(line, "stderr")
 
     yield update
+
+
+def _size() -> dict[str, Any]:
+    """Return tqdm's options for the size of the terminal, which some terminals report as 0."""
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        size = (0, 0)
+    return {"dynamic_ncols": True} if min(size) > 0 else {"ncols": 80, "nrows": 24}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Every experiment of the paper, and two small ones, in one table: a row an experiment. Imports no torch.
+"""Every experiment of the paper, and two small ones, in one table: one row per experiment. Imports no torch.
 
 A row lists the settings in which an experiment differs from the one that it is based on, or, if it is based on none,
 from the defaults in `config.py`. `dcvae train --recipe NAME --print_config` prints all settings of a row as YAML, to
@@ -126,6 +126,12 @@ def recipe_names() -> list[str]:
     return sorted(RECIPES)
 
 
+def known_recipes() -> str:
+    """Return in words which recipes there are; the runs of `dcvae reproduce` by an example."""
+    names = ", ".join(name for name in recipe_names() if "/" not in name)
+    return f"{names}, the runs of dcvae reproduce such as table1/vae-gan, or a path to a .yaml file"
+
+
 def recipe_config(name: str) -> Config:
     """Return the configuration of a recipe of the table."""
     default = Config()
@@ -145,10 +151,9 @@ def recipe_argument(name: str) -> str:
     if name in RECIPES:
         return json.dumps(_by_section(name))
     if not name.endswith((".yaml", ".yml")):
-        known = ", ".join(recipe_names())
-        raise ConfigError(f"--recipe {name}: no such recipe; the recipes are {known}, or a path to a .yaml file.")
+        raise ConfigError(f"--recipe {name}: no such recipe; the recipes are {known_recipes()}.")
     if not Path(name).is_file():
-        raise ConfigError(f"--recipe {name}: no such recipe.")
+        raise ConfigError(f"--recipe {name}: no such file.")
     return name
 
 

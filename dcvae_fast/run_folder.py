@@ -56,10 +56,12 @@ def prepare_run(folder: Path, config: Config) -> None:
                 + "\nChoose another folder, or ask for the settings it was made with."
             )
         return
-    # What a start that was killed may leave is no reason to refuse.
+    # Files that a killed start has left do not count.
     begun = {folder / CHECKPOINTS, *find_unfinished(folder)}
     if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - begun or _newest_first(folder)):
-        raise RunError(f"{folder} exists and is no run folder ({CONFIG_FILE} is missing); choose another with --run.")
+        raise RunError(
+            f"{folder} exists and is not a run folder ({CONFIG_FILE} is missing); choose another with --run."
+        )
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         atomic_write(path, yaml.safe_dump(to_dict(config), sort_keys=False))

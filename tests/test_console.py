@@ -90,3 +90,28 @@ def test_a_bar_on_a_terminal_continues_stays_whole_and_ends_with_an_interrupt():
     shown = [part.strip() for part in parts if part.strip()]
     assert shown[0].startswith("images:  40%") and shown[-2].startswith("images:  60%")
     assert "loss 0.1" in shown and shown[-1] == "interrupted"
+
+
+@pytest.mark.parametrize("streams", ["1>&-", "2>&-", "1>/dev/full", "2>/dev/full"])
+@pytest.mark.multiprocess
+def test_streams_that_cannot_be_written_stop_nothing(streams, tmp_path):
+    code = f"""
+import logging, pathlib
+from dcvae_fast.console import configure_logging
+from dcvae_fast.progress import progress_bar
+configure_logging()
+with progress_bar("images", 100) as update:
+    for i in range(100):
+        update(1)
+        logging.getLogger("dcvae_fast.training.log").info("image %s", i)
+pathlib.Path({str(tmp_path / "done")!r}).touch()
+"""
+    command = ["bash", "-c", f'"$0" -c "$1" {streams}', sys.executable, code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (tmp_path / "done").exists() and "Traceback" not in result.stderr
+    if streams.startswith("2"):
+        assert "image 99" in result.stdout
+    else:
+        assert "100 / 100 images" in result.stderr
+    lost = "WARNING: stdout cannot be written (No space left on device); its messages are lost"
+    assert result.stderr.count("WARNING") == result.stderr.count(lost) == (1 if streams == "1>/dev/full" else 0)

@@ -38,7 +38,7 @@ def check_weights(folder: Path | None) -> None:
         UserError: it is not a folder.
     """
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--weights {folder} is no folder.")
+        raise UserError(f"--weights {folder} is not a folder.")
 
 
 def load_model(arguments: argparse.Namespace) -> "DCVAE":

@@ -84,7 +84,7 @@ def _data_of(arguments: argparse.Namespace, needed: bool) -> "tuple[Splits | Non
     if not needed:
         return None, images
     if data is None:
-        raise UserError(f"--data.name is missing: {folder} is no run, which would know its data set.")
+        raise UserError(f"--data.name is missing: {folder} is not a run folder, which would name its data set.")
     if root is not None:
         data = replace(data, root=root)
     train, test = (load_dataset(data.name, data.root, split, data.download) for split in ("train", "test"))

@@ -9,7 +9,7 @@ from dcvae_fast.commands.common import add_out, write_grid
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.errors import UserError
 from dcvae_fast.progress import progress_bars
-from dcvae_fast.recipes import recipe_names
+from dcvae_fast.recipes import known_recipes
 
 if TYPE_CHECKING:
     from dcvae_pipelines.prepare import Summary
@@ -47,7 +47,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         epilog="All settings of `dcvae train` can be given too, such as --data.root.",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(recipe_names())}, or a .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", help=known_recipes())
     parser.add_argument("-n", "--n", type=int, default=64, help="how many images (default: 64)")
     add_out(parser, "data.png")
     parser.set_defaults(run_command=run_data, takes_settings=True)

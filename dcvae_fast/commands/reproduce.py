@@ -21,7 +21,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("table", metavar="TABLE", help="table1 to table8, or figure7")
-    parser.add_argument("--budget", type=int, metavar="IMAGES", help="shorten every training to so many images")
+    parser.add_argument("--budget", type=int, metavar="IMAGES", help="shorten every training to this many images")
     parser.add_argument("--dry-run", action="store_true", help="show what is there and what the rest costs, then stop")
     text = "folder for runs and tables (default: %(default)s)"
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help=text)
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     table = TABLES.get(arguments.table)
     if table is None:
-        raise UserError(f"{arguments.table!r} is no table of the paper; there are {', '.join(TABLES)}.")
+        raise UserError(f"{arguments.table!r} is not a table of the paper; choose from {', '.join(TABLES)}.")
     out: Path = arguments.out
     runs = trainings(table, out, arguments.settings, arguments.budget, lambda argv: parse_config(argv).config)
     if arguments.dry_run:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.recipes import RECIPES, recipe_argument, recipe_names
+from dcvae_fast.recipes import RECIPES, known_recipes, recipe_argument
 
 if TYPE_CHECKING:
     from dcvae_fast.training.loop import Outcome
@@ -50,7 +50,7 @@ def parse_config(argv: Sequence[str]) -> Options:
 
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
-        description="Train, or go on training, a DC-VAE. Recipes: " + ", ".join(recipe_names()) + ".",
+        description=f"Train a DC-VAE, or continue. Recipes: {known_recipes()}.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -73,8 +73,7 @@ def parse_config(argv: Sequence[str]) -> Options:
     if recipe is not None:  # first, so that settings on the command line override it
         argv = ["--recipe", recipe_argument(recipe), *argv]
     elif not SHOWING & set(argv):
-        known = ", ".join(recipe_names())
-        raise ConfigError(f"--recipe is missing; the recipes are {known}, or a path to a .yaml file.")
+        raise ConfigError(f"--recipe is missing; the recipes are {known_recipes()}.")
     try:
         parsed = parser.parse_args(argv)
         settings = parser.instantiate(parsed)

@@ -69,7 +69,7 @@ class Training:
             remarks.append(f"shortened: {shown:,} of {self.full:,} images{in_proportion}")
         if self.changed:
             remarks.append(f"changed: {', '.join(self.changed)}")
-        if images != IMAGES:
+        if images != IMAGES and any(key.of != "latents" for key in self.needed):  # of latents, all are measured
             remarks.append(f"measured on {images:,} images, not {IMAGES:,}")
         return tuple(remarks)
 
@@ -95,7 +95,7 @@ def trainings(
     """
     names = {token.split("=")[0].removeprefix("--") for token in settings if token.startswith("--")}
     if strange := sorted(name for name in names if "." not in name):
-        raise UserError(f"--{strange[0]} is no option of reproduce, and no setting of dcvae train.")
+        raise UserError(f"--{strange[0]} is neither an option of reproduce nor a setting of dcvae train.")
     if "train.images" in names:
         raise UserError("--train.images is the paper's; --budget IMAGES shortens every training.")
     runs = []

@@ -75,7 +75,7 @@ def test_a_saved_model_is_told_its_data(saved, tmp_path, capsys):
         (["--metrics", "fld", "--data.name", "digits"], "metrics has fld"),
         (["--metrics", ",", "--data.name", "digits"], "metrics is empty"),
         (["--device", "tpu", "--data.name", "digits"], "the device is 'tpu'"),
-        (["--weights", "{tmp}/nowhere", "--data.name", "digits"], "--weights {tmp}/nowhere is no folder"),
+        (["--weights", "{tmp}/nowhere", "--data.name", "digits"], "--weights {tmp}/nowhere is not a folder"),
         (["--weights", "{tmp}", "--data.name", "digits"], "{tmp}/weights-inception-2015-12-05-6726825d.pth"),
         (["--weights", "{tmp}", "--metrics", "pixel,perceptual", "--data.name", "digits"], "{tmp}/vgg16-397923af.pth"),
         (["--weights", "{tmp}", "--metrics", "ppl"], "{tmp}/weights-vgg16-lpips.pth"),

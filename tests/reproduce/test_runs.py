@@ -313,15 +313,15 @@ def test_files_that_were_cut_short_or_written_by_other_versions(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["table9"], "'table9' is no table of the paper; there are table1, table2"),
+        (["table9"], "'table9' is not a table of the paper; choose from table1, table2"),
         (["table6", "--budget", "0"], "--budget is 0; it must be at least 1"),
         (["table1", "--loss.objectiv", "vae"], "--loss.objectiv"),
         (["table6", "--train.images", "5"], "--budget IMAGES shortens every training"),
         (["figure7", "--contrast.negatives=5"], "--contrast.negatives is what defines the runs of figure7"),
         (["table1", "--loss.objective", "vae"], "--loss.objective is what defines the runs of table1"),
-        (["table6", "--run", "x"], "--run is no option of reproduce, and no setting of dcvae train"),
+        (["table6", "--run", "x"], "--run is neither an option of reproduce nor a setting of dcvae train"),
         (["table6", "--optim.rate", "1"], "--optim.rate"),
-        (["table6", "--weights", "{tmp}/nowhere"], "--weights {tmp}/nowhere is no folder"),
+        (["table6", "--weights", "{tmp}/nowhere"], "--weights {tmp}/nowhere is not a folder"),
         (["table6", "--images", "9"], "--images is 9; it must be at least 10"),
         (["table6"], "data.root is not set"),
         (["table2", "--data.root", "{tmp}/nowhere"], "cifar10: missing in {tmp}/nowhere"),

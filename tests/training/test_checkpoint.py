@@ -183,10 +183,10 @@ def test_another_configuration_is_refused_with_its_differences(run):
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(RunError, match=r"exists and is no run folder \(config\.yaml is missing\)"):
+    with pytest.raises(RunError, match=r"exists and is not a run folder \(config\.yaml is missing\)"):
         prepare_run(tmp_path, Config())
     assert not is_run(tmp_path)
-    with pytest.raises(RunError, match="exists and is no run folder"):
+    with pytest.raises(RunError, match="exists and is not a run folder"):
         prepare_run(tmp_path / "photo.jpg", Config())
     (tmp_path / "config.yaml").write_text("data: [")
     with pytest.raises(RunError, match="cannot be read"):
