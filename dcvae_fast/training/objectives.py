@@ -141,13 +141,16 @@ def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> 
         adversarial = _adversarial_loss(networks, rec.images, inputs.prior, loss)
         metrics["loss/adversarial"] = adversarial.detach()
         total = total + adversarial
-    if networks.contrast is not None and inputs.keys is not None:
-        instance, contrast_metrics = networks.contrast.loss(networks.discriminator, rec.images, inputs.keys, inputs.ids)
-        metrics |= contrast_metrics
-    elif loss.instance == "feature":
-        instance = _feature_loss(networks, inputs.images, rec.images)
-    else:
-        instance = pixel_loss(inputs.images, rec.images)
+    match loss.instance:
+        case "contrast":
+            contrast, keys = networks.contrast, inputs.keys
+            assert contrast is not None and keys is not None
+            instance, contrast_metrics = contrast.loss(networks.discriminator, rec.images, keys, inputs.ids)
+            metrics |= contrast_metrics
+        case "feature":
+            instance = _feature_loss(networks, inputs.images, rec.images)
+        case "pixel":
+            instance = pixel_loss(inputs.images, rec.images)
     metrics[f"loss/{loss.instance}"] = instance.detach()
     return total + instance, metrics
 
