@@ -44,6 +44,8 @@ def print_line(line: str, name: Stream) -> None:
     stream = getattr(sys, name)
     if stream is None:  # closed before Python started
         return
+    encoding = stream.encoding or "utf-8"  # not every encoding has ×
+    line = line.encode(encoding, "backslashreplace").decode(encoding)
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
         if tqdm is None:

@@ -92,6 +92,13 @@ def test_a_bar_on_a_terminal_continues_stays_whole_and_ends_with_an_interrupt():
     assert "loss 0.1" in shown and shown[-1] == "interrupted"
 
 
+def test_characters_that_a_stream_cannot_print_are_escaped():
+    content = io.BytesIO()
+    with redirect_stdout(io.TextIOWrapper(content, encoding="ascii")):
+        LOGGER.info("Growing to 8×8")
+    assert content.getvalue() == rb"Growing to 8\xd78" + b"\n"
+
+
 @pytest.mark.parametrize("streams", ["1>&-", "2>&-", "1>/dev/full", "2>/dev/full"])
 @pytest.mark.multiprocess
 def test_streams_that_cannot_be_written_stop_nothing(streams, tmp_path):
