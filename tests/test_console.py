@@ -93,10 +93,10 @@ def test_a_bar_on_a_terminal_continues_stays_whole_and_ends_with_an_interrupt():
 
 
 def test_characters_that_a_stream_cannot_print_are_escaped():
-    content = io.BytesIO()
-    with redirect_stdout(io.TextIOWrapper(content, encoding="ascii")):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with redirect_stdout(stream):
         LOGGER.info("Growing to 8×8")
-    assert content.getvalue() == rb"Growing to 8\xd78" + b"\n"
+    assert stream.buffer.getvalue() == rb"Growing to 8\xd78" + b"\n"
 
 
 @pytest.mark.parametrize("streams", ["1>&-", "2>&-", "1>/dev/full", "2>/dev/full"])
