@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from dcvae_fast.commands import evaluate, export, latent, prepare, reproduce, train
-from dcvae_fast.console import configure_logging
+from dcvae_fast.console import configure_logging, print_line
 from dcvae_fast.errors import RankError, UserError, reason
 
 COMMANDS = (train, prepare, latent, evaluate, reproduce, export)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if "torch" in sys.modules:  # else there is no process group to leave
+    if "torch" in sys.modules:  # only torch makes process groups
         from dcvae_fast.distributed import exit_process
 
         exit_process(code)
@@ -51,13 +51,13 @@ def _run(argv: Sequence[str]) -> int:
     except RankError:  # the rank that has failed reports it
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print_line("\ninterrupted", "stderr")
         return 130
     except Exception as error:
         message = _message(error)
         if message is None:
             raise
-    print(f"dcvae: error: {message}", file=sys.stderr)
+    print_line(f"dcvae: error: {message}", "stderr")
     return 1
 
 

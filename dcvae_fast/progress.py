@@ -1,6 +1,6 @@
 """Progress of long work, on stderr: a tqdm bar on a terminal; in a file or pipe, a line every tenth of the way.
 
-Nothing is shown where INFO messages of the package are not: by default, and on all ranks but the first.
+Shows nothing while INFO messages of the package are disabled, as they are by default and on ranks > 0.
 """
 
 import logging

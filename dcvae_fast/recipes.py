@@ -49,7 +49,7 @@ _FIGURE7 = {"train.images": 2_500_000, "log.held_out": 10_000, "log.metrics_ever
 RECIPES = {
     # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. Every setting not named here is at its default, the paper's.
     "cifar10":                Recipe(None,          {"data.name": "cifar10", "train.images": 40_000_000}),
-    # STL-10 shrunk to 32×32, with its images without labels (Table 2): as CIFAR-10, for as many images.
+    # STL-10 shrunk to 32×32, with and without labels (Table 2): the settings and number of images of CIFAR-10.
     "stl10":                  Recipe("cifar10",     {"data.name": "stl10"}),
     # MNIST padded to 32×32 (Table 6), 100 epochs. The paper has latents of 16, 32 and 64.
     "mnist":                  Recipe(None,          {"data.name": "mnist", "train.images": 6_000_000,
@@ -74,7 +74,7 @@ RECIPES = {
     "celebahq512":            Recipe("celebahq256", {"model.resolution": 512, "train.images": 9_000_000,
                                                      "log.every":  9_000}),
 
-    # What `dcvae reproduce` trains.
+    # Runs of `dcvae reproduce`.
     "table1/vae":             Recipe("cifar10",     {"loss.objective": "vae"}),
     "table1/vae-gan":         Recipe("cifar10",     {"loss.objective": "vae_gan"}),
     "table1/vae-contrastive": Recipe("cifar10",     {"loss.objective": "vae_contrastive"}),
@@ -143,10 +143,10 @@ def recipe_argument(name: str) -> str:
     """Return what jsonargparse's `ActionConfigFile` takes: the path of a YAML file, or a recipe's settings as JSON.
 
     Args:
-        name: of a recipe of the table, or a path that ends in .yaml or .yml.
+        name: a recipe of the table, or a path that ends in .yaml or .yml.
 
     Raises:
-        ConfigError: there is no such recipe; the message lists the recipes of the table.
+        ConfigError: the recipe is unknown (the message lists the recipes), or the file does not exist.
     """
     if name in RECIPES:
         return json.dumps(_by_section(name))

@@ -83,8 +83,8 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is being trained by another process; if it is not, delete {folder / LOCK_FILE}."
         ) from error
     with lock:
-        for part in (folder, folder / CHECKPOINTS, folder / GRIDS):
-            for file in find_unfinished(part):  # by a run that was killed
+        for part in (folder / CHECKPOINTS, folder / GRIDS):  # only training writes there
+            for file in find_unfinished(part):
                 file.unlink()
         yield
 

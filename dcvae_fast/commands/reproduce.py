@@ -14,10 +14,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "reproduce",
         help="Train and measure what a table of the paper shows: see `dcvae reproduce --help`.",
-        description="Train what a table of the paper needs, measure it, and write it beside the paper's numbers. Run"
-        " again, it goes on where it was.",
+        description="Train what a table of the paper needs, measure it, and write it beside the paper's numbers. To"
+        " resume, run the same command again.",
         epilog="All settings of `dcvae train` can be given too, such as --data.root, --train.device, or narrower"
-        " networks; what departs from the paper is said beside each number.",
+        " networks; each number is listed with its departures from the paper.",
         allow_abbrev=False,
     )
     parser.add_argument("table", metavar="TABLE", help="table1 to table8, or figure7")

@@ -1,4 +1,4 @@
-"""`dcvae train`, and its command line, which other commands that train read too."""
+"""`dcvae train`, and the parser of its settings, which `data` and `reproduce` use too."""
 
 import argparse
 import logging
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(config: Config, folder: Path, outcome: "Outcome", minutes: float) -> None:
     images, asked = outcome.images, config.train.images
     if outcome.signal:
-        logger.info(f"Stopped after {images:,} of {asked:,} images; the same command goes on.")
+        logger.info(f"Stopped after {images:,} of {asked:,} images; run the same command to resume.")
         return
     if outcome.trained:
         logger.info(f"{images:,} images shown; this call took {minutes:.1f} minutes.")

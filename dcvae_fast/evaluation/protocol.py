@@ -197,7 +197,7 @@ class _Work:
         return self.splits
 
     def measurement(self, metric: str, of: Subject, value: float, count: int, **more: Any) -> Measurement:
-        """Complete a measurement by what is the same for all."""
+        """Return a measurement with the fields that all measurements of this call share."""
         data = None if self.splits is None else data_of(metric, of, self.splits)
         common = {"protocol": self.protocol, "data": data, "seed": self.seed}
         return Measurement(**{"metric": metric, "of": of, "value": value, "count": count, **common, **more})

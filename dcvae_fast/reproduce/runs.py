@@ -112,7 +112,7 @@ def trainings(
 
 
 def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Config:
-    """Return the configuration with at most `budget` images, and growth shortened in proportion, to end as it would.
+    """Return the configuration with at most `budget` images, and with growth shortened in proportion.
 
     Args:
         full: images that the paper's training shows.
@@ -180,7 +180,7 @@ def reproduce(
 
     Raises:
         EvaluationError: some numbers are missing; all others were measured and written.
-        UserError, DataError: as in `train`; but a run that diverges is only left out.
+        UserError, DataError: as in `train`; but a run that diverges is left out.
     """
     _check(table, runs, images)
     if cache is not None:
@@ -197,7 +197,7 @@ def reproduce(
             result = Result(run.remarks(asked, images), missing=dict.fromkeys(run.needed, str(error)))
         else:
             if outcome.signal:
-                stopped = f"stopped after {outcome.images:,} of {asked:,} images, the same command goes on"
+                stopped = f"stopped after {outcome.images:,} of {asked:,} images, run the same command to resume"
                 logger.info(_line(f"{run.name}: {stopped}", run.remarks(asked, images)))
                 return 128 + outcome.signal
             result = _measure(run, data, outcome.images, images, measure)
@@ -215,7 +215,7 @@ def reproduce(
 
 
 def _check(table: Table, runs: Sequence[Training], images: int) -> None:
-    """Raise now what would otherwise be raised after hours: too few images, a package or file that is not as needed."""
+    """Fail early, not after hours of training: check the number of images, packages and files of measurements."""
     if images < FEWEST:
         raise UserError(f"--images is {images}; it must be at least {FEWEST}.")
     for package in _packages(table):

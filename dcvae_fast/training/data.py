@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
-    """A split of the configured data set.
+    """Return a split of the configured data set.
 
     Raises:
         DataError: it is missing or damaged.
@@ -45,16 +45,16 @@ def first_images(config: Config, images: ImageSet | EncodedSet, count: int) -> I
 
 
 def training_images(config: Config) -> ImageSet | EncodedSet:
-    """The training split; decoded, where `data.resident` says so.
+    """Return the training split, decoded if `data.resident` is set.
 
     Raises:
-        DataError: the split is missing or damaged, or is to be decoded, and one of its images cannot be.
+        DataError: the split is missing or damaged, or an image of a resident split cannot be decoded.
         ConfigError: its images do not fit the networks.
     """
     images, model = open_data(config, "train"), config.model
     if not config.data.resident or isinstance(images, ImageSet):
         return images
-    logger.info("Decoding %s images once", f"{len(images):,}")
+    logger.info(f"Decoding {len(images):,} images once")
     with progress_bars() as report:
         return decode_images(
             images,
@@ -72,8 +72,10 @@ def open_source(
     ranks: Ranks = SINGLE,
     seed: int | None = None,
 ) -> Source:
-    """Batches for training, this rank's share of them, as they are at the beginning; `seed` is of their order, else the
-    configuration's.
+    """Return batches for training: this rank's share, at the first resolution.
+
+    Args:
+        seed: determines the order of the images; None for `train.seed`.
 
     Raises:
         DataError: there are fewer images than ranks, or than a setting needs.

@@ -149,7 +149,7 @@ class Units(torch.optim.Optimizer):
 
 
 class UnitEngine(Engine):
-    """An engine whose parameters are stepped in units; by itself for Apex's Adam, and for DeepSpeed's alone."""
+    """Step parameters in units: for Apex's Adam, and for DeepSpeed's Adam without DeepSpeed's engine."""
 
     optimizer: Units
 
@@ -326,10 +326,10 @@ def _range(address: Any) -> slice:
 
 
 def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:
-    """Return what DeepSpeed is told: the user's JSON, as far as it does not contradict the recipe.
+    """Return the settings of DeepSpeed: those that the recipe decides, and the rest of the user's JSON.
 
     Raises:
-        ConfigError: the file cannot be read, or says something that the recipe says otherwise, or nobody here heeds.
+        ConfigError: the file cannot be read, contradicts the recipe, or has a setting without effect here.
     """
     path = config.train.deepspeed_config
     user = {} if path is None else _read(path)
@@ -349,7 +349,7 @@ def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:
         if name in {known for known, *_ in decided}:
             continue
         if name not in FREE:
-            why = ELSEWHERE.get(name, "it would not be heeded, or change what the recipe computes")
+            why = ELSEWHERE.get(name, "it has no effect, or changes what the recipe computes")
             raise ConfigError(f"{path}: {name} cannot be set here: {why}.")
         kind, (section, _, key) = FREE[name], name.rpartition(".")
         if theirs == "auto":
@@ -361,19 +361,19 @@ def deepspeed_settings(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Return the settings in a JSON file, those of sections that are looked into as SECTION.NAME."""
+    """Return the settings in a JSON file; those in the sections that are checked are named SECTION.NAME."""
     try:
         user = json.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"train.deepspeed_config: {path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise ConfigError(f"train.deepspeed_config: {path} is no JSON ({error}).") from error
+        raise ConfigError(f"train.deepspeed_config: {path} is not valid JSON ({error}).") from error
     if not isinstance(user, dict):
-        raise ConfigError(f"train.deepspeed_config: {path} holds no JSON object.")
+        raise ConfigError(f"train.deepspeed_config: {path} must hold a JSON object.")
     for section in ("zero_optimization", "bf16", "fp16"):
         settings = user.pop(section, {})
         if not isinstance(settings, dict):
-            raise ConfigError(f"{path}: {section} is no object.")
+            raise ConfigError(f"{path}: {section} must be an object.")
         user |= {f"{section}.{name}": value for name, value in settings.items()}
     return user
 

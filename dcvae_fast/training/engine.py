@@ -23,7 +23,7 @@ class Engine:
     """
 
     settings: Mapping[str, Any] = {}
-    """of DeepSpeed, if that is used"""
+    """settings of DeepSpeed, if it is used"""
 
     def __init__(
         self,

@@ -159,6 +159,9 @@ def _duration(seconds: float) -> str:
 
 def _drop_after(folder: Path, images: int) -> None:
     """Drop the lines of a run's metrics that a resumed run writes again, and those that are damaged."""
-    if (path := folder / METRICS_FILE).is_file():
-        kept = [record for record in read_metrics(folder) if record["images"] <= images]
-        atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
+    if not (path := folder / METRICS_FILE).is_file():
+        return
+    kept = [record for record in read_metrics(folder) if record["images"] <= images]
+    content = "".join(json.dumps(record) + "\n" for record in kept).encode()
+    if content != path.read_bytes():
+        atomic_write(path, content)

@@ -121,7 +121,7 @@ def _open(config: Config, folder: Path, ranks: Ranks) -> Run:
             images = replace(images, images=images.images.to(device))
         step, source = TrainStep(config, device, ranks), open_source(config, images, device, ranks)
         if ranks.is_first:
-            prepare_run(folder, config)  # last: a folder is bound to settings that work
+            prepare_run(folder, config)  # last, so that only settings that work make a folder
     ranks.check_same({f"the number of images in {images.name}": len(images), "DeepSpeed's part": step.engine.settings})
     return Run(config, folder, images, source, step, snapshots)
 
@@ -147,7 +147,7 @@ def _iterate(
     """Train until all images are shown, a signal is received, or a rank fails; leave a checkpoint in any case.
 
     Args:
-        received: signals, added to as they arrive.
+        received: signals received so far, a list that grows.
         advance: called with the number of images of each iteration.
     """
     step, source, ranks = run.step, run.source, run.step.ranks
@@ -155,7 +155,7 @@ def _iterate(
     batches, saved, status, problem = iter(source), step.images, GO, None
     while step.images < total:
         if step.point.resolution != step.resolution:
-            if step.images > saved:  # to return to, should growing fail
+            if step.images > saved:  # a checkpoint to resume from if growing fails
                 _save(run, source.state_dict())
                 saved = step.images
             grow(run)
@@ -184,7 +184,7 @@ def _iterate(
         if is_due(every.every):
             log.write(step.images)
         if is_due(every.metrics_every or every.grids_every):
-            # Before the checkpoint: a run that is killed after it would not come back to them.
+            # Before the checkpoint is saved: a run that is killed in between measures when it resumes.
             with log.paused(), ranks.raise_on_all_ranks():
                 if run.snapshots is not None and run.snapshots.held_out is not None:
                     measure_held_out(step, log, run.snapshots.held_out)
@@ -239,6 +239,6 @@ def _save(run: Run, position: dict[str, Any]) -> None:
     state = {"config": to_dict(run.config), "step": step.state_dict(), "sources": positions}
     with ranks.raise_on_all_ranks():
         if not torch.stack(norms).isfinite().all():
-            raise DivergedError(f"{run.folder}: a weight is no longer a finite number after {step.images:,} images.")
+            raise DivergedError(f"{run.folder}: a weight is not finite after {step.images:,} images.")
         if ranks.is_first:
             save_checkpoint(run.folder, step.images, state, run.config.log.keep)

@@ -43,7 +43,7 @@ class Networks(nn.Module):
         self.layers = config.contrast.layers
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters, by the names that the objectives' steps use."""
+        """Return the trained parameters by group; objectives step some of the groups."""
         critic = self.discriminator.critic
         groups = {
             "encoder": self.encoder,

@@ -1,9 +1,9 @@
 """The objectives of DC-VAE (Eq. 9): networks, inputs and loss settings → a loss and detached metrics.
 
 Encoder E and decoder G make a reconstruction of an image x: G(z) with z drawn from q(z|x). Discriminator C tells real
-images from prior samples and reconstructions (set level), and C′, its moving average, lets each reconstruction be told
-from other images (instance level). The functions have no state: `step.py` says when each is minimised, in which
-parameters.
+images from prior samples and reconstructions (set level). C′, its moving average, makes the keys by which each
+reconstruction is recognised among other images (instance level). The functions have no state: `step.py` calls them in
+order and steps the parameters.
 """
 
 from typing import NamedTuple

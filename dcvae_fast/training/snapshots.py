@@ -1,4 +1,4 @@
-"""Looks at a run in progress: image grids, and metrics of held-out images."""
+"""Snapshots of a run in progress: image grids, and metrics of held-out images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ GRID_IMAGES = 32
 
 
 class Snapshots(NamedTuple):
-    """What a run in progress is looked at with.
+    """Held-out data for the snapshots of a run.
 
     Attributes:
         images: held-out images uint8 [N, C, H, W], for grids

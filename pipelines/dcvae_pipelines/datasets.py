@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
@@ -154,9 +155,10 @@ def _celebahq(folder: Path, split: str) -> EncodedSet:
     return EncodedSet("celebahq", Files(folder, names), _indices(is_held_out, split))
 
 
-def _celebahq_held_out() -> set[int]:
+@cache
+def _celebahq_held_out() -> frozenset[int]:
     """Choose 1,000 of the 30,000 images by a hash of their numbers; which the paper held out is not published."""
-    return set(sorted(range(30_000), key=lambda n: hashlib.sha256(f"celebahq {n}".encode()).digest())[:1000])
+    return frozenset(sorted(range(30_000), key=lambda n: hashlib.sha256(f"celebahq {n}".encode()).digest())[:1000])
 
 
 def _lsun_bedroom(root: Path, split: str) -> EncodedSet:

@@ -183,7 +183,9 @@ def test_a_training_that_is_stopped_goes_on_where_it_was(tmp_path, counted, monk
     with monkeypatch.context() as patch:
         patch.setattr(runs, "train", stop)
         assert main(command) == 128 + 15
-    assert messages()[-1].startswith("table6/z32: stopped after 8 of 16 images, the same command goes on; shortened: ")
+    assert messages()[-1].startswith(
+        "table6/z32: stopped after 8 of 16 images, run the same command to resume; shortened: "
+    )
     page = (tmp_path / "table6.md").read_text()
     assert "– DC-VAE, Z = 32, % ↓; DC-VAE, Z = 64, % ↓: not trained yet" in page
     assert main(command) == 0
@@ -300,7 +302,7 @@ def test_distances_of_few_images_say_so():
 
 def test_files_that_were_cut_short_or_written_by_other_versions(tmp_path):
     assert read_metrics(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text('{"images": 8}\n{"images": 16}\n{"ima')
+    (tmp_path / "metrics.jsonl").write_text('{"images": 8}\n[]\n{"loss": 1}\n{"images": 16}\n{"ima')
     assert read_metrics(tmp_path) == [{"images": 8}, {"images": 16}]
     entries = {"weights": "w", "measurements": [{"metric": "fid", "of": "samples", "protocol": "paper", "value": 1.0}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(entries))

@@ -26,7 +26,7 @@ from dcvae_fast.config import (
     OptimConfig,
     TrainConfig,
 )
-from dcvae_fast.distributed import exit_process, init_distributed
+from dcvae_fast.distributed import Ranks, exit_process, init_distributed
 from dcvae_fast.training.deepspeed_engine import UnitEngine
 from dcvae_fast.training.optim import Moments
 from dcvae_fast.training.step import TrainStep
@@ -161,6 +161,23 @@ def collect_garbage_early() -> None:
     gc.freeze()  # without imported modules, collection is fast
 
 
+def check_overflow(config: Config, ranks: Ranks) -> None:
+    """Check that no rank steps, and every rank halves the loss scale, if float16 gradients overflow on one rank."""
+    engine = TrainStep(replace(config, train=replace(config.train, precision="float16")), ranks=ranks).engine
+    parameters, scale = engine.groups["heads"], engine.scaler.get_scale()
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def step(slope: float) -> list[bool]:
+        sums = [(parameter * torch.ones_like(parameter)).sum() for parameter in parameters]
+        engine.backward(slope * torch.stack(sums).sum(), ["heads"])
+        engine.step()
+        assert engine.scaler.get_scale() == scale / 2
+        return [not torch.equal(x, y) for x, y in zip(parameters, before, strict=True)]
+
+    assert not any(step(float("inf") if ranks.rank == ranks.world_size - 1 else 1.0))
+    assert all(step(1.0))
+
+
 def main(folder: Path, engines: list[str]) -> None:
     """Train as a rank. Raises AssertionError where the state differs from the recorded one."""
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -182,6 +199,8 @@ def main(folder: Path, engines: list[str]) -> None:
                 step = TrainStep(replace(config, train=settings), ranks=ranks)
                 step.load_state_dict(states[HALF])
                 follow(step, states)
+            if name == "fixed":
+                check_overflow(step.config, ranks)
     exit_process(0)
 
 

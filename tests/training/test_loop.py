@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from dcvae_fast import DCVAE
 from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.run_folder import load_checkpoint, read_metrics, save_checkpoint
-from dcvae_fast.training import signals
+from dcvae_fast.training import loop, signals
 from dcvae_fast.training.data import open_data, open_source
 from dcvae_fast.training.loop import train
 from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet
@@ -136,6 +138,21 @@ def test_images_shown_round_up_to_whole_batches(tmp_path):
     assert run(tmp_path / "run", 33).images == 40
 
 
+@pytest.mark.usefixtures("quick_ends")
+def test_progress_counts_the_images_that_are_left(tmp_path, monkeypatch):
+    bars = []
+
+    @contextmanager
+    def record(description: str, total: int, initial: int = 0, lines: bool = True) -> Iterator[Callable[[int], None]]:
+        bars.append([initial])
+        yield bars[-1].append
+
+    monkeypatch.setattr(loop, "progress_bar", record)
+    run(tmp_path / "run", 16)
+    run(tmp_path / "run", 33)
+    assert bars == [[0, 8, 8], [16, 8, 8, 1]]
+
+
 def start(folder: Path, images: int, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "dcvae_fast.cli", "train", *settings(folder, images, *more)]
     # Of several threads, sums might come in another order than in this process.
@@ -211,7 +228,7 @@ def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys)
     assert main(["train", *settings(folder, 1000, "--log.checkpoint_every", "8")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"dcvae: error: {folder}: ") and error.count("\n") == 1
-    assert "became nan" in error or "became inf" in error or "no longer a finite number" in error
+    assert "became nan" in error or "became inf" in error or "a weight is not finite" in error
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000000000016.pt", "000000000024.pt"]
 
 

@@ -150,7 +150,7 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
             "has fewer images, 1, than there are ranks, 2",
         ),
         (json_file("missing"), "missing.json cannot be read (No such file or directory)"),
-        (json_file("empty"), "empty.json is no JSON"),
+        (json_file("empty"), "empty.json is not valid JSON"),
         (json_file("stage3"), "zero_optimization.stage is 3; it must be 0, 1 or 2: stage 3 cuts up the weights too"),
         (json_file("batch"), "train_batch_size is 16, but train.batch on 2 ranks"),
         (json_file("bf16"), "bf16.enabled is True, but train.precision float32 makes it False"),
@@ -247,7 +247,7 @@ def test_when_a_rank_is_stopped_or_dies_all_end_and_the_run_goes_on(tmp_path: Pa
         codes = [process.returncode for process in processes]
         if ending == signal.SIGTERM:
             assert codes == [143, 143], printed
-            assert "the same command goes on" in printed[0]
+            assert "run the same command to resume" in printed[0]
         else:
             assert codes == [1, -signal.SIGKILL] and "dcvae: error: another rank has ended" in printed[0], printed
     state = load_checkpoint(run)

@@ -262,6 +262,7 @@ def test_vae_gan_compares_features_and_leaves_the_discriminator_alone():
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("objective", ["vae", "vae_gan", "dc_vae"])
 def test_objectives_of_micro_batches_add_up_to_that_of_the_batch(objective):
     """The networks at 32×32 have statistics of a batch, which do not add up; those that grow are tested here."""
