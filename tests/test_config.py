@@ -5,7 +5,7 @@ import pytest
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ModelConfig, changes, to_dict
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.recipes import recipe_config, recipe_names
+from dcvae_fast.recipes import known_recipes, recipe_config, recipe_names
 
 
 def parsed(*argv: str) -> Config:
@@ -55,6 +55,10 @@ def test_every_recipe_parses(recipe):
     assert str(folder) == f"runs/{recipe}"
     assert not dry_run and not profile
     assert config.model.image_channels == (1 if config.data.name in ("digits", "mnist") else 3)
+
+
+def test_a_message_lists_recipes_without_all_runs_of_reproduce():
+    assert known_recipes().startswith("celeba128, celeba64, ") and known_recipes().count("/") == 1
 
 
 def test_overrides(tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import pty
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -39,6 +41,13 @@ def test_messages_are_printed_once_and_other_packages_stay_quiet(capsys):
     LOGGER.info("16 images")
     logging.getLogger("elsewhere").info("nothing")
     assert capsys.readouterr().out == "16 images\n"
+
+
+def test_a_rank_that_logs_warnings_only_stays_so(monkeypatch):
+    package = logging.getLogger("dcvae_fast")
+    monkeypatch.setattr(package, "level", logging.WARNING)
+    configure_logging()
+    assert package.level == logging.WARNING
 
 
 @pytest.mark.multiprocess
@@ -90,6 +99,23 @@ def test_a_bar_on_a_terminal_continues_stays_whole_and_ends_with_an_interrupt():
     shown = [part.strip() for part in parts if part.strip()]
     assert shown[0].startswith("images:  40%") and shown[-2].startswith("images:  60%")
     assert "loss 0.1" in shown and shown[-1] == "interrupted"
+
+
+@pytest.mark.multiprocess
+def test_a_bar_is_shown_on_a_terminal_of_unknown_size():
+    code = """
+from dcvae_fast.console import configure_logging
+from dcvae_fast.progress import progress_bar
+configure_logging()
+with progress_bar("images", 10) as update:
+    update(10)
+"""
+    terminal, stderr = pty.openpty()  # of 0 rows and columns
+    subprocess.run([sys.executable, "-c", code], stderr=stderr, check=True)
+    os.close(stderr)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert "images: 100%" in shown and "10/10" in shown
 
 
 def test_characters_that_a_stream_cannot_print_are_escaped():

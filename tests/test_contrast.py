@@ -113,14 +113,14 @@ def test_the_loss_of_local_patches_is_added():
     discriminator.eval()
     older, images, rec = torch.rand(3, 4, 1, 32, 32)
     location = torch.tensor([0.4])
-    contrast.enqueue(contrast.keys(older, location), torch.arange(10, 14))
-    keys = contrast.keys(images, location)
+    old_keys, keys = contrast.keys(older, location), contrast.keys(images, location)
+    contrast.enqueue(old_keys, torch.arange(10, 14))
     total, metrics = contrast.loss(discriminator, rec, keys, torch.arange(4))
-    assert contrast.local_queue is not None and keys.patches is not None
+    assert contrast.local_queue is not None and keys.patches is not None and old_keys.patches is not None
     assert contrast.local_queue.keys.shape == (2, 12, WIDTH)
     features = discriminator(rec).features
     queries = [features["b1"].flatten(2)[:, :, 102], features["b3"].flatten(2)[:, :, 25]]
-    expected = [cross_entropy(queries[s], keys.patches[s], contrast.local_queue.keys[s, :4])[0] for s in range(2)]
+    expected = [cross_entropy(queries[s], keys.patches[s], old_keys.patches[s])[0] for s in range(2)]
     torch.testing.assert_close(metrics["loss/contrast_local"], torch.stack(expected).mean())
     without, _ = contrast.loss(discriminator, rec, Keys(keys.embeddings), torch.arange(4))
     torch.testing.assert_close(total, without + metrics["loss/contrast_local"])

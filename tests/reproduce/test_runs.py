@@ -91,6 +91,8 @@ def test_runs_are_the_papers():
         config = found[f"{table}/dc-vae"].config
         assert (config.data.name, config.model.resolution, config.model.grows) == (data, resolution, resolution > 32)
     assert all(not run.changed and not run.remarks(run.full, 50_000) for run in found.values())
+    assert found["table8/dc-vae"].remarks(9_000_000, 100) == ("measured on 100 images, not 50,000",)
+    assert found["table6/z16"].remarks(6_000_000, 100) == ()  # a probe takes all images
 
 
 def test_a_budget_shortens_growth_in_proportion():

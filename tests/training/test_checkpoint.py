@@ -123,11 +123,16 @@ def test_a_full_disk_loses_nothing(run):
 
 def test_what_a_kill_left_half_written_is_ignored_and_cleared(run):
     save_checkpoint(run, 1, state(1), keep=2)
-    (run / "checkpoints" / ".000000000002.pt.1.unfinished").write_bytes(b"half")
+    (run / "grids").mkdir()
+    half_written = [run / "checkpoints" / ".000000000002.pt.1.unfinished", run / "grids" / ".a.png.1.unfinished"]
+    evaluating = run / ".evaluation.json.1.unfinished"  # by another process, which may still be writing
+    for path in (*half_written, evaluating):
+        path.write_bytes(b"half")
     loaded = load_checkpoint(run)
     assert loaded is not None and loaded["step"]["images"] == 1
     with locked(run):
         assert checkpoints(run) == ["000000000001.pt"]
+        assert not any(path.exists() for path in half_written) and evaluating.exists()
 
 
 def test_other_files_are_no_checkpoints(run):

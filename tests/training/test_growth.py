@@ -212,8 +212,11 @@ def test_losses_penalties_and_keys_are_in_float32_under_autocast(monkeypatch: py
     assert isinstance(trunk, Trunk)
     dtypes = []
     trunk.conv.register_forward_hook(lambda layer, args, out: dtypes.append(out.dtype))
+    caches = []  # with the cache, gradients of a weight that is used twice are added up in bfloat16
+    trunk.register_forward_hook(lambda *_: caches.append(torch.is_autocast_cache_enabled()))
     advance(step, 1)
     assert all(kinds == {torch.float32} for kinds in seen.values()) and len(seen) == 5
+    assert not all(caches)
     assert dtypes.count(torch.float32) == 1 and set(dtypes) == {torch.bfloat16, torch.float32}  # the penalty's pass
     contrast = step.networks.contrast
     assert contrast is not None and contrast.queue.keys.dtype == torch.float32
