@@ -1,4 +1,4 @@
-"""Options of the benchmarks, what is printed while they run, and the fixtures that fill and write a result file."""
+"""Options of the benchmarks, and the fixtures that fill and write a result file."""
 
 import functools
 import time
@@ -8,26 +8,22 @@ from typing import Any
 
 import pytest
 
+DEADLINE = pytest.StashKey[float]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dcvae benchmarks")
     group.addoption("--results", type=Path, help="write RESULTS/<device>/<benchmark>.json")
-    group.addoption("--deadline", type=float, help="start no measurement later than this many seconds from now")
+    group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no measurement starts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    seconds = config.getoption("--deadline")
-    config.stash[DEADLINE] = None if seconds is None else time.monotonic() + seconds
+    config.stash[DEADLINE] = time.monotonic() + config.getoption("--deadline")
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """No dots: the benchmarks print a line each."""
-    if report.skipped or (report.passed and report.when == "call"):
-        return report.outcome, "", report.outcome.upper()
-    return None
-
-
-DEADLINE = pytest.StashKey[float | None]()
+    """Print no dots: each benchmark prints a line."""
+    return ("passed", "", "PASSED") if report.passed and report.when == "call" else None
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +33,9 @@ def document(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def fill(request: pytest.FixtureRequest, document: dict[str, Any], benchmark: Any) -> Iterator[Callable[..., None]]:
-    """suite.fill for this module's result file, which is written after each case, so that whatever stops the run leaves
-    what it had measured."""
-    import suite  # not before the deadline is set: it imports torch
+    """harness.fill for this module's result file, which is written after each case so that it survives a kill."""
+    import harness  # imports torch, which takes seconds: after the deadline is set
 
-    deadline = request.config.stash[DEADLINE]
-    yield functools.partial(suite.fill, document, benchmark, deadline is not None and time.monotonic() > deadline)
-    folder: Path | None = request.config.getoption("--results")
-    if folder is not None:
+    yield functools.partial(harness.fill, document, benchmark, time.monotonic() > request.config.stash[DEADLINE])
+    if folder := request.config.getoption("--results"):
         request.module.BENCHMARK.write(document, folder)

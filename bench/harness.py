@@ -1,40 +1,150 @@
-"""How every benchmark measures: time, graph replay, memory, launches, and what the device can do at best.
+"""How every benchmark measures, and how its result file is filled.
 
-On a GPU time is taken by CUDA events around batches of calls, on a CPU by the clock. All implementations are measured
-by the same functions, after a warm-up that includes any compiling. Inputs stay where they are between calls, so that
-small ones are in the cache, for everybody. torch's settings are its defaults: no float32 product is rounded to tf32.
+All implementations are timed by the same functions, after calls whose result is checked and which compile what is to be
+compiled. Inputs stay where they are between calls, so small ones are in the cache for all of them.
+
+wall   Time of a call from Python. pytest-benchmark times batches of calls by `torch.utils.benchmark.timer`, which waits
+       for the device. `triton.testing.do_bench` would fill a buffer before each call to clear the L2 cache; while the
+       GPU does that, Python runs ahead, which hides up to 0.1 ms of launches.
+graph  Time of a call replayed from a CUDA graph, by `triton.testing.do_bench_cudagraph`, which does not clear the cache.
+
+torch keeps its default settings: float32 products are not rounded to tf32.
 """
 
 import contextlib
 import gc
-import math
+import os
 import re
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
+import pytest
 import torch
+from torch.utils.benchmark import Timer, timer
+
+import results
+from results import NO_TIME, NOT_RUN, Document, Target
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-
+REHEARSING = results.REHEARSAL_VARIABLE in os.environ
 MODES = ("forward", "forward_backward")
-BATCH_SECONDS, MEASURE_SECONDS, WARMUP_SECONDS = (0.01, 0.3, 0.05) if ON_GPU else (0.002, 0.02, 0.002)
-MIN_BATCHES, MAX_BATCHES = 5, 50
-# Calls in one captured graph: launching a graph costs microseconds, which are not the operation's.
-CALLS_PER_GRAPH = 10
+TIMER = {
+    "wall": "pytest-benchmark, torch.utils.benchmark.timer, warm cache",
+    "graph": "triton.testing.do_bench_cudagraph, warm cache",
+}
+GRAPH_MS = 20  # calls in one graph take about as long
 
 
 class Unavailable(Exception):
-    """Why something is not measured, in one short sentence."""
+    """Raised where something cannot be measured; the message is the reason, one short sentence."""
 
 
 class Absent(Unavailable):
-    """It needs what this machine does not have: no mistake, not even of ours."""
+    """Raised where this machine lacks something; does not count as a failure, not even of our implementation."""
+
+
+class Row(Protocol):
+    """One problem. `description` holds everything that distinguishes it, and an op's minimum of bytes and FLOPs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def targets(self) -> Sequence[Target]: ...
+    def shrunk(self) -> "Row": ...
+    def description(self) -> Document: ...
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Contents of a result file.
+
+    Attributes:
+        packages: distributions whose versions it records
+        on_cpu: whether times on a CPU are of interest; otherwise a run on a CPU is a rehearsal
+    """
+
+    name: str
+    rows: Sequence[Row]
+    peers: Iterable[str]
+    packages: Sequence[str] = ()
+    modes: Sequence[str] = MODES
+    on_cpu: bool = False
+
+    def document(self) -> Document:
+        """Return the result file's contents before anything has run."""
+        rehearsal = not ON_GPU and (REHEARSING or not self.on_cpu)
+        empty = dict.fromkeys(("wall", "graph", "graph_reason", "peak_bytes", "launches", "errors"))
+        cells = [{"peer": p, "mode": m, "reason": NOT_RUN, **empty} for p in self.peers for m in self.modes]
+        rows = [row.shrunk() if rehearsal else row for row in self.rows]
+        return {
+            **results.environment(self.packages),
+            "benchmark": self.name,
+            "timer": TIMER,
+            "rehearsal": rehearsal,
+            "device_rates": device_rates(),
+            "rows": [{**row.description(), "cells": [dict(cell) for cell in cells]} for row in rows],
+        }
+
+    def write(self, document: Document, folder: Path) -> None:
+        targets = results.target_entries(document, {row.name: row.targets for row in self.rows})
+        results.write(results.path_of(folder, document), {**document, "targets": targets})
+
+
+def cases(*groups: Iterable[tuple[Any, str, str]]) -> pytest.MarkDecorator:
+    """Parametrize a test by (row, implementation, mode), in the order in which they are measured."""
+    every = [case for group in groups for case in group]
+    return pytest.mark.parametrize(("row", "peer", "mode"), every, ids=[f"{r.name}-{p}-{m}" for r, p, m in every])
+
+
+def timed(seconds: float, batch_seconds: float = 0.0, min_batches: int = 3) -> pytest.MarkDecorator:
+    """Mark tests with how long `wall` measures, and how long each batch of calls takes at least."""
+    if REHEARSING:
+        seconds, batch_seconds, min_batches = 0.005, 0.0005, 3
+    options = {"max_time": seconds, "min_time": batch_seconds, "min_rounds": min_batches}
+    return pytest.mark.benchmark(timer=timer, disable_gc=True, **options)
+
+
+def fill(
+    document: Document,
+    benchmark: Any,
+    out_of_time: bool,
+    row: Any,
+    peer: str,
+    mode: str,
+    measure: Callable[[Document, Any, Any, str, str], None],
+) -> None:
+    """Measure a case, or note the reason why it cannot be measured, and print the result.
+
+    Args:
+        measure: fills a cell, given the cell, pytest-benchmark's fixture, row, implementation and mode. Any exception
+            but Absent is a failure of the test if the implementation is ours.
+    """
+    (cells,) = (r["cells"] for r in document["rows"] if r["name"] == row.name)
+    (cell,) = (c for c in cells if c["peer"] == peer and c["mode"] == mode)
+    case, failure = f"{row.name:12} {peer:17} {mode:17}", None
+    try:
+        if out_of_time:
+            raise Unavailable(NO_TIME)
+        measure(cell, benchmark, row.shrunk() if document["rehearsal"] else row, peer, mode)
+        cell["reason"] = None
+    except Exception as error:
+        failure, reason = error, str(error) if isinstance(error, Unavailable) else one_sentence(error)
+        cell.update({"reason": None, "graph_reason": reason} if cell["wall"] else {"reason": reason})
+    times = [f"{cell[timing]['median_us']:,.1f}" if cell[timing] else "–" for timing in ("wall", "graph")]
+    print(f"{case} {times[0]:>12} {times[1]:>12} µs  {cell['reason'] or cell['graph_reason'] or ''}", flush=True)
+    if failure is not None:
+        benchmark.skipped = True
+        if not device_works():
+            pytest.exit(f"{peer} in row {row.name} left the device unusable: {failure}", returncode=1)
+        if peer == "ours" and not out_of_time and not isinstance(failure, Absent):
+            pytest.fail(str(failure), pytrace=False)
 
 
 def one_sentence(error: BaseException) -> str:
-    """What went wrong, short enough for a table."""
+    """Return an error message that is short enough for a table."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines()
@@ -45,7 +155,7 @@ def one_sentence(error: BaseException) -> str:
 
 
 def device_works() -> bool:
-    """False after an error that no CUDA process recovers from, such as an access outside an allocation."""
+    """Return False after an error from which a CUDA process cannot recover, such as an illegal access."""
     try:
         torch.ones(1, device=DEVICE).item()
     except RuntimeError:
@@ -53,95 +163,82 @@ def device_works() -> bool:
     return True
 
 
-def free_memory() -> None:
-    """On a GPU, gives back what nobody refers to."""
-    if ON_GPU:
-        gc.collect()
-        torch.cuda.empty_cache()
+# --- measurements ---
 
 
-def _cuda_timer() -> Callable[[], float]:
-    last = torch.cuda.Event(enable_timing=True)
-    last.record()
-    now = 0.0
-
-    def timer() -> float:
-        nonlocal last, now
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        # Summed up here because the events' own float32 cannot tell microseconds apart once minutes have passed.
-        now += last.elapsed_time(event) / 1000
-        last = event
-        return now
-
-    return timer
-
-
-# Seconds on the device's clock, once it has done all that was asked of it so far. For pytest-benchmark too.
-timer = _cuda_timer() if ON_GPU else time.perf_counter
-
-
-def seconds_per_call(call: Callable[[], Any]) -> float:
-    """A rough figure, and the warm-up: after it nothing is left to compile, and the device's clock is up."""
-    call()
-    calls, seconds, start = 1, 0.0, time.perf_counter()
-    while seconds < BATCH_SECONDS / 2 or time.perf_counter() - start < WARMUP_SECONDS:
-        begin = timer()
-        for _ in range(calls):
-            call()
-        seconds = timer() - begin
-        if seconds < BATCH_SECONDS / 2:
-            calls *= 2
-    return seconds / calls
-
-
-def measure(
-    benchmark: Any,
-    call: Callable[[], Any],
-    calls: int = 1,
-    measure_seconds: float = MEASURE_SECONDS,
-    min_batches: int = MIN_BATCHES,
-) -> dict[str, float]:
-    """The time of one operation in µs, when `call` does `calls` of them: median and quartiles over batches.
+def measure_op(cell: Document, benchmark: Any, call: Callable[[], Any], check: Callable[..., Document]) -> None:
+    """Fill the cell of an op.
 
     Args:
-        benchmark: pytest-benchmark's fixture, made with `timer`.
-        measure_seconds: how long it measures, warm-up apart; longer if that is less than `min_batches`.
+        check: takes a function that returns the outputs, and how many updates of the op's state that function makes;
+            returns the outputs' errors, or raises Unavailable if they are too large.
     """
-    seconds = seconds_per_call(call)
-    iterations = max(1, min(1000, math.ceil(BATCH_SECONDS / seconds)))
-    rounds = max(min_batches, min(MAX_BATCHES, int(measure_seconds / (iterations * seconds))))
-    benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
+    cell["errors"] = check(call, 1)
+    cell["peak_bytes"], cell["launches"] = peak_bytes(call), launches(call)
+    cell["wall"] = wall(benchmark, call)
+    if ON_GPU:
+        cell["graph"] = benchmark.extra_info["graph"] = graph(call, check)
+
+
+def wall(benchmark: Any, call: Callable[[], Any], iterations: int = 1) -> dict[str, float]:
+    """Return the time of an iteration in µs, if a call makes `iterations` of them: median and quartiles of batches."""
+    benchmark(call)
     stats = benchmark.stats.stats
-    median, q1, q3 = (round(x * 1e6 / calls, 3) for x in (stats.median, stats.q1, stats.q3))
-    return {"median_us": median, "q1_us": q1, "q3_us": q3, "batches": rounds, "calls_per_batch": iterations * calls}
+    median, q1, q3 = (round(x * 1e6 / iterations, 3) for x in (stats.median, stats.q1, stats.q3))
+    calls = benchmark.stats.iterations * iterations
+    return {"median_us": median, "q1_us": q1, "q3_us": q3, "batches": stats.rounds, "calls_per_batch": calls}
 
 
-def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """`CALLS_PER_GRAPH` calls as one CUDA graph: what replays it, and the last call's result, filled by the replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    result = None
+def graph(call: Callable[[], Any], check: Callable[..., Document]) -> dict[str, float]:
+    """Return the time of a replayed call in µs, after checking the outputs of the last replay."""
+    from triton.testing import do_bench_cudagraph
+
+    outputs = []
+
+    def kept() -> None:
+        outputs[:] = [call()]
+
+    torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS_PER_GRAPH):
-                result = call()
+        q1, median, q3 = do_bench_cudagraph(kept, rep=GRAPH_MS, quantiles=[0.25, 0.5, 0.75])
     except Exception:
         # A failed capture leaves the random generator in capture mode, in which drawing raises. A new one resets it.
         with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=DEVICE)
         raise
-    return graph.replay, result
+    check(outputs.pop, 0)
+    return {"median_us": round(median * 1e3, 3), "q1_us": round(q1 * 1e3, 3), "q3_us": round(q3 * 1e3, 3)}
+
+
+def fastest(calls: Sequence[Callable[[], Any]]) -> int:
+    """Return the index of the fastest call; calls that raise are left out unless all do."""
+    times: dict[int, float] = {}
+    for index, call in enumerate(calls):
+        try:
+            call()
+            measurement = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            times[index] = measurement.blocked_autorange(min_run_time=0.001 if REHEARSING else 0.05).median
+        except Exception:
+            if index == len(calls) - 1 and not times:
+                raise
+    return min(times, key=times.__getitem__)
+
+
+def free_memory() -> None:
+    """Return unused memory to the GPU, and reset the peak."""
+    if ON_GPU:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_reserved() -> int | None:
+    """Return the peak of memory reserved by torch since `free_memory`, in bytes; None on a CPU."""
+    return torch.cuda.max_memory_reserved() if ON_GPU else None
 
 
 def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """The most memory that one call holds beyond what was allocated before, its results included. None on a CPU."""
+    """Return the peak of memory that a call allocates, results included, in bytes; None on a CPU."""
     if not ON_GPU:
         return None
     torch.cuda.synchronize()
@@ -152,26 +249,14 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def reset_peak() -> None:
-    """Forget what memory was needed until now, and give back what nobody refers to."""
-    free_memory()
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_since_reset() -> int | None:
-    """The most memory that was taken from the device since, in bytes, with what already was. None on a CPU."""
-    return torch.cuda.max_memory_reserved() if ON_GPU else None
-
-
 def launches(call: Callable[[], Any]) -> int | None:
-    """How many kernels, copies and fills one call puts on the device. None on a CPU, or without a working profiler."""
+    """Return the number of kernels, copies and fills of a call; None on a CPU or without a working profiler."""
     events = device_events(call)
     return None if events is None else len(events)
 
 
 def waiting_share(call: Callable[[], Any], wall_us: float) -> float | None:
-    """Return a lower bound of the share of time in which the device is idle, or None on a CPU or without a profiler.
+    """Return a lower bound of the share of time in which the device is idle; None on a CPU or without a profiler.
 
     The profiler makes kernels slower, especially in CUDA graphs, so the true idle share may be larger.
 
@@ -186,7 +271,7 @@ def waiting_share(call: Callable[[], Any], wall_us: float) -> float | None:
 
 
 def device_events(call: Callable[[], Any]) -> list[Any] | None:
-    """Kernels, copies and fills of one call. None on a CPU, or without a working profiler."""
+    """Return the kernels, copies and fills of a call; None on a CPU or without a working profiler."""
     if not ON_GPU:
         return None
     events = []
@@ -197,36 +282,27 @@ def device_events(call: Callable[[], Any]) -> list[Any] | None:
                 call()
                 torch.cuda.synchronize()
             events = profile.events() or []
-    except (AssertionError, RuntimeError):  # where torch was built, or runs, without its tracing library
+    except (AssertionError, RuntimeError):  # torch was built, or runs, without its tracing library
         return None
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     return on_device or None
 
 
 def device_rates() -> dict[str, float] | None:
-    """What the device reaches with torch alone: products of large matrices in TFLOP/s, copying in GB/s. None on a CPU.
+    """Return the rates of large matrix products in TFLOP/s by dtype, and of "copy", reads plus writes, in GB/s.
 
-    The keys are the dtypes' names, and "copy": bytes read plus bytes written.
+    Returns None on a CPU.
     """
     if not ON_GPU:
         return None
+    from triton.testing import do_bench
+
     rates = {}
     for dtype, size in ((torch.bfloat16, 8192), (torch.float32, 4096)):
         a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-        seconds = _median_seconds(lambda a=a, b=b: a @ b)
-        rates[str(dtype).removeprefix("torch.")] = round(2 * size**3 / seconds / 1e12, 1)
+        milliseconds = do_bench(lambda a=a, b=b: a @ b, return_mode="median")
+        rates[str(dtype).removeprefix("torch.")] = round(2 * size**3 / milliseconds / 1e9, 1)
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    rates["copy"] = round(2 * source.numel() / _median_seconds(lambda: target.copy_(source)) / 1e9, 1)
-    return rates
-
-
-def _median_seconds(call: Callable[[], Any], batches: int = 15) -> float:
-    calls = max(1, math.ceil(BATCH_SECONDS / seconds_per_call(call)))
-    times = []
-    for _ in range(batches):
-        begin = timer()
-        for _ in range(calls):
-            call()
-        times.append((timer() - begin) / calls)
-    return sorted(times)[batches // 2]
+    milliseconds = do_bench(lambda: target.copy_(source), return_mode="median")
+    return {**rates, "copy": round(2 * source.numel() / milliseconds / 1e6, 1)}

@@ -1,12 +1,11 @@
-"""Pytest plugin that writes the outcome of each test to a file as soon as the test ends.
+"""Pytest plugin that writes the outcome of each test to a file as soon as the test ends: `-p outcomes --outcomes FILE`.
 
-Use `-p outcomes --outcomes FILE`. Unlike a JUnit report, the file survives if pytest is killed. Each line is a JSON
-object with test, outcome (passed, failed, skipped), seconds and, unless the test passed, text. Imports no torch.
+Unlike a JUnit report, the file survives if pytest is killed. Each line is a JSON object with test, outcome (passed,
+failed, skipped) and, unless the test passed, text. Imports no torch.
 """
 
 import json
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -18,27 +17,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--outcomes")
     if path is not None and not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
-        config.pluginmanager.register(Outcomes(path.open("w", encoding="utf-8")))
+        config.pluginmanager.register(Outcomes(path))
 
 
 class Outcomes:
-    def __init__(self, file: IO[str]):
-        self._file = file
+    def __init__(self, path: Path):
+        self._file = path.open("w", encoding="utf-8")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self._write(report, report.duration)
+            self._write(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._write(report, 0.0)
+            self._write(report)
 
-    def _write(self, report: pytest.TestReport | pytest.CollectReport, seconds: float) -> None:
-        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 2)}
-        if report.outcome != "passed":
-            line["text"] = report.longreprtext
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    def _write(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        text = {} if report.outcome == "passed" else {"text": report.longreprtext}
+        print(json.dumps({"test": report.nodeid, "outcome": report.outcome, **text}), file=self._file, flush=True)
 
 
 def read(path: Path) -> list[dict]:

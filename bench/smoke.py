@@ -2,7 +2,7 @@
 
     device         print the device, versions, installed and missing packages, measured matrix and copy rates
     ops            compare info_nce and spectral_norm with float64, forward and backward, in every dtype
-    step SWITCH…   run iterations of two networks with each of these settings of step_cases.SWITCHES
+    step SWITCH…   run iterations of two networks with each of these settings of test_switches.SWITCHES
     train [--X Y]  train the digits, stop by SIGTERM, resume, sample and reconstruct; writes to the folder $OUT
 
 Prints one line per check. Exits with 1 if a check failed, after running all of them.
@@ -18,12 +18,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import harness
-import records
+import results
 
 OPTIONAL = (
     "apex deepspeed inf_cl info_nce jsonargparse lightly liger_kernel lmdb matplotlib nvidia.dali numpy PIL "
@@ -44,11 +45,11 @@ Check = tuple[str, Callable[[], Any]]
 
 
 def device_checks(_: list[str]) -> Iterator[Check]:
-    yield "device", lambda: {key: value for key, value in records.environment(()).items() if value}
+    yield "device", lambda: {key: value for key, value in results.environment().items() if value}
     yield "C compiler", lambda: shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
     yield "C++ compiler", lambda: shutil.which("g++") or shutil.which("clang++")
     yield "cores", os.cpu_count
-    yield "installed", lambda: " ".join(x for x in OPTIONAL if is_installed(x))
+    yield "installed", lambda: " ".join(filter(is_installed, OPTIONAL))
     yield "missing", lambda: " ".join(x for x in OPTIONAL if not is_installed(x)) or "nothing"
     yield "TFLOP/s in matrix products, GB/s in copies", harness.device_rates
 
@@ -61,81 +62,68 @@ def is_installed(module: str) -> bool:
 
 
 def ops_checks(_: list[str]) -> Iterator[Check]:
-    import info_nce_cases
-    import spectral_norm_cases
     import test_info_nce
     import test_spectral_norm
-    from info_nce_peers import ours
 
-    for row in (row for row in info_nce_cases.ROWS if not row.name.endswith("-bf16")):
+    def info_nce(row: test_info_nce.Row) -> Any:
+        problem = test_info_nce.make_problem(row, harness.DEVICE)
+        outputs = test_info_nce.make_call(problem, test_info_nce.ours(problem), "forward_backward")()
+        return test_info_nce.errors(row, outputs, test_info_nce.reference(problem))
+
+    def spectral_norm(row: test_spectral_norm.Row) -> Any:
+        network, gradients = test_spectral_norm.prepared(row, "ours")
+        call = test_spectral_norm.make_call(network, gradients, "forward_backward")
+        return test_spectral_norm.checked(network, gradients, call, 1)
+
+    for row in (row for row in test_info_nce.ROWS if not row.name.endswith("-bf16")):
         # The float64 reference of the largest rows takes too long.
         small = replace(row, batch=min(row.batch, 1024), queue=row.queue and min(row.queue, 8192))
         for dtype in ("float32", "bfloat16", "float16"):
             case = replace(small if harness.ON_GPU else row.shrunk(), dtype=dtype)
-
-            def check(case: Any = case) -> Any:
-                problem = info_nce_cases.make_problem(case, harness.DEVICE)
-                found = test_info_nce.caller(problem, ours(problem), "forward_backward")()
-                return info_nce_cases.errors(case, found, info_nce_cases.reference(problem))
-
-            yield f"info_nce {row.name} {dtype}", check
-    for row in spectral_norm_cases.ROWS:
-        case = row if harness.ON_GPU else row.shrunk()
-
-        def check_norms(case: Any = case) -> Any:
-            network, gradients = test_spectral_norm.prepared(case, "ours", "forward_backward")
-            call = test_spectral_norm.caller(network, gradients, "forward_backward")
-            return test_spectral_norm.checked(network, gradients, call, 1)
-
-        yield f"spectral_norm {row.name}", check_norms
+            yield f"info_nce {row.name} {dtype}", partial(info_nce, case)
+    for row in test_spectral_norm.ROWS:
+        yield f"spectral_norm {row.name}", partial(spectral_norm, row if harness.ON_GPU else row.shrunk())
 
 
 def step_checks(switches: list[str]) -> Iterator[Check]:
     import torch
 
-    import step_cases
+    import test_step
+    from test_switches import switched
 
-    rows = {row.name: row for row in step_cases.ROWS_ON_GPU}
+    def step(row: test_step.Row, switch: str) -> Any:
+        begin = time.perf_counter()
+        iterate = switched(row, switch)
+        errors = test_step.errors(row, iterate())
+        test_step.warm_up(row, iterate)
+        metrics = [iterate() for _ in range(2 * row.period)]
+        last = {name: value.item() for iteration in metrics for name, value in iteration.items()}
+        if not all(map(math.isfinite, last.values())):
+            raise Failed(f"a metric is not finite: {last}")
+        torch.compiler.reset()
+        seconds = time.perf_counter() - begin
+        return f"{seconds:.0f} s, {errors}, discriminator's loss {last['loss/discriminator']:.4f}"
+
+    rows = {row.name: row for row in test_step.ROWS_ON_GPU}
     for name, settings in NETWORKS.items():
         row = replace(rows[name], **settings)
-        row = row if harness.ON_GPU else row.shrunk()
-
         for switch in switches:
-
-            def check(row: Any = row, switch: str = switch) -> Any:
-                begin = time.perf_counter()
-                iterate = step_cases.switched(row, switch)
-                found = step_cases.errors(row, iterate())
-                step_cases.warm_up(row, iterate)
-                metrics = [iterate() for _ in range(2 * row.period)]
-                last = {name: value.item() for iteration in metrics for name, value in iteration.items()}
-                if not all(map(math.isfinite, last.values())):
-                    raise Failed(f"a metric is not finite: {last}")
-                seconds = time.perf_counter() - begin
-                torch.compiler.reset()
-                return f"{seconds:.0f} s, {found}, discriminator's loss {last['loss/discriminator']:.4f}"
-
-            yield f"step {name} {switch}", check
+            yield f"step {name} {switch}", partial(step, row if harness.ON_GPU else row.shrunk(), switch)
 
 
 def train_checks(settings: list[str]) -> Iterator[Check]:
-    if missing := [module for module in FOR_TRAINING if not is_installed(module)]:
-
-        def absent() -> None:
-            raise harness.Absent(f"needs {', '.join(missing)}")
-
-        yield "train", absent
-        return
     out = Path(os.environ["OUT"])
     run = out / "run"
     if not harness.ON_GPU:
         settings = [*settings, "--train.images", "96", "--log.every", "32", "--log.held_out", "0"]
-    train = [sys.executable, str(records.ROOT / "train.py"), "--recipe", "digits", "--run", str(run), *settings]
+    train = [sys.executable, str(results.ROOT / "train.py"), "--recipe", "digits", "--run", str(run), *settings]
     dcvae = [sys.executable, "-m", "dcvae_fast.cli"]
 
     def stopped() -> str:
-        process = subprocess.Popen(train, cwd=out, stdout=sys.stderr)
+        if missing := [module for module in FOR_TRAINING if not is_installed(module)]:
+            raise harness.Absent(f"needs {', '.join(missing)}")
         begin, metrics = time.monotonic(), run / "metrics.jsonl"
+        process = subprocess.Popen(train, cwd=out, stdout=sys.stderr)
         try:
             while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
                 if harness.ON_GPU and time.monotonic() > begin + TRAIN_SECONDS:
@@ -149,20 +137,19 @@ def train_checks(settings: list[str]) -> Iterator[Check]:
             process.wait()
         return f"{time.monotonic() - begin:.0f} s until the first log and a checkpoint"
 
-    def call(*command: str) -> Callable[[], str]:
-        def check() -> str:
-            begin = time.monotonic()
-            status = subprocess.run(command, cwd=out, stdout=sys.stderr).returncode
-            if status:
-                raise Failed(f"exit status {status}")
-            return f"{time.monotonic() - begin:.0f} s"
-
-        return check
+    def call(*command: str) -> str:
+        if not run.exists():
+            raise harness.Absent("there is no training run")
+        begin = time.monotonic()
+        status = subprocess.run(command, cwd=out, stdout=sys.stderr).returncode
+        if status:
+            raise Failed(f"exit status {status}")
+        return f"{time.monotonic() - begin:.0f} s"
 
     yield "train, stopped", stopped
-    yield "train, resumed", call(*train)
-    yield "sample", call(*dcvae, "sample", str(run))
-    yield "reconstruct", call(*dcvae, "reconstruct", str(run), "samples.png")
+    yield "train, resumed", partial(call, *train)
+    yield "sample", partial(call, *dcvae, "sample", str(run))
+    yield "reconstruct", partial(call, *dcvae, "reconstruct", str(run), "samples.png")
 
 
 CHECKS = {"device": device_checks, "ops": ops_checks, "step": step_checks, "train": train_checks}

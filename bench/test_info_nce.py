@@ -1,56 +1,400 @@
-"""InfoNCE beside every other implementation that can be had, on the rows of info_nce_cases.py.
+"""InfoNCE: ours compared with plain PyTorch and with every package that computes it.
 
-Columns: info_nce_peers.py. Forward runs without autograd; forward_backward asks `torch.autograd.grad` for the gradient
-in q, and in k where there is no queue. What differs from a float64 reference is reported as wrong instead of timed.
+Forward runs without autograd; forward_backward computes the gradient in q, and in k if there is no queue. The outputs
+of every implementation are first compared with a float64 reference.
 """
 
 import functools
-import itertools
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import harness
-import suite
-from info_nce_cases import ROWS, Problem, Row, errors, make_problem, reference
-from info_nce_peers import PACKAGES, PEERS, Loss
-from info_nce_targets import targets
+from dcvae_kernels import info_nce
+from harness import MODES, Unavailable
+from results import Document, Target, faster, faster_than_others, less_memory, rate_share
 
-pytestmark = pytest.mark.benchmark(timer=harness.timer, disable_gc=True)
-
-BENCHMARK = suite.Benchmark("info_nce", ROWS, PEERS, PACKAGES, targets)
-
-
-# What the targets need comes first: forward and backward of ours and eager PyTorch in all rows, then of the others.
-ORDER = [
-    ("forward_backward", ["ours", "eager"]),
-    ("forward_backward", [peer for peer in PEERS if peer not in ("ours", "eager")]),
-    ("forward", PEERS),
-]
-CASES = [
-    (row, peer, mode, timing)
-    for mode, peers in ORDER
-    for row, peer, timing in itertools.product(ROWS, peers, suite.TIMINGS)
-]
+TEMPERATURE = 0.07
+# Largest error of the loss (relative to it, or to 1 if that is more) and of a gradient (Frobenius norm). The bounds for
+# float32 admit implementations that compute in tf32; the result files hold the actual errors.
+TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 5e-2)}
 
 
-@suite.parametrized(CASES)
-def test_info_nce(row: Row, peer: str, mode: str, timing: str, fill: Callable[..., None]) -> None:
-    fill(row, peer, mode, timing, measure)
+# --- problems ---
 
 
-def measure(row: Row, peer: str, mode: str, timing: str, benchmark: Any) -> dict[str, Any]:
-    """What belongs into the cell of the result file."""
-    problem, expected = stated(row)
-    call = caller(problem, prepared(row, peer), mode)
-    return suite.measured(benchmark, timing, call, lambda run, calls: errors(row, run(), expected))
+@dataclass(frozen=True)
+class Row:
+    """Queries and keys [B, D], or [S, B, D] if there are scales, and a queue [K, D] or [S, K, D].
+
+    Without a queue the negatives of a query are the other keys of the batch.
+    """
+
+    name: str
+    batch: int
+    queue: int | None
+    dim: int
+    dtype: str
+    scales: int = 1
+    symmetric: bool = False
+    targets: tuple[Target, ...] = ()
+
+    def shrunk(self) -> "Row":
+        return replace(self, batch=min(self.batch, 128), queue=self.queue and min(self.queue, 1024))
+
+    def floor(self, mode: str) -> dict[str, int]:
+        """Return the FLOPs of the unavoidable products and the bytes of inputs read and gradients written once."""
+        gradients = 0 if mode == "forward" else 1 if self.queue else 2
+        products = (1 + gradients) * self.scales * self.batch * (self.queue or self.batch)
+        vectors = self.scales * ((2 + gradients) * self.batch + (self.queue or 0))
+        return {"bytes": vectors * self.dim * getattr(torch, self.dtype).itemsize, "flops": 2 * products * self.dim}
+
+    def description(self) -> Document:
+        fields = ("name", "batch", "queue", "dim", "dtype", "scales", "symmetric")
+        return {**{f: getattr(self, f) for f in fields}, "floors": {mode: self.floor(mode) for mode in MODES}}
 
 
-def caller(problem: Problem, loss: Loss, mode: str) -> Callable[[], tuple[Tensor, ...]]:
-    """The call that is timed: it returns the loss and, backward too, its gradients."""
+HALF_RATE = rate_share(0.5, "bfloat16", "share of the measured bfloat16 matrix rate", "graph")
+ROWS = (
+    Row("dcvae", 128, 8096, 16, "float32", scales=2, targets=(faster_than_others(5), faster(10, "eager"))),
+    Row("dcvae-b1024", 1024, 8096, 16, "float32", scales=2),
+    Row("large", 4096, 65536, 128, "bfloat16", targets=(faster_than_others(1.5), HALF_RATE, less_memory(100, "eager"))),
+    Row("clip", 32768, None, 512, "bfloat16", symmetric=True, targets=(faster(3, "inf_cl", "graph"),)),
+    Row("moco-fp32", 256, 65536, 128, "float32", targets=(faster_than_others(1.5),)),
+    Row("moco-bf16", 256, 65536, 128, "bfloat16", targets=(faster_than_others(1.5),)),
+    Row("simclr-fp32", 4096, None, 128, "float32", targets=(faster_than_others(1.5),)),
+    Row("simclr-bf16", 4096, None, 128, "bfloat16", targets=(faster_than_others(1.5),)),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of a row: q and k are not normalised, the queue is.
+
+    Attributes:
+        inputs: tensors in which gradients are computed
+    """
+
+    row: Row
+    q: Tensor
+    k: Tensor
+    queue: Tensor | None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.q,) if self.row.queue else (self.q, self.k)
+
+
+def make_problem(row: Row, device: torch.device) -> Problem:
+    """Draw random directions, with a cosine of about 0.45 between a query and its key."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, row.dtype)
+
+    def noise(count: int) -> Tensor:
+        shape = (count, row.dim) if row.scales == 1 else (row.scales, count, row.dim)
+        return torch.randn(shape, generator=generator)
+
+    q = noise(row.batch)
+    k = q + 2 * noise(row.batch)
+    queue = F.normalize(noise(row.queue), dim=-1).to(device, dtype) if row.queue else None
+    q = q.to(device, dtype).requires_grad_()
+    return Problem(row, q, k.to(device, dtype).requires_grad_(not row.queue), queue)
+
+
+def reference(problem: Problem, chunk: int = 4096) -> tuple[Tensor, ...]:
+    """Return the loss and its gradients in float64, computed in chunks of queries to save memory."""
+    q, k = (x.detach().double().requires_grad_() for x in (problem.q, problem.k))
+    queue = None if problem.queue is None else problem.queue.double()
+    inputs = (q,) if problem.row.queue else (q, k)
+    totals = [q.new_zeros(()), *(torch.zeros_like(x) for x in inputs)]
+    directions = ((q, k), (k, q)) if problem.row.symmetric else ((q, k),)
+    for queries, keys in directions:
+        for start in range(0, q.shape[-2], chunk):
+            query, key = (F.normalize(x, dim=-1) for x in (queries, keys))
+            query, own = (x[..., start : start + chunk, :] for x in (query, key))
+            positive = (query * own).sum(-1) / TEMPERATURE
+            lse = (query @ (key if queue is None else queue).mT / TEMPERATURE).logsumexp(-1)
+            if queue is not None:
+                lse = torch.logaddexp(lse, positive)
+            loss = (lse - positive).sum() / (len(directions) * q[..., 0].numel())
+            for total, part in zip(totals, (loss.detach(), *torch.autograd.grad(loss, inputs)), strict=True):
+                total += part
+    return tuple(totals)
+
+
+def errors(row: Row, outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return the errors of the loss and of gradients, if any, compared with the reference.
+
+    Raises:
+        Unavailable: an error is larger than the row's dtype explains, or the loss is not a scalar.
+    """
+    loss_tolerance, gradient_tolerance = TOLERANCES[row.dtype]
+    loss, *gradients = (output.double() for output in outputs)
+    if loss.shape != ():
+        raise Unavailable(f"its loss is of shape {list(loss.shape)}, not a number")
+    result = {"loss_error": ((loss - expected[0]).abs() / expected[0].abs().clamp_min(1)).item()}
+    if not result["loss_error"] <= loss_tolerance:  # `not` catches NaN
+        raise Unavailable(f"its loss is {loss.item():.6g}, which should be {expected[0].item():.6g}")
+    if gradients:
+        pairs = zip(gradients, expected[1:], strict=True)
+        result["gradient_error"] = max(((x - y).norm() / y.norm()).item() for x, y in pairs)
+        if not result["gradient_error"] <= gradient_tolerance:
+            raise Unavailable(f"its gradient is wrong by {result['gradient_error']:.1%}")
+    return {name: float(f"{error:.3g}") for name, error in result.items()}
+
+
+# --- implementations: each takes a problem and returns the call that computes its loss ---
+
+Loss = Callable[[], Tensor]
+
+
+def ours(problem: Problem) -> Loss:
+    symmetric = problem.row.symmetric
+    return lambda: info_nce(problem.q, problem.k, problem.queue, temperature=TEMPERATURE, symmetric=symmetric)
+
+
+def cross_entropy(q: Tensor, k: Tensor, queue: Tensor | None, symmetric: bool) -> Tensor:
+    """InfoNCE as the cross-entropy of logits. 1/τ scales the small q: scaling the logits would copy them."""
+    q, k = F.normalize(q, dim=-1) / TEMPERATURE, F.normalize(k, dim=-1)
+    if queue is not None:
+        logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.mT], -1).flatten(0, -2)
+        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
+    logits, labels = q @ k.mT, torch.arange(len(q), device=q.device)
+    loss = F.cross_entropy(logits, labels)
+    return (loss + F.cross_entropy(logits.mT, labels)) / 2 if symmetric else loss
+
+
+def log_sum_exp(q: Tensor, k: Tensor, queue: Tensor | None, symmetric: bool) -> Tensor:
+    """InfoNCE as log-sum-exp minus the positive logit: more operations, but no copy of the logits."""
+    q, k = F.normalize(q, dim=-1) / TEMPERATURE, F.normalize(k, dim=-1)
+    if queue is not None:
+        positive = (q * k).sum(-1)
+        return (torch.logaddexp((q @ queue.mT).logsumexp(-1), positive) - positive).mean()
+    logits = q @ k.mT
+    lse = (logits.logsumexp(-1) + logits.logsumexp(-2)) / 2 if symmetric else logits.logsumexp(-1)
+    return (lse - logits.diagonal()).mean()
+
+
+FORMULATIONS = (cross_entropy, log_sum_exp)
+
+
+def eager(problem: Problem) -> Loss:
+    """Plain PyTorch: the faster of both formulations. Scales are one batch, which is faster than a loop over them."""
+    return _fastest(problem, [partial(f, *_arguments(problem)) for f in FORMULATIONS])
+
+
+def compiled(problem: Problem) -> Loss:
+    if not problem.q.is_cuda:
+        raise Unavailable("left out on a CPU, where compiling needs a C++ compiler and most of the time")
+    torch.compiler.reset()  # otherwise the compiler generalises over the shapes of earlier rows
+    return _fastest(problem, [partial(torch.compile(f, dynamic=False), *_arguments(problem)) for f in FORMULATIONS])
+
+
+def open_clip(problem: Problem) -> Loss:
+    """open_clip's code: features are scaled, and each direction has its own product."""
+    _in_batch_only(problem)
+    labels = torch.arange(len(problem.q), device=problem.q.device)
+
+    def loss() -> Tensor:
+        q, k = F.normalize(problem.q, dim=-1), F.normalize(problem.k, dim=-1)
+        per_query = F.cross_entropy(1 / TEMPERATURE * q @ k.mT, labels)
+        if not problem.row.symmetric:
+            return per_query
+        return (per_query + F.cross_entropy(1 / TEMPERATURE * k @ q.mT, labels)) / 2
+
+    return loss
+
+
+def info_nce_pytorch(problem: Problem) -> Loss:
+    if problem.row.symmetric:
+        raise Unavailable("it compares in one direction only")
+    package = _imported("info_nce", "info-nce-pytorch")
+    return _over_scales(problem, _queues(problem), partial(package.info_nce, temperature=TEMPERATURE))
+
+
+def lightly(problem: Problem) -> Loss:
+    if problem.queue is None:
+        raise Unavailable("its in-batch loss is NT-Xent, which also contrasts queries with queries")
+    module = _imported("lightly.loss.ntx_ent_loss", "lightly")
+    losses = []
+    for queue in _queues(problem):
+        loss = module.NTXentLoss(temperature=TEMPERATURE, memory_bank_size=tuple(queue.shape))
+        loss.memory_bank.bank = queue
+        loss.memory_bank._dequeue_and_enqueue = lambda batch: None  # the others do not enqueue either
+        losses.append(loss)
+    return _over_scales(problem, losses, lambda q, k, loss: loss(q, k))
+
+
+def inf_cl(problem: Problem) -> Loss:
+    """With a queue, its row-wise log-sum-exp, whose backward pass also computes the gradient of the queue.
+
+    `head_dim` is the size of the pieces into which it cuts D; the fastest one is used.
+    """
+    if problem.row.batch % 64:
+        raise Unavailable("its gradients are NaN unless B is a multiple of 64")
+    flash, ring = (_imported(f"inf_cl.{name}", "inf_cl") for name in ("flash", "ring"))
+    _cuda_only(problem)
+    labels = torch.arange(problem.row.batch, device=problem.q.device)
+    inverse_temperature = torch.tensor(1 / TEMPERATURE, device=problem.q.device)
+
+    def loss(q: Tensor, k: Tensor, queue: Tensor | None, head_dim: int) -> Tensor:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if queue is None:
+            per_query = ring.cal_inf_loss(q, k, labels, inverse_temperature, head_dim)
+            if not problem.row.symmetric:
+                return per_query
+            return (per_query + ring.cal_inf_loss(k, q, labels, inverse_temperature, head_dim)) / 2
+        q, k, queue = q.float() / TEMPERATURE, k.float(), queue.float()
+        heads = (-1, problem.row.dim // head_dim, head_dim)
+        negatives = flash.FlashProb.apply(q.view(heads), queue.view(heads))
+        return F.softplus(negatives - (q * k).sum(-1)).mean()
+
+    head_dims = [head_dim for head_dim in (16, 32, 64, 128, 256) if problem.row.dim % head_dim == 0]
+    return _fastest(problem, [_over_scales(problem, _queues(problem), partial(loss, head_dim=d)) for d in head_dims])
+
+
+def liger(problem: Problem) -> Loss:
+    """Its fused linear layer and cross-entropy: the keys are the weight, and a query's class is its own key."""
+    _in_batch_only(problem)
+    module = _imported("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
+    _cuda_only(problem)
+    fused = module.LigerFusedLinearCrossEntropyLoss()
+    labels = torch.arange(len(problem.q), device=problem.q.device)
+
+    def loss() -> Tensor:
+        q, k = F.normalize(problem.q, dim=-1), F.normalize(problem.k, dim=-1)
+        per_query = fused(k, q / TEMPERATURE, labels)
+        return (per_query + fused(q, k / TEMPERATURE, labels)) / 2 if problem.row.symmetric else per_query
+
+    return loss
+
+
+def attention(problem: Problem) -> Loss:
+    """torch's attention with the queue as keys and values: its log-sum-exp gives the loss, its output dq."""
+    if problem.queue is None:
+        raise Unavailable("attention's output gives the gradient in q only, and this row asks for k's too")
+    loss: Any = _AttentionInfoNCE.apply
+    return lambda: loss(F.normalize(problem.q, dim=-1), F.normalize(problem.k, dim=-1), problem.queue)
+
+
+class _AttentionInfoNCE(torch.autograd.Function):
+    """loss = mean of softplus(m) with m = lse − s⁺; hence dq = sigmoid(m)·(output − k)/τ, divided by the count."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+        heads = [x if x.ndim == 3 else x[None] for x in (q, k, queue)]  # [S, B, D] and [S, K, D]
+        output, lse = _attend(heads[0][None], heads[2][None])
+        margin = lse - (heads[0] * heads[1]).sum(-1, dtype=torch.float32) / TEMPERATURE
+        if ctx.needs_input_grad[0]:
+            scale = margin.sigmoid() / (TEMPERATURE * margin.numel())
+            ctx.save_for_backward((scale[..., None] * (output - heads[1])).to(q.dtype).view_as(q))
+        return F.softplus(margin).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (dq,) = ctx.saved_tensors
+        return gradients[0].to(dq.dtype) * dq, None, None
+
+
+def _attend(q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with the keys as values, by the fastest kernel for the dtype: output and log-sum-exp [S, B]."""
+    scale, aten = 1 / TEMPERATURE, torch.ops.aten
+    if not q.is_cuda:
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, keys, keys, scale=scale)[:2]
+    elif q.dtype.itemsize == 2:
+        output, lse = aten._scaled_dot_product_flash_attention(q, keys, keys, scale=scale)[:2]
+    else:
+        output, lse = aten._scaled_dot_product_efficient_attention(q, keys, keys, None, True, scale=scale)[:2]
+    return output[0], lse[0, :, : q.shape[2]]  # the last kernel pads lse
+
+
+PEERS: dict[str, Callable[[Problem], Loss]] = {
+    "ours": ours,
+    "eager": eager,
+    "torch.compile": compiled,
+    "attention": attention,
+    "info-nce-pytorch": info_nce_pytorch,
+    "lightly": lightly,
+    "inf_cl": inf_cl,
+    "liger-kernel": liger,
+    "open_clip style": open_clip,
+}
+PACKAGES = ("info-nce-pytorch", "lightly", "inf_cl", "liger-kernel")
+
+
+def _imported(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module.partition(".")[0]:
+            raise Unavailable(f"{package} is not installed") from None
+        raise
+
+
+def _in_batch_only(problem: Problem) -> None:
+    if problem.queue is not None:
+        raise Unavailable("it has no queue")
+
+
+def _cuda_only(problem: Problem) -> None:
+    if not problem.q.is_cuda:
+        raise Unavailable("it needs a CUDA device")
+
+
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    return problem.q, problem.k, problem.queue, problem.row.symmetric
+
+
+def _queues(problem: Problem) -> list[Any]:
+    return [problem.queue] if problem.row.scales == 1 else list(problem.queue)  # type: ignore[arg-type]
+
+
+def _over_scales(problem: Problem, thirds: list[Any], loss: Callable[[Tensor, Tensor, Any], Tensor]) -> Loss:
+    """Mean of loss(q, k, third) over the scales, for packages that have no scales."""
+    if problem.row.scales == 1:
+        return lambda: loss(problem.q, problem.k, thirds[0])
+    # q and k are split in each call: a CUDA graph does not contain what happened before it.
+    return lambda: torch.stack([loss(*x) for x in zip(problem.q, problem.k, thirds, strict=True)]).mean()
+
+
+def _fastest(problem: Problem, losses: list[Loss]) -> Loss:
+    """Return the loss that is fastest forward and backward."""
+    calls = [lambda loss=loss: torch.autograd.grad(loss(), problem.inputs) for loss in losses]
+    return losses[harness.fastest(calls)]
+
+
+# --- the benchmark ---
+
+pytestmark = harness.timed(0.3, 0.01, 5) if harness.ON_GPU else harness.timed(0.02, 0.002, 5)
+BENCHMARK = harness.Benchmark("info_nce", ROWS, PEERS, PACKAGES)
+# The targets' cases come first: forward and backward of ours and eager PyTorch in all rows, then of the others.
+OTHERS = [peer for peer in PEERS if peer not in ("ours", "eager")]
+
+
+@harness.cases(
+    ((row, peer, "forward_backward") for row in ROWS for peer in ("ours", "eager")),
+    ((row, peer, "forward_backward") for row in ROWS for peer in OTHERS),
+    ((row, peer, "forward") for row in ROWS for peer in PEERS),
+)
+def test_info_nce(row: Row, peer: str, mode: str, fill: Callable[..., None]) -> None:
+    fill(row, peer, mode, measure)
+
+
+def measure(cell: Document, benchmark: Any, row: Row, peer: str, mode: str) -> None:
+    problem, expected = prepared(row)
+    call = make_call(problem, prepared_loss(row, peer), mode)
+    harness.measure_op(cell, benchmark, call, lambda run, updates: errors(row, run(), expected))
+
+
+def make_call(problem: Problem, loss: Loss, mode: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Return the call that is timed, which returns the loss and, in forward_backward, its gradients."""
 
     @torch.no_grad()
     def forward() -> tuple[Tensor, ...]:
@@ -58,21 +402,19 @@ def caller(problem: Problem, loss: Loss, mode: str) -> Callable[[], tuple[Tensor
 
     def forward_backward() -> tuple[Tensor, ...]:
         value = loss()
-        return value.detach(), *torch.autograd.grad(value, problem.wanted)
+        return value.detach(), *torch.autograd.grad(value, problem.inputs)
 
     return forward if mode == "forward" else forward_backward
 
 
 @functools.lru_cache(maxsize=1)
-def stated(row: Row) -> tuple[Problem, tuple[Tensor, ...]]:
-    """The row's inputs and its reference, kept while the cases of the row run."""
+def prepared(row: Row) -> tuple[Problem, tuple[Tensor, ...]]:
+    """Inputs of a row and its reference, kept while the row's cases run."""
     harness.free_memory()
     problem = make_problem(row, harness.DEVICE)
-    expected = reference(problem)
-    harness.free_memory()
-    return problem, expected
+    return problem, reference(problem)
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(row: Row, peer: str) -> Loss:
-    return PEERS[peer](stated(row)[0])
+def prepared_loss(row: Row, peer: str) -> Loss:
+    return PEERS[peer](prepared(row)[0])

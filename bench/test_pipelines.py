@@ -1,44 +1,386 @@
-"""Images per second of our sources beside those of torch's DataLoader, on the rows of pipelines_cases.py.
+"""Images per second of our sources, compared with torch's DataLoader.
 
-Columns: pipelines_peers.py. A batch is shuffled, mirrored, float32 in [-1, 1] and on the device; what differs from
-Pillow's decoding of the same images is reported as wrong instead of timed. A measurement runs over many batches after
-a warm-up, so that what was made ahead hides nothing. Files come from the page cache: no disk is measured.
+A batch is shuffled, mirrored, float32 in [-1, 1] and on the device. The first batch of every implementation is compared
+with the same images decoded by Pillow. A measurement takes more batches than any implementation makes ahead. Files come
+from the page cache, not from a disk.
 
 All use the same cores: ours as many threads, the others as many processes. In the measuring process torch computes with
-one thread, for all of them, as it does in the DataLoader's processes; on a CPU its threads, which spin while they wait,
-would take the cores from whatever decodes.
-
-Where there is a GPU, so is the share of a training iteration that is spent waiting for data. On a CPU there is none to
-measure, for training and decoding want the same cores. The times count on a CPU as well, and this takes them:
+one thread, as it does in the DataLoader's processes: on a CPU its threads, which spin while they wait, would take the
+cores from decoding. On a GPU the share of a training iteration spent waiting for data is measured as well; on a CPU
+training and decoding would compete for the cores. To measure on a CPU:
 
     python -m pytest bench/test_pipelines.py -q -s --benchmark-quiet --results=bench/results
 
-The real images are looked for in $DCVAE_IMAGES, in shared/data and in ../shared/data: folders faces1024, bedroom256 and
-cifar10.
+Real images are read from $DCVAE_IMAGES, shared/data or ../shared/data: folders faces1024, bedroom256 and cifar10.
 """
 
+import functools
 import gc
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 import harness
-import suite
-from dcvae_pipelines import Batch
-from pipelines_cases import ROWS, Row, errors, iteration, load, waiting_share
-from pipelines_peers import PEERS
-from pipelines_targets import MODE, targets
+import results
+from dcvae_pipelines import Batch, EncodedSet, ImageSet, decode_images, load_dataset, make_source
+from dcvae_pipelines.pixels import normalize
+from harness import DEVICE, ON_GPU, Absent, Unavailable
+from results import Document, Target, faster
 
-pytestmark = pytest.mark.benchmark(timer=harness.timer, disable_gc=True)
+Images = ImageSet | EncodedSet
+CORES = len(os.sched_getaffinity(0))
+FOLDER_VARIABLE = "DCVAE_IMAGES"
+TOLERANCE = 1.5  # mean absolute difference of an image in levels of 255; NVIDIA's decoder rounds differently
+# An iteration at 128×128 and above is simulated: matrix products of this size, with as many FLOPs as it has forward
+# passes of a network.
+FORWARD_PASSES, SIZE = 41, 4096
+ITERATIONS = 20  # a multiple of n_critic, so that every such run does the same
+# Number of cores, and how many times faster than the DataLoader encoded images must arrive with them.
+ENCODED_CORES, ENCODED_FASTER = (16, 5) if ON_GPU else (2, 1.5)
 
+
+# --- problems ---
+
+
+@dataclass(frozen=True)
+class Row:
+    """Shuffled, mirrored batches of a data set at a resolution.
+
+    Attributes:
+        images: folder of the data set
+        forward_gflop: GFLOP of a network's forward pass for one image, with resampling fused into the convolutions;
+            None at 32×32, where the real iteration is run
+        batches: number of batches in one measurement, more than any implementation makes ahead
+    """
+
+    name: str
+    images: str
+    resolution: int
+    batch: int
+    forward_gflop: float | None
+    batches: int = max(24, 2 * CORES)
+
+    def shrunk(self) -> "Row":
+        return replace(self, batch=2, batches=2)
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of a simulated iteration."""
+        return self.forward_gflop and self.forward_gflop * 1e9 * FORWARD_PASSES * self.batch
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        if self.images == "cifar10":
+            targets = [faster(20, "dataloader", what="times faster than the DataLoader")]
+        else:
+            what = f"times faster than the DataLoader, on {ENCODED_CORES} cores"
+            targets = [faster(ENCODED_FASTER, "dataloader", what=what)] if CORES == ENCODED_CORES else []
+        return (*targets, not_waiting(self)) if ON_GPU else tuple(targets)
+
+    def description(self) -> Document:
+        fields = {name: getattr(self, name) for name in ("name", "images", "resolution", "batch")}
+        simulated = f"simulated: {(self.flops or 0) / 1e12:.3g} TFLOP of bfloat16 matrix products"
+        return {**fields, "cores": CORES, "iteration": simulated if self.flops else "TrainStep"}
+
+
+def not_waiting(row: Row) -> Target:
+    def measure(document: Document, result: Document) -> tuple[float | None, None]:
+        share = results.cells_of(result)["ours"].get("waiting_share")
+        return None if share is None else 1 - share, None
+
+    simulated = ", simulated" if row.flops else ""
+    return Target(f"share of an iteration that is not waiting for data{simulated}", 0.98, measure)
+
+
+# Above 32×32 batches and FLOPs are those of the networks that grow.
+ROWS = (
+    Row("faces512", "faces1024", 512, 6, 45.8),
+    Row("faces256", "faces1024", 256, 14, 36.7),
+    Row("bedroom128", "bedroom256", 128, 16, 27.5),
+    Row("cifar10", "cifar10", 32, 64, None),
+)
+
+
+def imported(module: str, package: str) -> ModuleType:
+    """
+    Raises:
+        Absent: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise Absent(f"{package} is not installed") from None
+
+
+def folder_of(images: str) -> Path:
+    """
+    Raises:
+        Absent: there is no such folder.
+    """
+    variable = os.environ.get(FOLDER_VARIABLE)
+    folders = [Path(variable)] if variable else [root / "shared" / "data" for root in (results.ROOT, results.ROOT.parent)]
+    for folder in folders:
+        if (folder / images).is_dir():
+            return folder / images
+    raise Absent("real images absent")
+
+
+def torchvision_root() -> Path:
+    """Return the folder that holds CIFAR-10 in torchvision's layout, unpacked for this process if necessary.
+
+    Raises:
+        Absent: the images, or the packages that unpack them, are missing.
+    """
+    folder = folder_of("cifar10")
+    if (folder / "cifar-10-batches-py").is_dir():
+        return folder
+    for module, package in (("numpy", "numpy"), ("PIL", "Pillow")):
+        imported(module, package)
+    return Path(_unpacked(folder.parent / "unpack.py").name)
+
+
+@functools.cache
+def _unpacked(script: Path) -> tempfile.TemporaryDirectory[str]:
+    """Run a script that unpacks the images, into a folder that is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="bench-")
+    subprocess.run([sys.executable, script, folder.name], check=True, capture_output=True)
+    return folder
+
+
+@functools.cache
+def load(images: str) -> Images:
+    """Return the training split.
+
+    Raises:
+        Absent: the images, or the packages that read them, are missing.
+    """
+    if images != "cifar10":
+        return load_dataset("folder", folder_of(images))
+    root = torchvision_root()
+    imported("torchvision", "torchvision")
+    return load_dataset("cifar10", root)
+
+
+def errors(row: Row, images: Images, batch: Batch) -> dict[str, float]:
+    """Return the mean difference of the worst image from Pillow's decoding of it, mirrored or not, in levels of 255.
+
+    Raises:
+        Unavailable: the difference is larger than rounding explains, or shape, dtype or device are wrong.
+    """
+    x, shape = batch.images, (row.batch, 3, row.resolution, row.resolution)
+    if (x.shape, x.dtype, x.device.type) != (shape, torch.float32, DEVICE.type):
+        raise Unavailable(f"its batches are {x.dtype} {list(x.shape)} on {x.device.type}")
+    exact = expected(images, batch.ids.cpu(), row.resolution)
+    differences = [(x.cpu() - y).abs().mean((1, 2, 3)) for y in (exact, exact.flip(3))]
+    worst = torch.minimum(*differences).max().item() * 127.5  # NaN if one is
+    if not worst <= TOLERANCE:
+        raise Unavailable(f"an image is wrong by {worst:.3g} of 255 levels on average")
+    return {"image_error": float(f"{worst:.3g}")}
+
+
+def expected(images: Images, ids: Tensor, resolution: int) -> Tensor:
+    """Return images decoded by Pillow, not mirrored: float32 [B, 3, R, R] in [-1, 1]."""
+    if isinstance(images, ImageSet):
+        chosen = replace(images, images=images.images[ids], labels=None)
+    else:
+        chosen = replace(images, indices=images.indices[ids])
+    return normalize(decode_images(chosen, len(ids), resolution=resolution).images)
+
+
+@functools.cache
+def iteration(row: Row) -> Callable[[Batch], Any]:
+    """Return a training iteration on the GPU: TrainStep at 32×32, otherwise matrix products of as many FLOPs."""
+    flops = row.flops
+    if flops is None:
+        from dcvae_fast.config import Config
+        from dcvae_fast.training.step import TrainStep
+
+        return TrainStep(Config(), DEVICE)
+    a, b = (torch.randn(SIZE, SIZE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def simulated(batch: Batch) -> None:
+        for _ in range(math.ceil(flops / (2 * SIZE**3))):
+            torch.mm(a, b, out=out)
+
+    return simulated
+
+
+def waiting_share(step: Callable[[Batch], Any], batches: Iterator[Batch], ahead: int) -> float:
+    """Return 1 − T₀/T, where T is the time of iterations that fetch their batch, and T₀ that of the others.
+
+    Loading that overlaps with the device's work does not count. Work of the device for the data does.
+
+    Args:
+        ahead: number of batches that may be ready, which are dropped before T is measured
+    """
+    fixed = next(batches)
+    _seconds(step, lambda: fixed)  # compiles
+    before = _seconds(step, lambda: fixed)
+    for _ in range(ahead):
+        next(batches)
+    with_data = _seconds(step, lambda: next(batches))
+    after = _seconds(step, lambda: fixed)
+    return max(0.0, 1 - (before + after) / 2 / with_data)
+
+
+def _seconds(step: Callable[[Batch], Any], draw: Callable[[], Batch]) -> float:
+    begin = harness.timer()
+    for _ in range(ITERATIONS):
+        step(draw())
+    return harness.timer() - begin
+
+
+# --- implementations: each yields shuffled, mirrored batches without end ---
+# Images are converted to RGB and resized by the antialiased bicubic filter. The others follow their documentation, with
+# a process per core. They run one endless epoch: on small data sets processes would idle at the end of each epoch.
+
+
+def ours(row: Row, images: Images) -> Iterator[Batch]:
+    if isinstance(images, EncodedSet):
+        imported("nvidia.dali", "nvidia-dali")
+    source = make_source(
+        images, resolution=row.resolution, batch=row.batch, seed=0, device=DEVICE, mirror=True, threads=CORES
+    )
+    return iter(source)
+
+
+def dataloader(row: Row, images: Images) -> Iterator[Batch]:
+    """Pillow and torchvision's transforms."""
+    transforms = imported("torchvision.transforms", "torchvision")
+    steps = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+    if isinstance(images, ImageSet):
+        datasets = imported("torchvision.datasets", "torchvision")
+        cifar10 = datasets.CIFAR10(torchvision_root(), transform=transforms.Compose(steps))
+        return _loaded(row, Numbered(partial(_image_of, cifar10), len(cifar10)))
+    resize = transforms.Resize(row.resolution, transforms.InterpolationMode.BICUBIC)
+    return _loaded(row, Numbered(partial(_opened, _paths(images), transforms.Compose([resize, *steps])), len(images)))
+
+
+def torchvision_io(row: Row, images: Images) -> Iterator[Batch]:
+    """torchvision's decoder, and its transforms of tensors."""
+    v2 = imported("torchvision.transforms.v2", "torchvision")
+    resize = v2.Resize(row.resolution, v2.InterpolationMode.BICUBIC)
+    transform = v2.Compose([resize, v2.RandomHorizontalFlip(), _normalized(v2)])
+    return _loaded(row, Numbered(partial(_decoded, _paths(images), transform), len(images)))
+
+
+def torchvision_gpu(row: Row, images: Images) -> Iterator[Batch]:
+    """Files read by processes, and decoded on the GPU by torchvision, batch by batch."""
+    if not (ON_GPU or harness.REHEARSING):
+        raise Unavailable("it decodes on a GPU")
+    io, v2 = imported("torchvision.io", "torchvision"), imported("torchvision.transforms.v2", "torchvision")
+    resize, normalized = v2.Resize(row.resolution, v2.InterpolationMode.BICUBIC), _normalized(v2)
+    files = Numbered(partial(_read, _paths(images)), len(images))
+    for encoded, ids in _loader(row, files, _listed):
+        decoded = io.decode_jpeg(encoded, io.ImageReadMode.RGB, device=DEVICE)
+        small = resize(torch.stack(decoded))  # all have one size
+        mirrored = torch.rand(row.batch, 1, 1, 1, device=DEVICE) < 0.5
+        yield Batch(normalized(torch.where(mirrored, small.flip(3), small)), ids.to(DEVICE, non_blocking=True))
+
+
+PEERS: dict[str, Callable[[Row, Images], Iterator[Batch]]] = {
+    "ours": ours,
+    "dataloader": dataloader,
+    "torchvision.io": torchvision_io,
+    "torchvision gpu": torchvision_gpu,
+}
+
+
+@dataclass(frozen=True)
+class Numbered(Dataset):
+    """Items (image(i), i) for i below `count`."""
+
+    image: Callable[[int], Tensor]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.image(index), index
+
+
+def _loaded(row: Row, dataset: Numbered) -> Iterator[Batch]:
+    for images, ids in _loader(row, dataset, default_collate):
+        yield Batch(images.to(DEVICE, non_blocking=True), ids.to(DEVICE, non_blocking=True))
+
+
+def _loader(row: Row, dataset: Numbered, collate: Callable[[list[Any]], Any]) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=row.batch,
+        sampler=RandomSampler(dataset, num_samples=10**12),
+        num_workers=CORES,
+        collate_fn=collate,
+        pin_memory=ON_GPU,
+        timeout=60,  # otherwise a batch that a process fails to send is awaited for ever
+        persistent_workers=True,
+    )
+
+
+def _normalized(v2: Any) -> Any:
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+
+
+def _image_of(dataset: Any, index: int) -> Tensor:
+    return dataset[index][0]
+
+
+def _opened(paths: Sequence[str], transform: Callable[[Any], Tensor], index: int) -> Tensor:
+    from PIL import Image
+
+    with Image.open(paths[index]) as image:
+        return transform(image.convert("RGB"))
+
+
+def _decoded(paths: Sequence[str], transform: Callable[[Tensor], Tensor], index: int) -> Tensor:
+    from torchvision import io
+
+    return transform(io.decode_image(paths[index], io.ImageReadMode.RGB))
+
+
+def _read(paths: Sequence[str], index: int) -> Tensor:
+    from torchvision import io
+
+    return io.read_file(paths[index]).clone()  # memory mapped from a file cannot be sent between processes
+
+
+def _listed(samples: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:
+    encoded, ids = zip(*samples, strict=True)
+    return list(encoded), torch.tensor(ids)
+
+
+def _paths(images: Images) -> list[str]:
+    """
+    Raises:
+        Unavailable: the images are not stored as files.
+    """
+    if isinstance(images, ImageSet):
+        raise Unavailable("these images are not files that could be decoded")
+    return [images.image_name(index) for index in range(len(images))]
+
+
+# --- the benchmark ---
+
+pytestmark = harness.timed(1.0 if ON_GPU else 3.0)
 PACKAGES = ("nvidia-dali-cuda130", "torchvision", "Pillow")
-BENCHMARK = suite.Benchmark("pipelines", ROWS, PEERS, PACKAGES, targets, (MODE,), on_cpu=True)
-# Implementation by implementation: what the targets need comes first.
-CASES = [(row, peer, MODE, "wall") for peer, row in itertools.product(PEERS, ROWS)]
+BENCHMARK = harness.Benchmark("pipelines", ROWS, PEERS, PACKAGES, ("batches",), on_cpu=True)
 
 
 @pytest.fixture(autouse=True)
@@ -47,33 +389,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    gc.collect()  # ends threads and processes, which would take time from the next measurement
 
 
-@suite.parametrized(CASES)
-def test_pipelines(row: Row, peer: str, mode: str, timing: str, fill: Callable[..., None]) -> None:
-    fill(row, peer, mode, timing, measure)
+@harness.cases((row, peer, "batches") for peer in PEERS for row in ROWS)
+def test_pipelines(row: Row, peer: str, mode: str, fill: Callable[..., None]) -> None:
+    fill(row, peer, mode, measure)
 
 
-def measure(row: Row, peer: str, mode: str, timing: str, benchmark: Any) -> dict[str, Any]:
-    """What belongs into the cell of the result file: times are those of a batch of images."""
+def measure(cell: Document, benchmark: Any, row: Row, peer: str, mode: str) -> None:
+    """Fill a cell; the times are those of a batch of images."""
     images = load(row.images)
-    with running(PEERS[peer](row, images)) as batches:
-        found = errors(row, images, next(batches))
+    with closing(PEERS[peer](row, images)) as batches:  # type: ignore[type-var]
+        cell["errors"] = errors(row, images, next(batches))
 
         def several() -> None:
             for _ in range(row.batches):
                 next(batches)
 
-        wall = harness.measure(benchmark, several, row.batches, row.seconds, min_batches=3)
-        share = waiting_share(iteration(row), batches, ahead=row.batches) if harness.ON_GPU else None
-    return {"wall": wall, "errors": found, "waiting_share": None if share is None else round(share, 4)}
-
-
-@contextmanager
-def running(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """Afterwards its threads and processes are gone, which would take time from the next."""
-    try:
-        yield batches
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-        gc.collect()
+        cell["wall"] = harness.wall(benchmark, several, row.batches)
+        share = waiting_share(iteration(row), batches, ahead=row.batches) if ON_GPU else None
+        cell["waiting_share"] = None if share is None else round(share, 4)

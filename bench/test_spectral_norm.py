@@ -1,78 +1,278 @@
-"""Spectral norm of whole networks beside torch's own, on the rows of spectral_norm_cases.py.
+"""Spectral norm of whole networks: ours compared with torch's own implementations.
 
-Columns: spectral_norm_peers.py; eager is `torch.nn.utils.parametrizations.spectral_norm`, and torch.compile the same
-compiled. One call updates u and v and gives all weights W/σ, in training mode. Forward runs without autograd;
-forward_backward asks `torch.autograd.grad` for the gradients in the weights, of fixed ones in W/σ. What differs from
-the same update in float64 is reported as wrong instead of timed.
+eager is `torch.nn.utils.parametrizations.spectral_norm`, the older hook `torch.nn.utils.spectral_norm`; both also
+compiled. A call updates u and v and computes all weights W/σ, in training mode. Forward runs without autograd;
+forward_backward computes the gradients in the weights from fixed gradients in W/σ. The outputs of every implementation
+are first compared with the same update in float64.
 """
 
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as older_spectral_norm
 
 import harness
-import suite
-from spectral_norm_cases import ROWS, Row, errors, make_problem, reference
-from spectral_norm_peers import PEERS, Network
-from spectral_norm_targets import targets
+from dcvae_fast.models.autogan import Critic, Trunk
+from dcvae_kernels import spectral_norm
+from harness import MODES, Unavailable
+from results import Document, Target, faster, rate_share
 
-pytestmark = pytest.mark.benchmark(timer=harness.timer, disable_gc=True)
+TOLERANCE = 1e-4  # of each weight and each gradient, by Frobenius norm
 
-BENCHMARK = suite.Benchmark("spectral_norm", ROWS, PEERS, (), targets)
-# Implementation by implementation, forward and backward first: what the targets need comes early.
-CASES = [
-    (row, peer, mode, timing)
-    for peer, mode, row, timing in itertools.product(PEERS, reversed(harness.MODES), ROWS, suite.TIMINGS)
-]
+# --- problems ---
 
 
-@suite.parametrized(CASES)
-def test_spectral_norm(row: Row, peer: str, mode: str, timing: str, fill: Callable[..., None]) -> None:
-    fill(row, peer, mode, timing, measure)
+@dataclass(frozen=True)
+class Row:
+    """Normalised layers of a network, with float32 weights.
+
+    Attributes:
+        build: makes the layers, given a number of channels to which all widths are proportional
+    """
+
+    name: str
+    build: Callable[[int], list[nn.Module]]
+    width: int
+    targets: tuple[Target, ...] = ()
+
+    def layers(self) -> list[nn.Module]:
+        return self.build(self.width)
+
+    def shrunk(self) -> "Row":
+        return replace(self, width=self.width // 16)
+
+    def description(self) -> Document:
+        with torch.device("meta"):
+            matrices = [weight.flatten(1) for weight in weights_of(self.layers())]
+        elements = sum(matrix.numel() for matrix in matrices)
+        # W is read for u and, because every row counts in v, again; then W/σ is written. Backward, G and Ŵ are read
+        # for ⟨G, Ŵ⟩, then G again, and dW is written. The vectors are negligible.
+        transfers = {"forward": 3, "forward_backward": 3 + 4}
+        return {
+            "name": self.name,
+            "layers": len(matrices),
+            "elements": elements,
+            "largest": list(max(matrices, key=Tensor.numel).shape),
+            "dtype": "float32",
+            "floors": {mode: {"bytes": transfers[mode] * elements * torch.float32.itemsize} for mode in MODES},
+        }
 
 
-def measure(row: Row, peer: str, mode: str, timing: str, benchmark: Any) -> dict[str, Any]:
-    """What belongs into the cell of the result file."""
-    network, gradients = prepared(row, peer, mode)
-    call = caller(network, gradients, mode)
-    return suite.measured(benchmark, timing, call, functools.partial(checked, network, gradients))
+def dcvae(width: int) -> list[nn.Module]:
+    """DC-VAE's encoder and discriminator for 32×32, updated together."""
+    networks = nn.ModuleList([Trunk(3, width, out_features=2 * 128), Critic(3, width, contrast_dim=16)])
+    return [layer for layer in networks.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
 
 
-def caller(network: Network, gradients: list[Tensor], mode: str) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
-    """The call that is timed: it returns the normalised weights and, backward too, the gradients in the weights."""
+def sngan(width: int) -> list[nn.Module]:
+    """The residual discriminator for 128×128 of Miyato et al., without classes."""
+    widths = [width * times for times in (1, 2, 4, 8, 16)]
+    last = widths[-1]
+    stem = [conv(3, width, 3), conv(width, width, 3), conv(3, width, 1)]
+    return [*stem, *blocks(widths), conv(last, last, 3), conv(last, last, 3), nn.Linear(last, 1)]
+
+
+def stylegan2(width: int) -> list[nn.Module]:
+    """StyleGAN2's residual discriminator for 256×256, at most `width` channels wide."""
+    layers = [conv(3, width // 4, 1), *blocks([width // 4, width // 2, *[width] * 5])]
+    # The last convolution has one more input channel: the standard deviation of the minibatch.
+    return [*layers, conv(width + 1, width, 3), nn.Linear(width * 4 * 4, width), nn.Linear(width, 1)]
+
+
+def blocks(widths: list[int]) -> list[nn.Module]:
+    pairs = itertools.pairwise(widths)
+    return [layer for a, b in pairs for layer in (conv(a, a, 3), conv(a, b, 3), conv(a, b, 1))]
+
+
+def conv(channels: int, out_channels: int, size: int) -> nn.Module:
+    return nn.Conv2d(channels, out_channels, size, bias=False)
+
+
+COPY_RATE = "share of the measured copy rate, forward, replayed"
+TARGETS = (faster(10, "eager"), faster(3, "torch.compile"), rate_share(0.5, "copy", COPY_RATE, "graph", "forward"))
+ROWS = (Row("dcvae", dcvae, 128, TARGETS), Row("sngan", sngan, 64), Row("stylegan2", stylegan2, 512))
+
+
+def weights_of(layers: list[nn.Module]) -> list[Tensor]:
+    return [layer.get_parameter("weight") for layer in layers]
+
+
+def make_problem(row: Row, device: torch.device) -> tuple[list[nn.Module], list[Tensor]]:
+    """Return layers that are not normalised yet, and gradients in their normalised weights."""
+    torch.manual_seed(0)
+    with device:
+        layers = row.layers()
+    return layers, [torch.randn_like(weight) for weight in weights_of(layers)]
+
+
+Outputs = tuple[list[Tensor], list[Tensor]]
+
+
+def reference(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], gradients: list[Tensor], updates: int, u_first: bool
+) -> Outputs:
+    """Return W/σ and the gradients in W after a number of updates of these u and v, in float64.
+
+    Args:
+        u_first: an update computes u from v, then v from the new u; otherwise v first.
+    """
+    normalized, weight_gradients = [], []
+    for tensors in zip(weights, us, vs, gradients, strict=True):
+        matrix, u, v, gradient = (x.detach().double() for x in tensors)
+        shape, matrix, gradient = matrix.shape, matrix.flatten(1), gradient.flatten(1)
+        for _ in range(updates):
+            if u_first:
+                u = F.normalize(matrix @ v, dim=0)
+            v = F.normalize(matrix.mT @ u, dim=0)
+            if not u_first:
+                u = F.normalize(matrix @ v, dim=0)
+        sigma = u @ matrix @ v
+        normalized.append((matrix / sigma).view(shape))
+        along = (gradient * matrix).sum() / sigma
+        weight_gradients.append(((gradient - along * torch.outer(u, v)) / sigma).view(shape))
+    return normalized, weight_gradients
+
+
+def errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:
+    """Return the errors of W/σ, and of gradients if there are any, in the worst layer.
+
+    Raises:
+        Unavailable: an error is larger than rounding explains, or a shape is wrong.
+    """
+    result = {}
+    for what, tensors, exact in zip(("weight", "gradient"), outputs, expected, strict=True):
+        if what == "gradient" and not tensors:
+            continue
+        if [x.shape for x in tensors] != [y.shape for y in exact]:
+            raise Unavailable(f"its {what}s are not of the layers' shapes")
+        relative = [((x.detach().double() - y).norm() / y.norm()) for x, y in zip(tensors, exact, strict=True)]
+        worst = torch.stack(relative).max().item()  # NaN if one is
+        if not worst <= TOLERANCE:
+            raise Unavailable(f"its {what}s are wrong by {worst:.3%}")
+        result[f"{what}_error"] = float(f"{worst:.3g}")
+    return result
+
+
+# --- implementations: each takes layers, normalises them, and returns the network whose call updates them ---
+
+
+class Network(nn.Module):
+    """Compute nothing but the layers' normalised weights, so that only the update is timed."""
+
+    u_first = True
+    names = ("parametrizations.weight.original", "parametrizations.weight.0._u", "parametrizations.weight.0._v")
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]  # type: ignore[misc]
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return W, u and v of each layer, not copied."""
+        weight, *vectors = self.names
+        us, vs = ([layer.get_buffer(name) for layer in self.layers] for name in vectors)
+        return [layer.get_parameter(weight) for layer in self.layers], us, vs
+
+
+class OlderNetwork(Network):
+    """Network with the older hook, which sets a layer's weight before the layer's forward pass."""
+
+    u_first = False
+    names = ("weight_orig", "weight_u", "weight_v")
+
+    def forward(self) -> list[Tensor]:
+        for layer in self.layers:
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, ())
+        return super().forward()
+
+
+Peer = Callable[[list[nn.Module]], Network]
+
+
+def ours(layers: list[nn.Module]) -> Network:
+    return spectral_norm(Network(layers))
+
+
+def eager(layers: list[nn.Module]) -> Network:
+    return Network([parametrizations.spectral_norm(layer) for layer in layers])
+
+
+def older(layers: list[nn.Module]) -> Network:
+    return OlderNetwork([older_spectral_norm(layer) for layer in layers])
+
+
+def compiled(peer: Peer, layers: list[nn.Module]) -> Network:
+    if not layers[0].get_parameter("weight").is_cuda:
+        raise Unavailable("left out on a CPU, where compiling needs a C++ compiler and most of the time")
+    torch.compiler.reset()  # forget other rows
+    network: Any = peer(layers)
+    network.compile(dynamic=False)
+    return network
+
+
+# The compiled ones come last: compiling takes longer than everything else.
+PEERS: dict[str, Peer] = {
+    "ours": ours,
+    "eager": eager,
+    "older hook": older,
+    "torch.compile": functools.partial(compiled, eager),
+    "older compiled": functools.partial(compiled, older),
+}
+
+
+# --- the benchmark ---
+
+pytestmark = harness.timed(0.3, 0.01, 5) if harness.ON_GPU else harness.timed(0.02, 0.002, 5)
+BENCHMARK = harness.Benchmark("spectral_norm", ROWS, PEERS)
+
+
+@harness.cases((row, peer, mode) for peer in PEERS for mode in reversed(MODES) for row in ROWS)
+def test_spectral_norm(row: Row, peer: str, mode: str, fill: Callable[..., None]) -> None:
+    fill(row, peer, mode, measure)
+
+
+def measure(cell: Document, benchmark: Any, row: Row, peer: str, mode: str) -> None:
+    harness.free_memory()
+    network, gradients = prepared(row, peer)
+    check = functools.partial(checked, network, gradients)
+    harness.measure_op(cell, benchmark, make_call(network, gradients, mode), check)
+
+
+def prepared(row: Row, peer: str) -> tuple[Network, list[Tensor]]:
+    layers, gradients = make_problem(row, harness.DEVICE)
+    return PEERS[peer](layers), gradients
+
+
+def make_call(network: Network, gradients: list[Tensor], mode: str) -> Callable[[], Outputs]:
+    """Return the call that is timed, which returns W/σ and, in forward_backward, the gradients in W."""
     weights, _, _ = network.tensors()
 
     @torch.no_grad()
-    def forward() -> tuple[list[Tensor], list[Tensor]]:
+    def forward() -> Outputs:
         return network(), []
 
-    def forward_backward() -> tuple[list[Tensor], list[Tensor]]:
+    def forward_backward() -> Outputs:
         normalized = network()
         return normalized, list(torch.autograd.grad(normalized, weights, gradients))
 
     return forward if mode == "forward" else forward_backward
 
 
-def checked(
-    network: Network,
-    gradients: list[Tensor],
-    run: Callable[[], tuple[list[Tensor], list[Tensor]]],
-    updates: int,
-) -> dict[str, float]:
-    """The errors of what `run` returns, the last of some updates, from u and v as they are before it."""
-    weights, *vectors = network.tensors()
-    us, vs = ([x.clone() for x in some] for some in vectors)
+def checked(network: Network, gradients: list[Tensor], run: Callable[[], Outputs], updates: int) -> Document:
+    """Return the errors of the outputs of `run`, which makes a number of updates of u and v.
+
+    After replays of a graph, outputs are compared with the u and v that the last replay left, without an update.
+    """
+    weights, us, vs = network.tensors()
+    us, vs = [u.clone() for u in us], [v.clone() for v in vs]
     return errors(run(), reference(weights, us, vs, gradients, updates, network.u_first))
-
-
-@functools.lru_cache(maxsize=1)
-def prepared(row: Row, peer: str, mode: str) -> tuple[Network, list[Tensor]]:
-    """The network and the gradients, kept while the timings of the mode are taken."""
-    harness.free_memory()
-    problem = make_problem(row, harness.DEVICE)
-    return PEERS[peer](problem.layers), problem.gradients

@@ -1,42 +1,63 @@
-"""What each switch of a training iteration gains, alone and together: step_cases.SWITCHES, on two of its rows.
+"""Settings that make iterations fast without changing the arithmetic: what each gains alone, and all together.
 
-All do the same arithmetic, ours; see test_step.py for the times of others. On a CPU graphs are left out:
+To measure on a CPU, where there are no graphs:
 
     python -m pytest bench/test_switches.py -q -s --benchmark-quiet --results=bench/results
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import pytest
+import torch
 
 import harness
-import suite
-from step_cases import ROWS_ON_CPU, ROWS_ON_GPU, SWITCHES, Row, errors, switched, warm_up
-from step_targets import MODE
+from dcvae_fast.training.step import TrainStep
+from harness import ON_GPU, Absent
+from results import Document
+from test_step import ROWS_ON_CPU, ROWS_ON_GPU, Iterate, Row, iterations, time_iterations
 
-pytestmark = pytest.mark.benchmark(timer=harness.timer, disable_gc=True)
-
-NAMES = ("cifar10-64", "faces128") if harness.ON_GPU else ("cifar10-8",)
-ROWS = [row for row in (*ROWS_ON_GPU, *ROWS_ON_CPU) if row.name in NAMES]
-BENCHMARK = suite.Benchmark("switches", ROWS, SWITCHES, (), lambda document: [], (MODE,), on_cpu=True)
-CASES = [(row, peer, MODE, "wall") for row in ROWS for peer in SWITCHES]
-
-
-@suite.parametrized(CASES)
-def test_switches(row: Row, peer: str, mode: str, timing: str, fill: Callable[..., None]) -> None:
-    fill(row, peer, mode, timing, measure)
+NONE: dict[str, Any] = {"precision": "float32", "compile": False, "graphs": False, "channels_last": False}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "none": NONE,
+    "channels last": {**NONE, "channels_last": True},
+    "bfloat16": {**NONE, "precision": "bfloat16"},
+    "compile": {**NONE, "compile": True},
+    "graphs": {**NONE, "graphs": True},
+    "ours": {"precision": "bfloat16", "compile": True, "graphs": True, "channels_last": True},
+}
 
 
-def measure(row: Row, peer: str, mode: str, timing: str, benchmark: Any) -> dict[str, Any]:
-    """What belongs into the cell of the result file: times are those of an iteration."""
+class Contiguous(TrainStep):
+    """TrainStep with torch's default memory format, channels first."""
+
+    memory_format = torch.contiguous_format
+
+
+def switched(row: Row, name: str) -> Iterate:
+    """Return our iteration with some of the switches.
+
+    Raises:
+        Absent: a switch needs a GPU.
+    """
+    settings = dict(SWITCHES[name])
+    if settings["graphs"] and not ON_GPU:
+        raise Absent("there are no CUDA graphs on a CPU")
+    make = TrainStep if settings.pop("channels_last") else Contiguous
+    return iterations(make(replace(row.config, train=replace(row.config.train, **settings)), harness.DEVICE), row)
+
+
+pytestmark = harness.timed(0.3 if ON_GPU else 0.02)
+NAMES = ("cifar10-64", "faces128") if ON_GPU else ("cifar10-8",)
+ROWS = [replace(row, targets=()) for row in (*ROWS_ON_GPU, *ROWS_ON_CPU) if row.name in NAMES]
+BENCHMARK = harness.Benchmark("switches", ROWS, SWITCHES, modes=("iteration",), on_cpu=True)
+
+
+@harness.cases((row, peer, "iteration") for row in ROWS for peer in SWITCHES)
+def test_switches(row: Row, peer: str, mode: str, fill: Callable[..., None]) -> None:
+    fill(row, peer, mode, measure)
+
+
+def measure(cell: Document, benchmark: Any, row: Row, peer: str, mode: str) -> None:
     harness.free_memory()
-    iterate = switched(row, peer)
-    found = errors(row, iterate())
-    warm_up(row, iterate)
-
-    def period() -> None:
-        for _ in range(row.period):
-            iterate()
-
-    return {"wall": harness.measure(benchmark, period, row.period, min_batches=3), "errors": found}
+    time_iterations(cell, benchmark, row, switched(row, peer))
