@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -197,7 +197,7 @@ def is_final(cell: Document) -> bool:
     return cell["reason"] not in UNMEASURED and cell["graph_reason"] not in UNMEASURED
 
 
-def target_entries(document: Document, targets: dict[str, Sequence[Target]]) -> list[Document]:
+def target_entries(document: Document, targets: Mapping[str, Sequence[Target]]) -> list[Document]:
     """Return a result file's entries for targets by row. In a rehearsal nothing counts as measured."""
     entries = []
     for row in document["rows"]:

@@ -227,7 +227,10 @@ def tables(document: Document) -> str:
         for t in document["targets"]
         if t["measured"] is not None
     ]
-    return "\n\n".join([*parts, markdown(["target", "required", "measured", "result"], targets)] if targets else parts) + "\n"
+    return (
+        "\n\n".join([*parts, markdown(["target", "required", "measured", "result"], targets)] if targets else parts)
+        + "\n"
+    )
 
 
 def against(target: Document) -> str:

@@ -133,7 +133,9 @@ def folder_of(images: str) -> Path:
         Absent: there is no such folder.
     """
     variable = os.environ.get(FOLDER_VARIABLE)
-    folders = [Path(variable)] if variable else [root / "shared" / "data" for root in (results.ROOT, results.ROOT.parent)]
+    folders = (
+        [Path(variable)] if variable else [root / "shared" / "data" for root in (results.ROOT, results.ROOT.parent)]
+    )
     for folder in folders:
         if (folder / images).is_dir():
             return folder / images
@@ -372,7 +374,7 @@ def _paths(images: Images) -> list[str]:
         Unavailable: the images are not stored as files.
     """
     if isinstance(images, ImageSet):
-        raise Unavailable("these images are not files that could be decoded")
+        raise Unavailable("these images are not files")
     return [images.image_name(index) for index in range(len(images))]
 
 

@@ -1,4 +1,4 @@
-"""Result files to try things on: bench/gpu.py's rehearsal on the CPU, once for all tests."""
+"""Run scripts of bench/, and rehearse bench/gpu.py on the CPU once for all tests."""
 
 import os
 import subprocess
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import records
+import results
 
 
 def run_script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python bench/NAME.py ARGUMENTS`, from elsewhere, as someone without make would."""
-    command = [sys.executable, str(records.ROOT / "bench" / f"{name}.py"), *map(str, arguments)]
+    """Run `python bench/NAME.py ARGUMENTS` from another folder."""
+    command = [sys.executable, str(results.ROOT / "bench" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, cwd="/", env=os.environ | environment, capture_output=True, text=True)
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import baselines
 from baselines import Baseline, unfolded
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.models.build import build_autoencoder, build_discriminator
 from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
 
@@ -75,7 +76,7 @@ def assert_same_state(ours: TrainStep, plain: Baseline, rtol: float = 1e-8) -> N
         (networks.decoder, plain.decoder),
         (networks.discriminator, plain.discriminator),
         (contrast.momentum, plain.momentum),
-        (networks.decoder_average, plain.average),
+        (networks.decoder_average, plain.decoder_ema),
     ):
         values = unfolded(mine)
         for name, expected in theirs.named_parameters():
@@ -148,16 +149,20 @@ def test_what_there_is_no_baseline_for_is_refused(setting):
 
 @pytest.mark.parametrize(("resolution", "gflop"), [(64, 27.3), (128, 41.8), (256, 56.3), (512, 70.8)])
 def test_plain_networks_cost_what_progressive_gans_do(resolution: int, gflop: float):
-    """A forward pass with resampling apart from the convolutions; ours costs 18.4, 27.5, 36.7 and 45.8."""
+    """A forward pass, resampling apart from the convolutions; ours costs 18.4, 27.5, 36.7 and 45.8."""
     torch.set_default_dtype(torch.float32)
     model = ModelConfig(architecture="progressive", resolution=resolution, latent_dim=512)
     with torch.device("meta"):
-        calls = {
-            baselines.Generator(model): torch.empty(2, 512),
-            baselines.Encoder(model): torch.empty(2, 3, resolution, resolution),
-            baselines.Discriminator(model): torch.empty(2, 3, resolution, resolution),
-        }
-    for network, given in calls.items():
+        encoder, decoder = build_autoencoder(model)
+        critic = build_discriminator(model).critic
+        images, latents = torch.empty(2, 3, resolution, resolution), torch.empty(2, 512)
+    for call in (
+        lambda: baselines.generate(decoder, latents, resolution, 1.0),
+        lambda: baselines.linear(
+            encoder.linear, baselines.features_of(encoder.trunk, images, resolution, 1.0)["final"]
+        ),
+        lambda: baselines.features_of(critic.trunk, images, resolution, 1.0, stddev=True),
+    ):
         with FlopCounterMode(display=False) as counter:
-            network(given, resolution, 1.0)
+            call()
         assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(gflop, abs=0.06)

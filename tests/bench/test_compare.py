@@ -6,7 +6,7 @@ import pytest
 
 import compare as compare_script
 import gpu
-import records
+import results
 
 pytestmark = pytest.mark.multiprocess
 
@@ -15,12 +15,12 @@ DEVICE = "nvidia-h100-80gb-hbm3"
 
 @pytest.fixture
 def document() -> dict:
-    return records.read(records.COMMITTED / DEVICE / "info_nce.json")
+    return results.read(results.COMMITTED / DEVICE / "info_nce.json")
 
 
 @pytest.fixture
 def spectral_norm_document() -> dict:
-    return records.read(records.COMMITTED / DEVICE / "spectral_norm.json")
+    return results.read(results.COMMITTED / DEVICE / "spectral_norm.json")
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def compare(document, tmp_path, script):
         fresh = copy.deepcopy(document)
         (changed,) = (r for r in fresh["rows"] if r["name"] == row)
         change(changed, {(cell["peer"], cell["mode"]): cell for cell in changed["cells"]})
-        records.write(tmp_path / "committed" / "cpu" / "info_nce.json", document)
-        records.write(tmp_path / "fresh" / "cpu" / "info_nce.json", fresh)
+        results.write(tmp_path / "committed" / "cpu" / "info_nce.json", document)
+        results.write(tmp_path / "fresh" / "cpu" / "info_nce.json", fresh)
         result = script("compare", "--committed", tmp_path / "committed", "--fresh", tmp_path / "fresh")
         return result.returncode, result.stdout
 
@@ -76,13 +76,13 @@ def test_graph_replay_counts(compare, document):
 def test_another_shape_is_not_compared(compare):
     status, text = compare(lambda row, cells: row.update(batch=64))
     assert status == 1
-    assert text.startswith("dcvae: another problem")
+    assert text.startswith("dcvae: differs from the committed row")
 
 
 def test_device_without_committed_file(tmp_path, script):
-    result = script("compare", "--committed", tmp_path, "--fresh", records.COMMITTED)
+    result = script("compare", "--committed", tmp_path, "--fresh", results.COMMITTED)
     assert result.returncode == 1
-    assert "is not there to compare with" in result.stdout
+    assert "does not exist" in result.stdout
 
 
 def test_fresh_run(tmp_path, monkeypatch, capfd):
@@ -92,11 +92,11 @@ def test_fresh_run(tmp_path, monkeypatch, capfd):
     def run_and_commit(name, out, *arguments, **options):
         path, ended = run(name, out, *arguments, **options)
         assert path is not None
-        document = records.read(path)
+        document = results.read(path)
         for cell in (cell for row in document["rows"] for cell in row["cells"] if cell["wall"]):
             assert cell["peer"] == "ours"
             cell["wall"]["median_us"] *= 1000
-        records.write(tmp_path / "cpu" / path.name, document)
+        results.write(tmp_path / "cpu" / path.name, document)
         return path, ended
 
     monkeypatch.setattr(gpu, "BENCHMARKS", {"spectral_norm": 1000})  # one is enough
@@ -109,10 +109,10 @@ def test_fresh_run(tmp_path, monkeypatch, capfd):
 
 
 def test_every_benchmark_is_compared(compare, spectral_norm_document, tmp_path):
-    records.write(tmp_path / "fresh" / "cpu" / "spectral_norm.json", spectral_norm_document)
+    results.write(tmp_path / "fresh" / "cpu" / "spectral_norm.json", spectral_norm_document)
     cell = next(cell for cell in spectral_norm_document["rows"][1]["cells"] if cell["peer"] == "ours")
     cell["wall"]["median_us"] /= 2
-    records.write(tmp_path / "committed" / "cpu" / "spectral_norm.json", spectral_norm_document)
+    results.write(tmp_path / "committed" / "cpu" / "spectral_norm.json", spectral_norm_document)
     status, text = compare(lambda row, cells: None)
     assert status == 1
     assert text.startswith("sngan forward wall: ")

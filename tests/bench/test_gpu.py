@@ -1,4 +1,4 @@
-"""Tests of `python bench/gpu.py`: results, summary and logs of its rehearsal, time limits, Ctrl-C."""
+"""Tests of `python bench/gpu.py`: results, summary and logs of its rehearsal, jobs and time limits, Ctrl-C."""
 
 import json
 import signal
@@ -12,24 +12,24 @@ import pytest
 import torch
 
 import gpu
-import records
-import tables
-from step_targets import MODE
+import outcomes
+import results
+from gpu import Ended, Job, run_jobs
 
 
 @pytest.fixture
 def document(rehearsal) -> dict:
-    return records.read(rehearsal[0] / "cpu" / "info_nce.json")
+    return results.read(rehearsal[0] / "cpu" / "info_nce.json")
 
 
 @pytest.fixture
 def spectral_norm_document(rehearsal) -> dict:
-    return records.read(rehearsal[0] / "cpu" / "spectral_norm.json")
+    return results.read(rehearsal[0] / "cpu" / "spectral_norm.json")
 
 
 @pytest.fixture
 def step_document(rehearsal) -> dict:
-    return records.read(rehearsal[0] / "cpu" / "step.json")
+    return results.read(rehearsal[0] / "cpu" / "step.json")
 
 
 def cells(document, row):
@@ -44,6 +44,7 @@ def test_result_says_where_it_comes_from(document):
     assert document["torch"] == torch.__version__
     assert (document["commit"], document["dirty"]) == ("0123456789abcdef", True)
     assert document["driver"] is document["cuda"] is document["device_rates"] is None
+    assert "torch.utils.benchmark" in document["timer"]["wall"] and "do_bench_cudagraph" in document["timer"]["graph"]
 
 
 @pytest.mark.multiprocess
@@ -107,10 +108,10 @@ def test_who_cannot_run_says_why(document):
 
 @pytest.mark.multiprocess
 def test_rehearsal_meets_no_target(document, spectral_norm_document, step_document, rehearsal):
-    found = [target for x in (document, spectral_norm_document, step_document) for target in x["targets"]]
-    assert (len(document["targets"]), len(found)) == (10, 14)
-    assert all(target["met"] is target["measured"] is None for target in found)
-    assert rehearsal[1].count("not measured  ") == 14
+    targets = [target for x in (document, spectral_norm_document, step_document) for target in x["targets"]]
+    assert (len(document["targets"]), len(targets)) == (10, 14)
+    assert all(target["met"] is target["measured"] is None for target in targets)
+    assert "| target |" not in rehearsal[1]
 
 
 @pytest.mark.multiprocess
@@ -119,11 +120,9 @@ def test_result_of_iterations(step_document):
     for row in step_document["rows"]:
         assert 0 < row["flops"]["ours"] < row["flops"]["baseline"]
         for cell in row["cells"]:
-            assert cell["reason"] is None and cell["wall"]["median_us"] > 0 and cell["mode"] == MODE
+            assert cell["reason"] is None and cell["wall"]["median_us"] > 0 and cell["mode"] == "iteration"
     errors = {cell["peer"]: cell["errors"] for cell in step_document["rows"][1]["cells"]}
     assert errors["baseline"] == {"loss_error": 0.0} and errors["ours"]["loss_error"] < 1e-5
-    text = tables.table(step_document)
-    assert "cifar10-8: cifar10 at 32×32, batch 4, float32" in text and "GFLOP/s" in text
 
 
 @pytest.mark.multiprocess
@@ -161,27 +160,28 @@ def test_training_is_stopped_resumed_and_used(tmp_path, script):
 @pytest.mark.multiprocess
 def test_file_is_written_in_one_way(document, rehearsal, tmp_path):
     path = rehearsal[0] / "cpu" / "info_nce.json"
-    records.write(tmp_path / "again.json", dict(reversed(document.items())))
+    results.write(tmp_path / "again.json", dict(reversed(document.items())))
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
-    records.write(tmp_path / "a.json", {"whole": 1})
+    results.write(tmp_path / "a.json", {"whole": 1})
     with pytest.raises(TypeError):
-        records.write(tmp_path / "a.json", {"broken": object()})
+        results.write(tmp_path / "a.json", {"broken": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"whole": 1}
 
 
-def test_slug():
-    assert records.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+def test_path_of_a_result_file():
+    document = {"device": "NVIDIA H100 80GB HBM3", "benchmark": "step"}
+    assert results.path_of(Path("x"), document) == Path("x/nvidia-h100-80gb-hbm3/step.json")
 
 
 def test_summary_of_the_tests(tmp_path):
-    job = gpu.Job("tests", [], 1, environment={"OUT": str(tmp_path)})
+    job = Job("tests", [], 1, environment={"OUT": str(tmp_path)})
 
-    def lines(status, *outcomes):
-        (tmp_path / gpu.OUTCOMES).write_text("".join(json.dumps(x) + "\n" for x in outcomes))
-        return gpu.tests_lines(gpu.Ended(job, status, 12.3))
+    def lines(status, *tests):
+        (tmp_path / gpu.OUTCOMES).write_text("".join(json.dumps(x) + "\n" for x in tests))
+        return gpu.tests_lines(Ended(job, status, 12.3))
 
     good = [{"test": "a.py::one", "outcome": "passed"}, {"test": "a.py::two", "outcome": "skipped", "text": "no"}]
     missing = "a.py:3: in <module>\nE   ModuleNotFoundError: No module named '{}'"
@@ -203,13 +203,13 @@ def test_summary_of_the_tests(tmp_path):
     assert lines(3, *good) == ([f"{total}; pytest's exit status 3, see its log"], True)
     assert lines(5)[1] is False and lines(1)[1] is True
     (tmp_path / gpu.OUTCOMES).write_text('{"test": "a.py::th')
-    assert gpu.outcomes.read(tmp_path / gpu.OUTCOMES) == []
+    assert outcomes.read(tmp_path / gpu.OUTCOMES) == []
 
 
 def test_summary_of_checks(tmp_path):
     def lines(status, text, name="ops"):
         (tmp_path / "log").write_text(text)
-        return gpu.check_lines(gpu.Ended(gpu.Job(name, [], 1, tmp_path / "log"), status, 12.3))
+        return gpu.check_lines(Ended(Job(name, [], 1, tmp_path / "log"), status, 12.3))
 
     some = "ok      a: 1\nnoise\nskipped b: no\n"
     assert lines(0, some) == (["ops: 1 passed, 0 failed, 12 s", "skipped b: no"], False)
@@ -222,12 +222,16 @@ def test_summary_of_checks(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_what_failed_of_ours_is_in_the_summary(document):
-    assert not [line for line in gpu.summarised(document) if line.startswith("FAILED")]
+def test_failures_of_ours_are_in_the_summary(document):
+    assert not [line for line in gpu.benchmark_lines(document) if line.startswith("FAILED")]
     cell = next(cell for cell in document["rows"][0]["cells"] if cell["peer"] == "ours")
     cell["reason"] = "its loss is 1, which should be 2"
-    (line,) = (line for line in gpu.summarised(document) if line.startswith("FAILED"))
+    (line,) = (line for line in gpu.benchmark_lines(document) if line.startswith("FAILED"))
     assert line == "FAILED  dcvae, ours, forward: its loss is 1, which should be 2"
+    for row in (0, 1, 1):
+        cell = next(x for x in document["rows"][row]["cells"] if x["peer"] == "eager" and x["reason"] is None)
+        cell["reason"] = "no time left"
+    assert "no time left: dcvae (eager), dcvae-b1024 (eager)" in gpu.benchmark_lines(document)
 
 
 def test_each_command_takes_eight_minutes_at_most():
@@ -240,10 +244,49 @@ def test_each_command_takes_eight_minutes_at_most():
     assert checks + benchmarks["info_nce"] + benchmarks["spectral_norm"] + gpu.OVERTIME < gpu.FIRST_SECONDS <= 470
 
 
+def test_a_job_is_interrupted_at_its_time_limit(tmp_path: Path):
+    """The limit also holds while the job starts, when there is no KeyboardInterrupt to see yet."""
+    (ended,) = run_jobs([Job("slow", ["-c", "import time; time.sleep(600)"], 0.1, tmp_path / "log")])
+    assert ended.status is None and str(ended).startswith("slow: stopped at its time limit, ")
+
+
+def test_a_job_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(gpu, "GRACE", 0.1)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    (ended,) = run_jobs([Job("deaf", ["-c", code], 0.1, tmp_path / "log")])
+    assert ended.status is None
+
+
+def test_jobs_end_one_by_one(tmp_path: Path):
+    code = "import os, sys; print(os.environ['NAME']); sys.exit(3)"
+    first, second = Job("first", ["-c", code], 600, tmp_path / "log", {"NAME": "x"}), Job("second", ["-c", ""], 600)
+    statuses = {ended.job.name: ended.status for ended in run_jobs([first, second])}
+    assert statuses == {"first": 3, "second": 0} and (tmp_path / "log").read_text() == "x\n"
+
+
+def test_children_of_a_job_end_with_it(tmp_path: Path):
+    code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
+    (ended,) = run_jobs([Job("parent", ["-c", code], 600, tmp_path / "log")])
+    assert ended.status == 0
+    child, until = Path(f"/proc/{int((tmp_path / 'log').read_text())}/stat"), time.monotonic() + 60
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_killed_tests_leave_their_outcomes(tmp_path: Path):
+    (tmp_path / "test_a.py").write_text("import os\ndef test_1(): pass\ndef test_2(): os._exit(9)\n")
+    file = tmp_path / "outcomes.jsonl"
+    command = ["-m", "pytest", str(tmp_path), "-p", "outcomes", f"--outcomes={file}", "-p", "no:cacheprovider"]
+    (ended,) = run_jobs([Job("tests", command, 600, tmp_path / "log")])
+    assert ended.status == 9
+    assert [(x["test"].partition("::")[2], x["outcome"]) for x in outcomes.read(file)] == [("test_1", "passed")]
+
+
 @pytest.mark.multiprocess
 def test_ctrl_c_kills_all_jobs_and_keeps_the_logs(tmp_path):
     code = f"""
-import signal, sys; sys.path.insert(0, {str(records.ROOT / "bench")!r}); import gpu
+import signal, sys; sys.path.insert(0, {str(results.ROOT / "bench")!r}); import gpu
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background jobs ignore it
 sleep = "import os, pathlib, time; x = pathlib.Path({str(tmp_path)!r}) / '%s'; y = x.with_suffix('.new'); "
 sleep += "y.write_text(str(os.getpid())); y.rename(x); time.sleep(600)"
@@ -267,9 +310,9 @@ def test_every_test_for_a_gpu_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.Run, "run_checks", lambda self, checks: jobs.extend(checks))
     gpu.Run(tmp_path / "logs", tmp_path, rehearsal=True, end=0).run(["device", "tests"])
     device, tests = jobs
-    paths = [records.ROOT / x for x in tests.command if x.startswith("tests/")]
+    paths = [results.ROOT / x for x in tests.command if x.startswith("tests/")]
     covered = {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
-    marked = {file for file in (records.ROOT / "tests").rglob("*.py") if "mark.gpu" in file.read_text()}
+    marked = {file for file in (results.ROOT / "tests").rglob("*.py") if "mark.gpu" in file.read_text()}
     assert device.name == "device" and paths[0].name == "training"
     assert len(marked) > 5 and marked <= covered
 
@@ -297,6 +340,6 @@ def test_missing_package_is_named(monkeypatch, capsys):
 
 
 def test_results_import_no_torch(script):
-    code = f"import sys; sys.path.insert(0, {str(records.ROOT / 'bench')!r}); import gpu, compare, tables; "
+    code = f"import sys; sys.path.insert(0, {str(results.ROOT / 'bench')!r}); import gpu, compare, tables; "
     code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

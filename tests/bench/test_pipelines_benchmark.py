@@ -1,4 +1,4 @@
-"""The data benchmark judges right: its rehearsal, wrong batches, the time spent waiting, the targets, the table."""
+"""Tests of the benchmark of data sources: rehearsal, wrong batches, the time spent waiting, targets, table."""
 
 import itertools
 import os
@@ -11,14 +11,12 @@ import torch
 
 import gpu
 import harness
-import pipelines_cases
-import pipelines_peers
-import records
+import results
 import tables
+import test_pipelines as bench  # the benchmark's own file
 from dcvae_pipelines import Batch, ImageSet, load_dataset
 from harness import Absent, Unavailable
-from pipelines_cases import FOLDER_VARIABLE, ROWS, Row, errors, expected, imported, iteration, waiting_share
-from pipelines_targets import targets
+from test_pipelines import FOLDER_VARIABLE, PEERS, ROWS, Row, errors, expected, imported, iteration, waiting_share
 
 SMALL = Row("small", "faces1024", 24, 4, None, batches=2)
 
@@ -49,7 +47,7 @@ def rehearsal(folder, tmp_path_factory):
         patch.setenv(FOLDER_VARIABLE, str(folder))
         path, ended = gpu.run_benchmark("pipelines", tmp_path_factory.mktemp("results"), rehearsal=True)
     assert path is not None
-    return records.read(path), ended.status
+    return results.read(path), ended.status
 
 
 @pytest.mark.multiprocess
@@ -63,7 +61,7 @@ def test_rehearsal_times_everybody_who_can(rehearsal):
     for name in ("bedroom128", "cifar10"):
         assert {cell["reason"] for cell in rows[name].values()} == {"real images absent"}
     for name in ("faces512", "faces256"):
-        for peer in pipelines_peers.PEERS:
+        for peer in PEERS:
             package = "nvidia-dali" if peer == "ours" else "torchvision"
             cell = rows[name][peer]
             if cell["reason"] == f"{package} is not installed":
@@ -74,13 +72,6 @@ def test_rehearsal_times_everybody_who_can(rehearsal):
             assert cell["errors"]["image_error"] < 1
             assert cell["waiting_share"] is None  # there is no GPU to wait
     assert all(row["cores"] == len(os.sched_getaffinity(0)) for row in document["rows"])
-
-
-@pytest.mark.multiprocess
-def test_rehearsal_meets_no_target(rehearsal):
-    document, _ = rehearsal
-    assert len(document["targets"]) == len(ROWS)
-    assert all(target["met"] is target["measured"] is None for target in document["targets"])
 
 
 @pytest.mark.multiprocess
@@ -100,15 +91,15 @@ def test_cifar10_is_the_same_for_everybody(monkeypatch):
             array = images.images[index].permute(1, 2, 0).contiguous()
             return self.transform(image.frombytes("RGB", (32, 32), bytes(array.flatten().tolist()))), 0
 
-    monkeypatch.setattr(pipelines_peers, "torchvision_root", lambda: None)
+    monkeypatch.setattr(bench, "torchvision_root", lambda: None)
     monkeypatch.setattr(datasets, "CIFAR10", Cifar10)
     row = replace(ROWS[3], batch=8)
     for peer in ("ours", "dataloader"):
-        batches = pipelines_peers.PEERS[peer](row, images)
+        batches = PEERS[peer](row, images)
         assert errors(row, images, next(batches))["image_error"] < 0.001  # nothing is decoded or resized
         batches.close()  # type: ignore[attr-defined]
-    with pytest.raises(Unavailable, match="these images are no files to decode"):
-        pipelines_peers.torchvision_io(row, images)
+    with pytest.raises(Unavailable, match="these images are not files"):
+        bench.torchvision_io(row, images)
 
 
 def batch_of(images, ids):
@@ -162,9 +153,9 @@ def test_waiting_is_what_iterations_take_longer_with_data(monkeypatch):
 
 
 def test_simulated_iterations_do_their_arithmetic(monkeypatch):
-    assert [flops and round(flops / 1e12, 2) for flops in (row.flops() for row in ROWS)] == [11.27, 21.07, 18.04, None]
+    assert [flops and round(flops / 1e12, 2) for flops in (row.flops for row in ROWS)] == [11.27, 21.07, 18.04, None]
     products = []
-    monkeypatch.setattr(pipelines_cases, "SIZE", 10)
+    monkeypatch.setattr(bench, "SIZE", 10)
     monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append(a.shape))
     iteration(replace(SMALL, forward_gflop=1e-6))(batch=None)  # type: ignore[arg-type]
     assert products == [(10, 10)] * 82  # 41 · 4 · 1000 FLOP, 2000 a product
@@ -178,53 +169,46 @@ def test_what_is_not_installed_is_absent():
 def test_images_that_are_absent(monkeypatch, tmp_path):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(Absent, match="real images absent"):
-        pipelines_cases.folder_of("faces1024")
+        bench.folder_of("faces1024")
 
 
-def measured(device, cores, times, waiting=None):
+def document(times, waiting=None):
     """A document in which ours and the DataLoader take these µs in every row."""
-    cells = [
-        {"peer": peer, "mode": "batches", "wall": {"median_us": time}, "waiting_share": waiting}
-        for peer, time in times.items()
-    ]
-    cells += [{"peer": peer, "mode": "batches", "wall": None} for peer in pipelines_peers.PEERS if peer not in times]
-    rows = [{**row.description(), "cores": cores, "cells": cells} for row in ROWS]
-    return {"benchmark": "pipelines", "device": device, "rehearsal": False, "rows": rows}
+    cells = [{"peer": peer, "wall": {"median_us": time}, "waiting_share": waiting} for peer, time in times.items()]
+    cells += [{"peer": peer, "wall": None} for peer in PEERS if peer not in times]
+    cells = [{**cell, "mode": "batches", "reason": None, "graph_reason": None} for cell in cells]
+    rows = [{**row.description(), "cores": 16, "cells": cells} for row in ROWS]
+    return {"benchmark": "pipelines", "device": "Some GPU", "rehearsal": False, "rows": rows}
 
 
-def test_targets_of_a_cpu():
-    found = targets(measured("cpu", 2, {"ours": 100.0, "dataloader": 200.0}))
-    assert [(x["row"], x["required"], x["measured"], x["met"]) for x in found] == [
-        ("faces512", 1.5, 2.0, True),
-        ("faces256", 1.5, 2.0, True),
-        ("bedroom128", 1.5, 2.0, True),
-        ("cifar10", 20, 2.0, False),
-    ]
-    assert found[0]["what"] == "times faster than the DataLoader, on 2 cores"
-    assert [x["met"] for x in targets(measured("cpu", 4, {"ours": 1.0, "dataloader": 100.0}))] == [None] * 3 + [True]
-
-
-def test_targets_of_a_gpu():
-    found = targets(measured("Some GPU", 16, {"ours": 100.0, "dataloader": 499.0}, waiting=0.013))
-    waiting = "share of an iteration that is not waiting for data"
-    assert [(x["row"], x["required"], x["measured"], x["met"]) for x in found if x["what"].startswith("times")] == [
-        ("faces512", 5, 4.99, False),
-        ("faces256", 5, 4.99, False),
-        ("bedroom128", 5, 4.99, False),
-        ("cifar10", 20, 4.99, False),
-    ]
-    shares = [(x["row"], x["what"], x["required"], x["measured"], x["met"]) for x in found if x["against"] is None]
-    assert shares[0] == ("faces512", f"{waiting}, simulated", 0.98, 0.987, True)
-    assert shares[3] == ("cifar10", waiting, 0.98, 0.987, True)
-    none = targets(measured("Some GPU", 16, {"ours": None, "dataloader": 499.0}))
-    assert all(x["measured"] is x["met"] is None for x in none)
+@pytest.mark.parametrize(("on_gpu", "cores", "encoded"), [(False, 2, 1.5), (True, 16, 5), (True, 4, None)])
+def test_targets(on_gpu, cores, encoded, monkeypatch):
+    """Sources of encoded images have a target for one number of cores on each kind of device."""
+    monkeypatch.setattr(bench, "ON_GPU", on_gpu)
+    monkeypatch.setattr(bench, "CORES", cores)
+    monkeypatch.setattr(bench, "ENCODED_CORES", 16 if on_gpu else 2)
+    monkeypatch.setattr(bench, "ENCODED_FASTER", 5 if on_gpu else 1.5)
+    targets = {row.name: row.targets for row in ROWS}
+    entries = results.target_entries(document({"ours": 100.0, "dataloader": 499.0}, waiting=0.013), targets)
+    speeds = {x["row"]: (x["required"], x["measured"], x["met"]) for x in entries if x["against"] == "dataloader"}
+    expected_speeds = {"cifar10": (20, 4.99, False)}
+    if encoded:
+        names = ("faces512", "faces256", "bedroom128")
+        expected_speeds |= {name: (encoded, 4.99, encoded < 4.99) for name in names}
+    assert speeds == expected_speeds
+    waiting = {x["row"]: (x["what"], x["measured"], x["met"]) for x in entries if x["against"] is None}
+    what = "share of an iteration that is not waiting for data"
+    assert len(waiting) == (4 if on_gpu else 0)
+    if on_gpu:
+        assert waiting["cifar10"] == (what, 0.987, True)
+        assert waiting["faces512"] == (f"{what}, simulated", 0.987, True)
 
 
 def test_table():
-    document = measured("Some GPU", 16, {"ours": 1000.0, "dataloader": 6000.0}, waiting=0.013)
     head = {"driver": None, "cuda": None, "torch": "2.11.0", "triton": "3.6.0", "python": "3.11.7"}
     head |= {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": False, "packages": {}}
-    text = tables.table({**head, **document, "targets": []})
-    assert "| faces512: faces1024 at 512×512, batch 6, 16 cores | 6,000 | 1,000 | – | – | 1.3% / 1.3% |" in text
-    on_cpu = {**head, **document, "device": "cpu", "cpu": "Some CPU", "targets": []}
-    assert tables.table(on_cpu).startswith("**Some CPU**: torch 2.11.0")
+    measured = document({"ours": 1000.0, "dataloader": 6000.0}, waiting=0.013)
+    text = tables.tables({**head, **measured, "targets": []})
+    assert "| faces512: faces1024 at 512×512, batch 6, 16 cores | 6,000 | 1,000 | 1.3% / 1.3% |" in text
+    on_cpu = {**head, **measured, "device": "cpu", "cpu": "Some CPU", "targets": []}
+    assert tables.tables(on_cpu).startswith("**Some CPU**: torch 2.11.0")

@@ -1,6 +1,7 @@
 """Tests of the benchmark of training iterations: wrong losses, memory, recipes, targets, tables."""
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,15 +9,15 @@ import pytest
 import torch
 
 import harness
-import step_cases
+import results
 import tables
-import test_step
+import test_step as bench  # the benchmark's own files
+import test_switches as switches
 from dcvae_fast.recipes import recipe_config
 from dcvae_fast.training.plan import iteration_flops
 from dcvae_fast.training.step import TrainStep
 from harness import Absent, Unavailable
-from step_cases import NARROW, ROWS_ON_CPU, ROWS_ON_GPU, errors, expected_loss, flops
-from step_targets import MODE, targets
+from test_step import NARROW, ROWS_ON_CPU, ROWS_ON_GPU, errors, expected_loss, flops
 
 SMALL = [row.shrunk() for row in ROWS_ON_CPU]
 
@@ -37,11 +38,11 @@ def test_rows_are_the_recipes_but_for_resolution_batch_and_precision():
 def test_iterations_are_fully_faded_in_and_cost_what_the_plan_says():
     faces = SMALL[1]
     assert faces.config.model.max_channels == NARROW["max_channels"]
-    step_cases.ours(faces)  # at its resolution, or its images would not fit
+    bench.ours(faces)  # at its resolution, or its images would not fit
     cifar = ROWS_ON_GPU[0]
     step = TrainStep(cifar.config, "meta")
     found = flops(cifar)
-    assert found["ours"] == iteration_flops(step, step_cases.images(cifar, "meta"))
+    assert found["ours"] == iteration_flops(step, bench.images(cifar, "meta"))
     assert found["baseline"] / 1e12 == pytest.approx(2.0, abs=0.01)  # the authors'
 
 
@@ -52,7 +53,7 @@ def test_wrong_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(Unavailable, match="its first loss is"):
         errors(faces, {"loss/discriminator": good["loss/discriminator"] + 0.1})
     assert errors(cifar, good) == {}
-    monkeypatch.setattr(step_cases, "expected_loss", lambda row: float("nan"))
+    monkeypatch.setattr(bench, "expected_loss", lambda row: float("nan"))
     with pytest.raises(Unavailable, match="its first loss is"):
         errors(faces, good)
     with pytest.raises(Unavailable, match="its loss is nan"):
@@ -83,22 +84,24 @@ def test_memory_of_ours_is_counted_without_the_baseline(monkeypatch: pytest.Monk
 
         return make
 
-    monkeypatch.setattr(test_step, "MAKERS", {"ours": maker(10)})
-    monkeypatch.setattr(step_cases, "baseline", maker(100))
-    monkeypatch.setattr(harness, "reset_peak", reset)
-    monkeypatch.setattr(harness, "peak_since_reset", lambda: peak)
-    monkeypatch.setattr(harness, "measure", lambda *_, **__: {"median_us": 1.0})
+    monkeypatch.setattr(bench, "PEERS", {"ours": maker(10)})
+    monkeypatch.setattr(bench, "baseline", maker(100))
+    monkeypatch.setattr(harness, "free_memory", reset)
+    monkeypatch.setattr(harness, "peak_reserved", lambda: peak)
+    monkeypatch.setattr(harness, "wall", lambda *_: {"median_us": 1.0})
     expected_loss.cache_clear()
-    assert test_step.measure(SMALL[1], "ours", MODE, "wall", None)["peak_bytes"] == 10
+    cell: dict[str, Any] = {}
+    bench.measure(cell, None, SMALL[1], "ours", "iteration")
+    assert cell["peak_bytes"] == 10
     expected_loss.cache_clear()
 
 
 @pytest.mark.parametrize(("switch", "last"), [("none", False), ("channels last", True)])
 def test_a_switch_changes_no_arithmetic(switch: str, last: bool, monkeypatch: pytest.MonkeyPatch):
     row, made = SMALL[1], []
-    begin = step_cases.iterations
-    monkeypatch.setattr(step_cases, "iterations", lambda step, row: (made.append(step), begin(step, row))[1])
-    assert errors(row, step_cases.switched(row, switch)())["loss_error"] < 1e-5
+    begin = switches.iterations
+    monkeypatch.setattr(switches, "iterations", lambda step, row: (made.append(step), begin(step, row))[1])
+    assert errors(row, switches.switched(row, switch)())["loss_error"] < 1e-5
     (step,) = made
     weight = step.networks.decoder.conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) is last
@@ -106,45 +109,45 @@ def test_a_switch_changes_no_arithmetic(switch: str, last: bool, monkeypatch: py
 
 
 def test_switches_for_gpus_are_absent_from_a_cpu():
-    for name, settings in step_cases.SWITCHES.items():
+    for name, settings in switches.SWITCHES.items():
         if settings["graphs"]:
             with pytest.raises(Absent, match="no CUDA graphs on a CPU"):
-                step_cases.switched(SMALL[0], name)
-    assert set(step_cases.SWITCHES) >= set(suite_peers())
+                switches.switched(SMALL[0], name)
 
 
-def suite_peers() -> list[str]:
-    """Those that the table of switches names."""
-    return ["none", "channels last", "bfloat16", "compile", "graphs", "ours"]
+def document(benchmark: str, device: str, names: list[str], times: Mapping[str, float | None]) -> dict[str, Any]:
+    cells = [{"peer": peer, "mode": "iteration", "wall": t and {"median_us": t}} for peer, t in times.items()]
+    cells = [{**cell, "reason": None, "graph_reason": None, "peak_bytes": None} for cell in cells]
+    row = {"recipe": "r", "resolution": 32, "batch": 64, "precision": "p", "flops": {"ours": 3e12, "baseline": 4e12}}
+    rows = [{**row, "name": name, "cells": cells} for name in names]
+    known = dict.fromkeys(("driver", "cuda", "torch", "triton", "python"))
+    head = {"benchmark": benchmark, "device": device, "date": "2026-01-01", "commit": "c", "dirty": False, **known}
+    return {**head, "rehearsal": False, "device_rates": {"bfloat16": 750.0}, "rows": rows, "targets": []}
 
 
 def test_table_of_switches():
-    times = dict(zip(suite_peers(), (8e3, 4e3, 5e3, 6.4e3, None, 1e3), strict=True))
-    cells = [{"peer": p, "mode": MODE, "wall": t and {"median_us": t}} for p, t in times.items()]
-    row = {"name": "cifar10-64", "recipe": "cifar10", "resolution": 32, "batch": 64, "cells": cells}
-    known = dict.fromkeys(("driver", "cuda", "torch", "triton", "python"))
-    text = tables.table(
-        {**known, "device": "H100", "date": "2026-01-01", "commit": "c", "dirty": False, "benchmark": "switches"}
-        | {"rows": [row], "targets": []}
-    )
-    assert "| 8,000 | 16,000 (2×) | 12,800 (1.6×) | 10,000 (1.25×) | – | 64,000 (8×) |" in text
-    assert "target" not in text
+    times = dict(zip(switches.SWITCHES, (8e3, 4e3, 5e3, 6.4e3, None, 1e3), strict=True))
+    lines = tables.tables(document("switches", "H100", ["cifar10-64"], times)).splitlines()
+    assert lines[2] == "|  | none | channels last | bfloat16 | compile | all |"
+    assert "| 8,000 | 16,000 (2×) | 12,800 (1.6×) | 10,000 (1.25×) | 64,000 (8×) |" in lines[4]
 
 
-def document(device: str, names: list[str], ours: float, baseline: float) -> dict[str, Any]:
-    times = {"ours": ours, "baseline": baseline}
-    cells = [
-        {"peer": peer, "mode": MODE, "wall": {"median_us": time}, "waiting_share": 0.02} for peer, time in times.items()
-    ]
-    rows = [{"name": name, "flops": {"ours": 3e12, "baseline": 4e12}, "cells": cells} for name in names]
-    return {"device": device, "rehearsal": False, "device_rates": {"bfloat16": 750.0}, "rows": rows}
+def test_table_of_steps():
+    text = tables.tables(document("step", "H100", ["a"], {"ours": 1e4, "baseline": 5e4}))
+    assert "| a: r at 32×32, batch 64, p | 6,400 (5×) | 1,280 | 300 / 80 | 40% |" in text
 
 
 def test_targets():
-    (on_cpu,) = targets(document("cpu", [row.name for row in ROWS_ON_CPU], 2e6, 3e6))
-    assert (on_cpu["row"], on_cpu["measured"], on_cpu["met"]) == ("cifar10-8", 1.5, True)
-    # 3 TFLOP in 10 ms are 300 TFLOP/s, 40 % of 750.
-    found = {(t["row"], t["required"]): t for t in targets(document("H100", [r.name for r in ROWS_ON_GPU], 1e4, 5e4))}
-    assert found["cifar10-64", 6]["measured"] == 5 and found["cifar10-64", 6]["met"] is False
-    assert found["faces512", 3]["met"] is True
-    assert found["cifar10-256", 0.4]["measured"] == 0.4 and found["faces512", 0.3]["met"] is True
+    def entries(rows: Any, device: str, ours: float, baseline: float) -> dict[tuple[str, float], tuple[float, bool]]:
+        times = {"ours": ours, "baseline": baseline}
+        measured = document("step", device, [row.name for row in rows], times)
+        targets = results.target_entries(measured, {row.name: row.targets for row in rows})
+        return {(t["row"], t["required"]): (t["measured"], t["met"]) for t in targets}
+
+    assert entries(ROWS_ON_CPU, "cpu", 2e6, 3e6) == {("cifar10-8", 1.35): (1.5, True)}
+    assert entries(ROWS_ON_GPU, "H100", 1e4, 5e4) == {
+        ("cifar10-64", 6): (5.0, False),
+        ("cifar10-256", 0.4): (0.4, True),  # 3 TFLOP in 10 ms are 300 TFLOP/s, 40 % of 750
+        ("faces512", 3): (5.0, True),
+        ("faces512", 0.3): (0.4, True),
+    }
