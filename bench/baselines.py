@@ -19,7 +19,7 @@ from dcvae_fast.config import Config, ModelConfig
 from dcvae_fast.models import autogan
 from dcvae_fast.models.build import learning_rate_scales
 from dcvae_fast.models.layers import ContrastHead
-from dcvae_fast.training.schedule import Point, point
+from dcvae_fast.training.schedule import ScheduleState, schedule_at
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import Networks
 
@@ -293,13 +293,13 @@ class Baseline:
         }
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
         self.images = self.iterations = 0
-        self.grow(self.point)
+        self.grow(self.schedule)
 
     @property
-    def point(self) -> Point:
-        return point(self.config, self.images)
+    def schedule(self) -> ScheduleState:
+        return schedule_at(self.config, self.images)
 
-    def grow(self, to: Point) -> None:
+    def grow(self, to: ScheduleState) -> None:
         """Adam without moments, and a queue that starts anew."""
         self._set_phase(to)
         optim, contrast, seed = self.config.optim, self.config.contrast, self.config.train.seed
@@ -324,7 +324,7 @@ class Baseline:
     def iterate(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Train on images [B, C, R, R] of the present resolution, with their ids [B]; returns losses on the device."""
         config = self.config
-        self._set_phase(self.point)
+        self._set_phase(self.schedule)
         self.generator.manual_seed(derive_seed(config.train.seed, self.images))
         x = self._faded(images)
         noise = self._noise(len(x))
@@ -332,7 +332,7 @@ class Baseline:
         if self.iterations % config.train.n_critic == 0:
             losses |= self._autoencoder_step(x, noise)
             losses |= self._contrastive_step(x, ids)
-            update_average(self.average, self.decoder, config.train.average)
+            update_ema(self.average, self.decoder, config.train.ema_decay)
         for mine, live in zip(self.average.buffers(), self.decoder.buffers(), strict=True):
             mine.copy_(live)
         self.images += len(x)
@@ -375,7 +375,7 @@ class Baseline:
     def _contrastive_step(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         contrast = self.config.contrast
         rec, kl = self._reconstruct(x, self._noise(len(x)))
-        update_average(self.momentum, self.discriminator, contrast.momentum)
+        update_ema(self.momentum, self.discriminator, contrast.momentum)
         queries = self._embeddings(self.discriminator, rec)
         with torch.no_grad():
             keys = self._embeddings(self.momentum, x)
@@ -425,7 +425,7 @@ class Baseline:
     def _noise(self, n: int) -> Tensor:
         return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
 
-    def _set_phase(self, to: Point) -> None:
+    def _set_phase(self, to: ScheduleState) -> None:
         self.resolution, self.alpha = to.resolution, to.alpha
         # What the networks that grow take besides their input; those at 32×32 take nothing.
         self.phase = (to.resolution, to.alpha) if self.config.model.grows else ()
@@ -439,6 +439,6 @@ class Baseline:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
     for mine, live in zip(average.parameters(), network.parameters(), strict=True):
         mine.mul_(decay).add_(live, alpha=1 - decay)

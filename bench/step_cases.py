@@ -116,7 +116,7 @@ def iterations(step: TrainStep, row: Row) -> Iterate:
     """From where all layers of the row's resolution are faded in."""
     batch = images(row, step.device)
     step.images = begin(row)
-    step.grow(step.point)
+    step.grow(step.schedule)
     return lambda: step(batch)
 
 
@@ -154,7 +154,7 @@ def switched(row: Row, name: str) -> Iterate:
 def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
     plain, batch = Baseline(row.config, device), images(row, device)
     plain.images = begin(row)
-    plain.grow(plain.point)
+    plain.grow(plain.schedule)
     return lambda: plain.iterate(batch.images, batch.ids)
 
 
