@@ -19,7 +19,7 @@ from dcvae_fast.config import Config, ModelConfig
 from dcvae_fast.models import autogan
 from dcvae_fast.models.build import learning_rate_scales
 from dcvae_fast.models.layers import ContrastHead
-from dcvae_fast.training.schedule import Point, point
+from dcvae_fast.training.schedule import ScheduleState, schedule_at
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import Networks
 
@@ -159,7 +159,7 @@ def image_gradient(images: Tensor, scores: Tensor) -> Tensor:
 class Baseline:
     """Train on a batch in each call of `iterate`, from the initial weights of `TrainStep` with the same config.
 
-    As with `TrainStep`, call `grow` and `refill` first if `point` has another resolution.
+    As with `TrainStep`, call `grow` and `refill` first if `schedule` has another resolution.
 
     Raises:
         ValueError: the config has an objective other than dc_vae, the joint order, or another adversarial loss.
@@ -189,13 +189,13 @@ class Baseline:
         self.groups = {name: list(group.parameters()) for name, group in groups.items()}
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
         self.images = self.iterations = 0
-        self.grow(self.point)
+        self.grow(self.schedule)
 
     @property
-    def point(self) -> Point:
-        return point(self.config, self.images)
+    def schedule(self) -> ScheduleState:
+        return schedule_at(self.config, self.images)
 
-    def grow(self, to: Point) -> None:
+    def grow(self, to: ScheduleState) -> None:
         """Start with new Adam moments and a new queue."""
         self.resolution, self.alpha = to.resolution, to.alpha
         optim, contrast, seed = self.config.optim, self.config.contrast, self.config.train.seed
@@ -219,7 +219,7 @@ class Baseline:
 
     def iterate(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Train on images [B, C, R, R] of the present resolution with their ids [B]; return losses on the device."""
-        config, now = self.config, self.point
+        config, now = self.config, self.schedule
         self.resolution, self.alpha = now.resolution, now.alpha
         self.generator.manual_seed(derive_seed(config.train.seed, self.images))
         x = self._faded(images)
@@ -228,7 +228,7 @@ class Baseline:
         if self.iterations % config.train.n_critic == 0:
             losses |= self._autoencoder_step(x, noise)
             losses |= self._contrastive_step(x, ids)
-            update_ema(self.decoder_ema, self.decoder, config.train.average)
+            update_ema(self.decoder_ema, self.decoder, config.train.ema_decay)
         for ema, value in zip(self.decoder_ema.buffers(), self.decoder.buffers(), strict=True):
             ema.copy_(value)
         self.images += len(x)

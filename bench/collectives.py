@@ -38,7 +38,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.distributed import Ranks, exit_process, init_distributed
 from dcvae_fast.models.layers import SumOverRanks
 from dcvae_fast.training.engine import Engine
-from dcvae_fast.training.plan import passages, stage_costs
+from dcvae_fast.training.plan import stage_costs, stage_ranges
 from dcvae_fast.training.schedule import stages
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
@@ -143,7 +143,7 @@ def count(recipe: str, config: Config, engine: str, ranks: Ranks) -> list[dict[s
         if stage.fades:
             continue
         step.images = stage.begin
-        step.grow(step.point)
+        step.grow(step.schedule)
         period = config.train.n_critic if config.loss.has_gan else 1
         for _ in range(period):  # builds the engine's units
             step(_images(step))
@@ -155,7 +155,7 @@ def count(recipe: str, config: Config, engine: str, ranks: Ranks) -> list[dict[s
             "recipe": recipe,
             "resolution": stage.resolution,
             "engine": engine,
-            "batch": step.point.batch * ranks.world_size,
+            "batch": step.schedule.batch * ranks.world_size,
             "iterations": period,
             "operators": counter.operators / period,
             "collectives": [
@@ -168,12 +168,12 @@ def count(recipe: str, config: Config, engine: str, ranks: Ranks) -> list[dict[s
         rows.append(row)
         if ranks.is_first:
             print(recipe, stage.resolution, engine, row["collectives"], flush=True)
-    step.engine.reset(step.point.lr, step.point.batch)  # DeepSpeed's hooks would keep all that this engine held
+    step.engine.reset(step.schedule.lr, step.schedule.batch)  # DeepSpeed's hooks would keep all that this engine held
     return rows
 
 
 def _images(step: TrainStep) -> Batch:
-    n, size = step.point.batch, step.resolution
+    n, size = step.schedule.batch, step.resolution
     ids = torch.arange(n) + step.images + step.ranks.rank * n
     return Batch(torch.rand(n, step.config.model.image_channels, size, size) * 2 - 1, ids)
 
@@ -190,7 +190,7 @@ def message_us(ranks: Ranks) -> float:
 
 def costs(recipe: str, config: Config) -> list[dict[str, Any]]:
     """What `--dry-run` says of one process with the recipe's own batches: FLOPs of an iteration, and bytes."""
-    found = zip(passages(config), stage_costs(TrainStep(config, "meta")), strict=True)
+    found = zip(stage_ranges(config), stage_costs(TrainStep(config, "meta")), strict=True)
     return [
         {
             "recipe": recipe,

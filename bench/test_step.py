@@ -111,14 +111,14 @@ def ours(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
 def iterations(step: TrainStep, row: Row) -> Iterate:
     batch = images(row, step.device)
     step.images = begin(row)
-    step.grow(step.point)
+    step.grow(step.schedule)
     return lambda: step(batch)
 
 
 def baseline(row: Row, device: torch.device | str = harness.DEVICE) -> Iterate:
     plain, batch = Baseline(row.config, device), images(row, device)
     plain.images = begin(row)
-    plain.grow(plain.point)
+    plain.grow(plain.schedule)
     return lambda: plain.iterate(batch.images, batch.ids)
 
 

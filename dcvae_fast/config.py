@@ -254,7 +254,7 @@ class OptimConfig(_Section):
         lr: learning rate
         betas: decay of the two moments
         eps: added to the root of the second moment
-        fused: whose: apex (NVIDIA's, for GPUs), deepspeed (compiled when first used), torch, or auto: apex where it is
+        implementation: apex (NVIDIA's, for GPUs), deepspeed (compiled when first used), torch, or auto: apex if it is
             installed, else torch
         loss_scale: train.precision float16: what losses are multiplied by at first; halved where a gradient overflows
         loss_scale_window: steps without an overflow after which it is doubled
@@ -263,7 +263,7 @@ class OptimConfig(_Section):
     lr: float = setting(2e-4, above=0)
     betas: tuple[float, float] = setting((0.0, 0.9), least=0, below=1)
     eps: float = setting(1e-8, above=0)
-    fused: Literal["auto", "apex", "deepspeed", "torch"] = setting("auto", may_change=True)
+    implementation: Literal["auto", "apex", "deepspeed", "torch"] = setting("auto", may_change=True)
     loss_scale: float = setting(65536.0, least=1)
     loss_scale_window: int = setting(2000, least=1)
 
@@ -278,7 +278,7 @@ class TrainConfig(_Section):
         sampled_batch: prior samples in an autoencoder step; null for as many as real images
         batch_per_rank: whether these and growth.batch are each process's own, or shared out among all
         n_critic: discriminator steps for each autoencoder and contrastive step
-        average: decay of the decoder's moving average, which makes samples and reconstructions
+        ema_decay: decay of the exponential moving average of the decoder (EMA), which samples and reconstructs
         seed: of everything random
         device: cpu, cuda, or auto (cuda where there is one); of several processes each takes the GPU of its number
         micro_batch: progressive: real images worked on at a time, to need less memory; null for the whole batch. The
@@ -301,7 +301,7 @@ class TrainConfig(_Section):
     sampled_batch: int | None = setting(128, least=1)
     batch_per_rank: bool = False
     n_critic: int = setting(5, least=1)
-    average: float = setting(0.999, least=0, below=1)
+    ema_decay: float = setting(0.999, least=0, below=1)
     seed: int = 0
     device: str = setting("auto", may_change=True)
     micro_batch: int | None = setting(None, least=1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dcvae_fast.config import ContrastConfig
 from dcvae_fast.models import autogan, progressive
-from dcvae_fast.models.layers import Critique, update_average, widened
+from dcvae_fast.models.layers import Critique, upcast, update_ema
 from dcvae_kernels import KeyQueue, info_nce
 
 Discriminator = autogan.Discriminator | progressive.Discriminator
@@ -57,7 +57,7 @@ class InstanceContrast(nn.Module):
 
     def update(self, discriminator: Discriminator) -> None:
         """Move C′ towards C."""
-        update_average(self.momentum, discriminator, self.config.momentum)
+        update_ema(self.momentum, discriminator, self.config.momentum)
 
     @torch.no_grad()
     def keys(self, images: Tensor, location: Tensor | None = None, at_once: int | None = None) -> Keys:
@@ -111,7 +111,7 @@ class InstanceContrast(nn.Module):
         """Queries or keys [S, B, D] of the contrasted layers, in float32 at least, and local patches [L, B, W]."""
         layers = self.layers if location is None else (*self.layers, *self.config.local_layers)
         critique = discriminator(images, stddev_parts=0, layers=tuple(dict.fromkeys(layers)), scored=False)
-        embeddings = widened(discriminator.embed(critique, self.layers))
+        embeddings = upcast(discriminator.embed(critique, self.layers))
         return embeddings, None if location is None else self._patches(critique, location)
 
     def _patches(self, critique: Critique, location: Tensor) -> Tensor:

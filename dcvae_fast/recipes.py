@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.renamed import rename_settings
 
 
 class Recipe(NamedTuple):
@@ -103,7 +104,8 @@ RECIPES = {
         "loss.kl_weight": 1e-3,
         "contrast.negatives": 512, "contrast.layers": ("b1",),
         "optim.lr": 1e-3,
-        "train.images": 28_000, "train.batch": 16, "train.sampled_batch": 8, "train.n_critic": 1, "train.average": 0.99,
+        "train.images": 28_000, "train.batch": 16, "train.sampled_batch": 8, "train.n_critic": 1,
+        "train.ema_decay": 0.99,
         "log.every": 2_800, "log.grids_every": 14_000, "log.checkpoint_every": 5_600,
     }),
     # Any folder of faces, or of anything else, with narrow networks that grow from 4×4 to 32×32: minutes on two CPU
@@ -114,7 +116,7 @@ RECIPES = {
         "growth.fade_images": 1_600, "growth.stable_images": 1_600, "growth.batch": {4: 16, 8: 16, 16: 16, 32: 16},
         "loss.kl_weight": 1e-3,
         "contrast.negatives": 512,
-        "train.images": 16_000, "train.average": 0.99,
+        "train.images": 16_000, "train.ema_decay": 0.99,
         "log.every": 800, "log.grids_every": 1_600, "log.checkpoint_every": 3_200,
     }),
 }
@@ -154,7 +156,20 @@ def recipe_argument(name: str) -> str:
         raise ConfigError(f"--recipe {name}: no such recipe; the recipes are {known_recipes()}.")
     if not Path(name).is_file():
         raise ConfigError(f"--recipe {name}: no such file.")
-    return name
+    return _with_current_names(Path(name)) or name
+
+
+def _with_current_names(path: Path) -> str | None:
+    """Return a YAML file that uses old names of settings as JSON with the current ones; None for any other file."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # jsonargparse reads the file again and reports the error
+        return None
+    if not isinstance(settings, dict) or (renamed := rename_settings(settings)) == settings:
+        return None
+    return json.dumps(renamed)
 
 
 def _by_section(name: str) -> dict[str, dict[str, Any]]:

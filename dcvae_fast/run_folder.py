@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dcvae_fast.config import Config, changes, to_dict
 from dcvae_fast.errors import RunError, reason
+from dcvae_fast.renamed import rename_networks, rename_settings
 from dcvae_pipelines.atomic import atomic_write, find_unfinished, replacing
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def prepare_run(folder: Path, config: Config) -> None:
             raise RunError(
                 f"{path} cannot be read ({error}); restore it, or choose another folder with --run."
             ) from error
-        if found := changes(stored if isinstance(stored, dict) else {}, config):
+        if found := changes(rename_settings(stored) if isinstance(stored, dict) else {}, config):
             raise RunError(
                 f"{folder} was made with another configuration (there → asked for):\n  "
                 + "\n  ".join(f"{setting}: {was} → {now}" for setting, was, now in found)
@@ -132,6 +133,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
             version, _ = state["format"], (state["config"], state["step"], state["sources"])
+            state["config"] = rename_settings(state["config"])
+            state["step"]["networks"] = rename_networks(state["step"]["networks"])
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)
             logger.warning("%s is damaged and passed over (%s)", path, reason(error))
@@ -149,7 +152,7 @@ def images_shown(folder: Path) -> int:
     return next((int(path.stem) for path in _newest_first(folder)), 0)
 
 
-def set_newer_aside(folder: Path, images: int) -> None:
+def quarantine_newer(folder: Path, images: int) -> None:
     """Rename checkpoints beyond `images`, which are damaged: they must not count among those that are kept."""
     for path in _newest_first(folder):
         if path.name > f"{images:012d}.pt":
@@ -167,7 +170,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if state is None:
         raise RunError(f"{folder}: this run has no checkpoint yet.")
     weights = {}
-    for prefix, network in (("encoder.", "encoder."), ("decoder.", "decoder_average.")):
+    for prefix, network in (("encoder.", "encoder."), ("decoder.", "decoder_ema.")):
         for name, value in state["step"]["networks"].items():
             if name.startswith(network):
                 weights[prefix + name.removeprefix(network)] = value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.recipes import RECIPES, known_recipes, recipe_argument
+from dcvae_fast.renamed import check_names
 
 if TYPE_CHECKING:
     from dcvae_fast.training.loop import Outcome
@@ -44,8 +45,9 @@ def parse_config(argv: Sequence[str]) -> Options:
     """Parse the command line of `dcvae train`.
 
     Raises:
-        ConfigError: a setting is unknown, or its value has no meaning.
+        ConfigError: a setting is unknown or has been renamed, or its value has no meaning.
     """
+    check_names(argv)
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(

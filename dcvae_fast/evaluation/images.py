@@ -49,7 +49,7 @@ class Noise:
         return taken
 
 
-def evenly(total: int, count: int) -> Tensor:
+def evenly_spaced(total: int, count: int) -> Tensor:
     """int64 [min(count, total)]: as many indices below `total`, spread evenly over them."""
     count = min(count, total)
     return torch.arange(count) * total // max(1, count)

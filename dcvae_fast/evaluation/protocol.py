@@ -12,7 +12,7 @@ from torch.backends import cudnn
 
 from dcvae_fast.errors import EvaluationError
 from dcvae_fast.evaluation import fidelity, perceptual, probe
-from dcvae_fast.evaluation.images import Splits, evenly, parts, reconstructions, samples
+from dcvae_fast.evaluation.images import Splits, evenly_spaced, parts, reconstructions, samples
 from dcvae_fast.evaluation.measurement import Measurement, Subject
 from dcvae_fast.evaluation.pretrained import Extractor
 from dcvae_fast.images import to_bytes
@@ -37,21 +37,21 @@ class Protocol:
         clamp: latents of samples to [-clamp, clamp]; None for what the model's configuration says
         posterior_mean: what is decoded to reconstruct, else a draw from the posterior
         batch: the number of images is rounded up to whole batches of so many
-        again: FID and the like take as many reconstructions as samples, showing the test split over and over; else
-            each image once
+        repeat_test_split: whether FID and the like take as many reconstructions as samples, by repeating the test
+            split; otherwise each test image is reconstructed once
         rounded: pixels to the nearest of 256 values, else down
     """
 
     clamp: float | None
     posterior_mean: bool
     batch: int
-    again: bool
+    repeat_test_split: bool
     rounded: bool
 
 
 PROTOCOLS = {
-    "paper": Protocol(clamp=None, posterior_mean=True, batch=1, again=False, rounded=True),
-    "official": Protocol(clamp=1.0, posterior_mean=False, batch=64, again=True, rounded=False),
+    "paper": Protocol(clamp=None, posterior_mean=True, batch=1, repeat_test_split=False, rounded=True),
+    "official": Protocol(clamp=1.0, posterior_mean=False, batch=64, repeat_test_split=True, rounded=False),
 }
 
 
@@ -114,13 +114,15 @@ def evaluate(
     _check(work, metrics)
     steps: list[Iterator[Measurement]] = []  # which begin once all networks are there
     if chosen := [metric for metric in fidelity.FEATURE_METRICS if metric in metrics]:
-        steps.append(_fidelity(work, chosen, _beside(model, features or fidelity.load_features(weights)), cache))
+        steps.append(
+            _fidelity(work, chosen, _to_model_device(model, features or fidelity.load_features(weights)), cache)
+        )
     if "pixel" in metrics:
         steps.append(_pixel(work))
     if "perceptual" in metrics:
-        steps.append(_perceptual(work, _beside(model, vgg16 or perceptual.load_vgg16(weights))))
+        steps.append(_perceptual(work, _to_model_device(model, vgg16 or perceptual.load_vgg16(weights))))
     if "ppl" in metrics:
-        steps.append(_path_length(work, _beside(model, lpips or fidelity.load_lpips(weights))))
+        steps.append(_path_length(work, _to_model_device(model, lpips or fidelity.load_lpips(weights))))
     if "probe" in metrics:
         steps.append(_probe(work))
     measured = []
@@ -165,12 +167,12 @@ def _check(work: "_Work", metrics: Collection[str]) -> None:
         if len(split) < fidelity.FEWEST and set(metrics) & set(fidelity.FEATURE_METRICS):
             needed = f"fid, is, kid and prc need {fidelity.FEWEST}"
             raise EvaluationError(f"{split.name} has {len(split)} {name} images; {needed}.")
-        first = next(parts(split, evenly(len(split), fidelity.FEWEST), config, data.on_corrupt))
+        first = next(parts(split, evenly_spaced(len(split), fidelity.FEWEST), config, data.on_corrupt))
         if "probe" in metrics:
             probe.check_labels(first)
 
 
-def _beside(model: DCVAE, extractor: Extractor) -> Extractor:
+def _to_model_device(model: DCVAE, extractor: Extractor) -> Extractor:
     extractor.network.to(model.device)
     return extractor
 
@@ -204,7 +206,7 @@ class _Work:
 
     def once(self) -> Tensor:
         """Indices of test images, each at most once, and no more than asked for."""
-        return evenly(len(self.data.test), self.images)
+        return evenly_spaced(len(self.data.test), self.images)
 
     def pairs(self, indices: Tensor, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Test images and their reconstructions."""
@@ -228,7 +230,7 @@ def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: 
     count = -(-work.images // how.batch) * how.batch
     clamp = model.config.sample_clamp if how.clamp is None else how.clamp
     drawn = work.counted(samples(model, count, work.batch, work.seed, clamp), "samples", count, len)
-    indices = torch.arange(count) % len(work.data.test) if how.again else work.once()
+    indices = torch.arange(count) % len(work.data.test) if how.repeat_test_split else work.once()
     remade = (reconstructed for _, reconstructed in work.pairs(indices, "reconstructions"))
     sets: dict[Subject, Iterable[Tensor]] = {"samples": drawn, "reconstructions": remade}
     for of, images in sets.items():
@@ -241,7 +243,7 @@ def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: 
 
 def _real_features(work: _Work, extractor: Extractor, cache: Path | None) -> dict[str, Tensor]:
     data, config = work.data, work.model.config
-    indices = evenly(len(data.train), REAL_IMAGES)
+    indices = evenly_spaced(len(data.train), REAL_IMAGES)
     images = parts(data.train, indices, config, data.on_corrupt)
     pixels = (some for part in images for some in part.images.split(work.batch))
     counted = work.counted(pixels, "training images", len(indices), len)

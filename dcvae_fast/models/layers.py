@@ -51,7 +51,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        ranks, wide = dist.get_world_size(), widened(input)
+        ranks, wide = dist.get_world_size(), upcast(input)
         own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
         mean = SumOverRanks.apply(own_mean) / ranks
         var = SumOverRanks.apply(own_var + (own_mean - mean).square()) / ranks
@@ -79,12 +79,12 @@ class ContrastHead(nn.Module):
         return self.linear(self.conv(feature_map).flatten(1))
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
+def no_autocast(device: torch.device) -> AbstractContextManager:
     """Inside, autocast is off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -103,7 +103,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
     """average ← decay · average + (1 − decay) · network, in place, parameters only."""
     torch._foreach_lerp_(tuple(average.parameters()), tuple(network.parameters()), 1 - decay)
 

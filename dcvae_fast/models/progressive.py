@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dcvae_fast.models.layers import ContrastHead, Critique, full_precision, widened
+from dcvae_fast.models.layers import ContrastHead, Critique, no_autocast, upcast
 
 BOTTOM = 4  # the lowest resolution
 LOW = 16  # of the feature map that the contrastive head `low` sees: fixed, so that it survives growth
@@ -87,8 +87,8 @@ class EqualizedLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        with full_precision(input.device) if self.wide else nullcontext():
-            return super().forward(widened(input) if self.wide else input)
+        with no_autocast(input.device) if self.wide else nullcontext():
+            return super().forward(upcast(input) if self.wide else input)
 
 
 class UpConv2d(EqualizedConv2d):
@@ -123,7 +123,7 @@ def blend(coarse: Tensor, own: Tensor, alpha: float | Tensor) -> Tensor:
 
 def pixel_norm(x: Tensor) -> Tensor:
     """Each position's vector of channels (dim 1) divided by its root mean square; computed in float32 at least."""
-    wide = widened(x)
+    wide = upcast(x)
     return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
 
 
@@ -138,7 +138,7 @@ def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
     Groups are of 4 neighbours, or of the largest smaller number that divides the part; the batch's parts do not mix.
     """
     size = stddev_group(len(x) // parts)
-    groups = widened(x).unflatten(0, (-1, size))
+    groups = upcast(x).unflatten(0, (-1, size))
     deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
     per_image = deviation.repeat_interleave(size)
     return per_image[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, reason
-from dcvae_kernels.choice import obstacle_to_building
+from dcvae_kernels.dispatch import obstacle_to_building
 
 
 def uses_compile(config: Config, device: torch.device) -> bool:

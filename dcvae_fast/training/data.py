@@ -10,7 +10,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.progress import progress_bars
-from dcvae_fast.training.schedule import point
+from dcvae_fast.training.schedule import schedule_at
 from dcvae_pipelines import DataError, EncodedSet, ImageSet, Source, decode_images, load_dataset, make_source
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def open_source(
     Raises:
         DataError: there are fewer images than ranks, or than a setting needs.
     """
-    data, model, train, start = config.data, config.model, config.train, point(config, 0, ranks.world_size)
+    data, model, train, start = config.data, config.model, config.train, schedule_at(config, 0, ranks.world_size)
     if ranks.world_size > len(images):
         raise DataError(f"{images.name} has fewer images, {len(images)}, than there are ranks, {ranks.world_size}.")
     source = make_source(

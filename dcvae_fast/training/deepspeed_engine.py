@@ -23,7 +23,7 @@ from dcvae_fast.distributed import Ranks, init_process_group
 from dcvae_fast.errors import ConfigError, reason
 from dcvae_fast.training.engine import Engine, Parameters
 from dcvae_fast.training.optim import Moments, adam, read_moments, write_moments
-from dcvae_fast.training.schedule import point, stages
+from dcvae_fast.training.schedule import schedule_at, stages
 
 # What a user's JSON may say besides what is compared with the recipe: how DeepSpeed communicates and what it reports.
 FREE = {
@@ -395,7 +395,7 @@ def _decided(config: Config, ranks: int) -> Iterator[tuple[str, Any, str]]:
     train = config.train
     cut = "" if train.micro_batch is None else ", with train.micro_batch,"
     for stage in stages(config):
-        batch = point(config, stage.begin, ranks).batch
+        batch = schedule_at(config, stage.begin, ranks).batch
         micro = min(train.micro_batch or batch, batch)
         at = f" at {stage.resolution}×{stage.resolution}" if config.model.grows else ""
         batches = "growth.batch" if config.model.grows else "train.batch"

@@ -62,7 +62,7 @@ class Engine:
     @property
     def adam_name(self) -> str:
         """Whose Adam is used: see `choose`."""
-        return choose(self._config.fused, self.parameters[0].device)
+        return choose(self._config.implementation, self.parameters[0].device)
 
     def reset(self, lr: float, batch: int) -> None:
         """Forget all moments; continue with this learning rate, and batch per rank."""

@@ -118,8 +118,8 @@ def uses_graphs(config: Config, device: torch.device, ranks: Ranks = SINGLE) -> 
         obstacle = "DeepSpeed steps the parameters"
     elif train.precision == "float16":
         obstacle = "float16 looks at every gradient to scale its losses"
-    elif config.optim.fused in ("apex", "deepspeed"):
-        obstacle = f"optim.fused is {config.optim.fused}"
+    elif config.optim.implementation in ("apex", "deepspeed"):
+        obstacle = f"optim.implementation is {config.optim.implementation}"
     if wanted and obstacle:
         raise ConfigError(f"train.graphs is true, but {obstacle}: there can be no CUDA graphs.")
     return obstacle is None and (wanted or ranks.world_size == 1)

@@ -10,7 +10,7 @@ from torch.backends import cudnn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError, EvaluationError
-from dcvae_fast.evaluation.images import evenly, parts, reconstructions, samples
+from dcvae_fast.evaluation.images import evenly_spaced, parts, reconstructions, samples
 from dcvae_fast.evaluation.perceptual import images_at_once, pixel_error
 from dcvae_fast.evaluation.probe import linear_probe, posterior_means
 from dcvae_fast.images import to_bytes
@@ -97,7 +97,7 @@ class HeldOut:
         count, resolution = config.log.fid_images, model.config.resolution
         layer = layer_for(inception.network, "fid")
         if resolution not in self._real:
-            chosen = evenly(len(train_set), count)
+            chosen = evenly_spaced(len(train_set), count)
             some = parts(train_set, chosen, model.config, config.data.on_corrupt)
             pixels = (batch for part in some for batch in part.images.split(at_once))
             self._real = {resolution: features_of(pixels, inception)[layer]}

@@ -14,7 +14,7 @@ from dcvae_fast.config import Config, to_dict
 from dcvae_fast.distributed import SINGLE, Ranks, pick_device
 from dcvae_fast.errors import DivergedError, RankError
 from dcvae_fast.progress import progress_bar
-from dcvae_fast.run_folder import load_checkpoint, locked, prepare_run, save_checkpoint, set_newer_aside
+from dcvae_fast.run_folder import load_checkpoint, locked, prepare_run, quarantine_newer, save_checkpoint
 from dcvae_fast.training.data import open_data, open_source, training_images
 from dcvae_fast.training.log import Log
 from dcvae_fast.training.profile import Profiler
@@ -131,14 +131,14 @@ def _resume(run: Run) -> None:
     ranks, state = run.step.ranks, None
     with ranks.raise_on_all_ranks():
         if ranks.is_first and (state := load_checkpoint(run.folder)):
-            set_newer_aside(run.folder, state["step"]["images"])
+            quarantine_newer(run.folder, state["step"]["images"])
     state = ranks.broadcast(state)
     with ranks.raise_on_all_ranks():
         if state is not None:
             run.step.load_state_dict(state["step"])
             positions = state["sources"]
             run.source.load_state_dict(positions[ranks.rank if len(positions) == ranks.world_size else 0])
-            run.source.set_resolution(run.step.resolution, run.step.point.batch)
+            run.source.set_resolution(run.step.resolution, run.step.schedule.batch)
 
 
 def _iterate(
@@ -154,7 +154,7 @@ def _iterate(
     total, every = run.config.train.images, run.config.log
     batches, saved, status, problem = iter(source), step.images, GO, None
     while step.images < total:
-        if step.point.resolution != step.resolution:
+        if step.schedule.resolution != step.resolution:
             if step.images > saved:  # a checkpoint to resume from if growing fails
                 _save(run, source.state_dict())
                 saved = step.images
@@ -205,7 +205,7 @@ def _iterate(
 
 def grow(run: Run) -> None:
     """Continue at the next resolution: source, networks, and a queue of keys of images in an order of their own."""
-    step, to = run.step, run.step.point
+    step, to = run.step, run.step.schedule
     logger.info(f"Growing to {to.resolution}×{to.resolution}, {to.batch * step.ranks.world_size} images an iteration")
     step.grow(to)
     run.source.set_resolution(to.resolution, to.batch)

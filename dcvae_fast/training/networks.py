@@ -17,7 +17,7 @@ class Networks(nn.Module):
 
     Attributes:
         encoder, decoder, discriminator: E, G and C
-        decoder_average: moving average of G, which makes samples and reconstructions
+        decoder_ema: moving average of G, which makes samples and reconstructions
         contrast: C′ and its queues; None if the objective contrasts no instances
         layers: layers of C whose features are compared at the present resolution
     """
@@ -38,7 +38,7 @@ class Networks(nn.Module):
                     model.discriminator_width,
                     derive_seed(seed, "queue"),
                 )
-        self.decoder_average = deepcopy(self.decoder).requires_grad_(False)
+        self.decoder_ema = deepcopy(self.decoder).requires_grad_(False)
         self._config = config
         self.layers = config.contrast.layers
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from dcvae_fast.config import Config
 from dcvae_fast.distributed import Ranks
-from dcvae_fast.training.schedule import sampled
+from dcvae_fast.training.schedule import samples_per_rank
 from dcvae_fast.training.seeding import derive_seed
 
 
-class Variant(NamedTuple):
+class StepVariant(NamedTuple):
     """The kinds of iterations: those of one kind launch the same work.
 
     Attributes:
@@ -56,7 +56,7 @@ class NoiseSource:
         # The meta device, on which a plan is made, has no generator and draws nothing.
         self._generator = torch.Generator("cpu" if device.type == "meta" else device)
 
-    def draw(self, n: int, variant: Variant, shown: int) -> Noise:
+    def draw(self, n: int, variant: StepVariant, shown: int) -> Noise:
         """Draw the noise of an iteration on n images per rank, after `shown` images."""
         loss = self._config.loss
         self._generator.manual_seed(derive_seed(self._config.train.seed, shown))
@@ -66,7 +66,7 @@ class NoiseSource:
             posterior=self._normal(n),
             prior=self._normal(n) if loss.has_gan else None,
             interpolation=self._interpolation(n) if loss.has_gan and loss.adversarial == "wgan_gp" else None,
-            generated=self._normal(sampled(self._config, self._ranks.world_size) or n) if samples else None,
+            generated=self._normal(samples_per_rank(self._config, self._ranks.world_size) or n) if samples else None,
             again=self._normal(n) if samples and loss.order == "sequential" else None,
             location=torch.rand(1, device=self._device, generator=self._generator) if variant.local else None,
         )

@@ -24,7 +24,7 @@ from dcvae_fast.losses import (
     r1_penalty,
 )
 from dcvae_fast.models.dcvae import Posterior
-from dcvae_fast.models.layers import frozen, full_precision, widened
+from dcvae_fast.models.layers import frozen, no_autocast, upcast
 from dcvae_fast.training.compiled import uncompiled
 from dcvae_fast.training.networks import Networks
 
@@ -78,8 +78,8 @@ def reconstruct(networks: Networks, inputs: Inputs) -> Reconstruction:
     if inputs.reconstruction is not None:
         return inputs.reconstruction
     mean, logvar = networks.encoder(inputs.images)
-    posterior = Posterior(widened(mean), widened(logvar))
-    return Reconstruction(widened(networks.decoder(posterior.at(inputs.noise))), posterior)
+    posterior = Posterior(upcast(mean), upcast(logvar))
+    return Reconstruction(upcast(networks.decoder(posterior.at(inputs.noise))), posterior)
 
 
 def discriminator_objective(
@@ -96,8 +96,8 @@ def discriminator_objective(
     images = inputs.images
     with torch.no_grad():
         rec = reconstruct(networks, inputs).images.detach()
-        fake = widened(networks.decoder(inputs.prior))
-    scores = widened(networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3, layers=()).score)
+        fake = upcast(networks.decoder(inputs.prior))
+    scores = upcast(networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3, layers=()).score)
     real_score, fake_score, rec_score = scores.chunk(3)
     total = discriminator_loss(real_score, fake_score, rec_score, loss.adversarial, loss.drift)
     metrics = {
@@ -158,8 +158,8 @@ def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> 
 def _adversarial_loss(networks: Networks, rec: Tensor, prior: Tensor | None, loss: LossConfig) -> Tensor:
     """How far prior samples and reconstructions are from scoring as real; C is a constant."""
     with frozen(networks.discriminator):
-        fake = widened(networks.decoder(prior))
-        scores = widened(networks.discriminator(torch.cat([fake, rec]), stddev_parts=2, layers=()).score)
+        fake = upcast(networks.decoder(prior))
+        scores = upcast(networks.discriminator(torch.cat([fake, rec]), stddev_parts=2, layers=()).score)
     fake_score, rec_score = scores.split([len(fake), len(rec)])
     return autoencoder_loss(fake_score, rec_score, loss.adversarial)
 
@@ -176,5 +176,5 @@ def _feature_loss(networks: Networks, images: Tensor, rec: Tensor) -> Tensor:
 def _score_gradient_norms(networks: Networks, images: Tensor) -> Tensor:
     """Per-image norm of ∂score/∂image, [B]; in float32, because the gradients of single pixels are small."""
     images = images.detach().requires_grad_()
-    with uncompiled(), full_precision(images.device):
+    with uncompiled(), no_autocast(images.device):
         return gradient_norm(networks.discriminator(images, layers=()).score, images)

@@ -25,7 +25,7 @@ def adam(
     lr: float | None = None,
     scales: Mapping[Any, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The Adam that `optim.fused` asks for, over parameters that are always stepped together.
+    """The Adam that `optim.implementation` asks for, over parameters that are always stepped together.
 
     Args:
         lr: instead of the configuration's.
@@ -41,22 +41,22 @@ def adam(
     lr = config.lr if lr is None else lr
     groups = [{"params": some, "lr": lr * c, "eps": config.eps / c} for c, some in by_scale.items()]
     device = groups[0]["params"][0].device
-    kind = choose(config.fused, device)
+    kind = choose(config.implementation, device)
     if kind == "torch":
         on_gpu = device.type == "cuda"  # where a CUDA graph may hold it
         return torch.optim.Adam(groups, betas=config.betas, fused=device.type != "meta", capturable=on_gpu)
     try:
         return _other(kind)(groups, betas=config.betas, adam_w_mode=False)
     except Exception as error:  # a compiler that is missing or fails, a device it is not for
-        raise ConfigError(f"optim.fused is {kind}, which cannot be used here ({reason(error)}).") from error
+        raise ConfigError(f"optim.implementation is {kind}, which cannot be used here ({reason(error)}).") from error
 
 
-def choose(fused: str, device: torch.device) -> str:
-    """`apex`, `deepspeed` or `torch`, for `optim.fused` and a device."""
+def choose(implementation: str, device: torch.device) -> str:
+    """`apex`, `deepspeed` or `torch`, for `optim.implementation` and a device."""
     if device.type == "meta":
         return "torch"
-    if fused != "auto":
-        return fused
+    if implementation != "auto":
+        return implementation
     try:
         return "apex" if device.type == "cuda" and _other("apex") else "torch"
     except ConfigError:
@@ -72,7 +72,7 @@ def _other(kind: str) -> Any:
             from deepspeed.ops.adam import FusedAdam
     except ImportError as error:
         names = {"apex": "NVIDIA's Apex (apex.optimizers; not the package called apex in the index)"}
-        raise ConfigError(f"optim.fused is {kind}, but {names.get(kind, kind)} is not installed.") from error
+        raise ConfigError(f"optim.implementation is {kind}, but {names.get(kind, kind)} is not installed.") from error
     return FusedAdam
 
 

@@ -14,12 +14,12 @@ from torch.utils.module_tracker import ModuleTracker
 
 from dcvae_fast.config import Config
 from dcvae_fast.models.progressive import Phase, set_phase
-from dcvae_fast.training.schedule import Stage, point, stages
+from dcvae_fast.training.schedule import Stage, schedule_at, stages
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch, EncodedSet, ImageSet
 
 
-class Passage(NamedTuple):
+class StageRange(NamedTuple):
     """A stage as training passes through it, in whole iterations."""
 
     stage: Stage
@@ -57,7 +57,7 @@ def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device)
     """
     train, model = config.train, config.model
     step = TrainStep(config, "meta")
-    networks, n = step.networks, point(config, train.images).batch
+    networks, n = step.networks, schedule_at(config, train.images).batch
     batch = _meta_batch(config, n, model.resolution)
     latents = torch.empty(n, model.latent_dim, device="meta")
     if model.grows:
@@ -98,7 +98,7 @@ def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device)
 
 def _growing(step: TrainStep, train_images: int, data: int, every: int) -> list[str]:
     """The rest of the page, for networks that grow: the table, and totals."""
-    train, passed = step.config.train, passages(step.config)
+    train, passed = step.config.train, stage_ranges(step.config)
     costs = stage_costs(step)
     iterations = sum(stretch.iterations for stretch in passed)
     lines = [
@@ -129,27 +129,27 @@ def _memory(networks: int, moments: int, peak: int, data: int) -> str:
     )
 
 
-def passages(config: Config) -> list[Passage]:
+def stage_ranges(config: Config) -> list[StageRange]:
     """How training passes through the stages that `train.images` images reach."""
     total, shown = config.train.images, 0
     passed, found = [], stages(config)
     ends = [min(stage.begin, total) for stage in found[1:]] + [total]  # the last stage goes on for as long as training
     for stage, end in zip(found, ends, strict=True):
-        batch = point(config, stage.begin).batch
+        batch = schedule_at(config, stage.begin).batch
         iterations = -(-(end - shown) // batch)
         if iterations < 1:  # training ends before this stage, or one batch of the stage before it goes beyond it
             continue
-        passed.append(Passage(stage, shown, min(shown + iterations * batch, total), iterations, batch))
+        passed.append(StageRange(stage, shown, min(shown + iterations * batch, total), iterations, batch))
         shown += iterations * batch
     return passed
 
 
 def training_flops(config: Config, shown: int = 0) -> float:
     """Floating-point operations of a training of which `shown` images are done."""
-    return _flops_after(shown, passages(config), stage_costs(TrainStep(config, "meta")))
+    return _flops_after(shown, stage_ranges(config), stage_costs(TrainStep(config, "meta")))
 
 
-def _flops_after(shown: int, passed: list[Passage], costs: list[Cost]) -> float:
+def _flops_after(shown: int, passed: list[StageRange], costs: list[Cost]) -> float:
     total = 0.0
     for stretch, cost in zip(passed, costs, strict=True):
         done = max(0, shown - stretch.first) // stretch.batch
@@ -164,12 +164,12 @@ def stage_costs(step: TrainStep) -> list[Cost]:
         step: on the meta device; left at the last of these stages.
     """
     costs, resolution = [], None
-    for stretch in passages(step.config):
+    for stretch in stage_ranges(step.config):
         stage = stretch.stage
         step.images = half_way = stage.begin + stage.images // 2
         batch = _meta_batch(step.config, stretch.batch, stage.resolution)
         if stage.resolution != resolution:
-            step.grow(step.point)
+            step.grow(step.schedule)
             step(batch)  # so that there are moments, as in all later iterations
             step.images, resolution = half_way, stage.resolution
         resident = [*step.networks.parameters(), *step.networks.buffers()]

@@ -7,7 +7,7 @@ from dcvae_fast.errors import ConfigError
 from dcvae_fast.models.progressive import stddev_group
 
 
-class Point(NamedTuple):
+class ScheduleState(NamedTuple):
     """What holds for an iteration."""
 
     resolution: int
@@ -48,7 +48,7 @@ def stages(config: Config) -> list[Stage]:
     return found
 
 
-def point(config: Config, images: int, ranks: int = 1) -> Point:
+def schedule_at(config: Config, images: int, ranks: int = 1) -> ScheduleState:
     """What holds for the iteration that begins after `images` images.
 
     Raises:
@@ -57,13 +57,15 @@ def point(config: Config, images: int, ranks: int = 1) -> Point:
     stage = next(stage for stage in reversed(stages(config)) if stage.begin <= images)
     alpha = min(1.0, (images - stage.begin) / stage.images) if stage.fades else 1.0
     if not config.model.grows:
-        return Point(stage.resolution, alpha, _share(config, "train.batch", config.train.batch, ranks), config.optim.lr)
+        return ScheduleState(
+            stage.resolution, alpha, _share(config, "train.batch", config.train.batch, ranks), config.optim.lr
+        )
     growth, resolution = config.growth, stage.resolution
     batch = _share(config, f"growth.batch[{resolution}]", growth.batch[resolution], ranks)
-    return Point(resolution, alpha, batch, growth.lr.get(resolution, config.optim.lr))
+    return ScheduleState(resolution, alpha, batch, growth.lr.get(resolution, config.optim.lr))
 
 
-def sampled(config: Config, ranks: int = 1) -> int | None:
+def samples_per_rank(config: Config, ranks: int = 1) -> int | None:
     """Prior samples in an autoencoder step on each rank; None for as many as real images.
 
     Raises:
@@ -79,9 +81,9 @@ def check_batches(config: Config, ranks: int) -> None:
         ConfigError: the ranks cannot share a batch, or not so that statistics of a minibatch stay the same, or cannot
             cut their shares into micro-batches.
     """
-    sampled(config, ranks)
+    samples_per_rank(config, ranks)
     for stage in stages(config):
-        batch, micro = point(config, stage.begin, ranks).batch, config.train.micro_batch
+        batch, micro = schedule_at(config, stage.begin, ranks).batch, config.train.micro_batch
         if not config.model.grows:
             if batch < 2:
                 raise ConfigError(f"train.batch leaves {batch} image for each of {ranks} ranks; it must leave 2.")

@@ -81,7 +81,7 @@ def current_model(step: TrainStep) -> DCVAE:
         config = replace(config, resolution=step.resolution, alpha=step.alpha)
     with torch.device("meta"):  # its own networks are replaced, and need no memory
         model = DCVAE(config)
-    model.encoder, model.decoder = step.networks.encoder, step.networks.decoder_average
+    model.encoder, model.decoder = step.networks.encoder, step.networks.decoder_ema
     return model.eval()
 
 

@@ -16,14 +16,14 @@ from dcvae_fast.config import Config
 from dcvae_fast.contrast import Keys
 from dcvae_fast.distributed import SINGLE, Ranks
 from dcvae_fast.models.build import learning_rate_scales
-from dcvae_fast.models.layers import copy_buffers, update_average
+from dcvae_fast.models.layers import copy_buffers, update_ema
 from dcvae_fast.models.progressive import Phase, checkpoint_activations, set_phase
 from dcvae_fast.training.compiled import compile_forward, compiling, forget_compiled, uses_compile
 from dcvae_fast.training.deepspeed_engine import DeepSpeedEngine, UnitEngine, deepspeed_settings
 from dcvae_fast.training.engine import Engine
 from dcvae_fast.training.graphs import CudaRecorder, Graphs, uses_graphs
 from dcvae_fast.training.networks import Networks
-from dcvae_fast.training.noise import Noise, NoiseSource, Variant
+from dcvae_fast.training.noise import Noise, NoiseSource, StepVariant
 from dcvae_fast.training.objectives import (
     Inputs,
     Metrics,
@@ -33,7 +33,7 @@ from dcvae_fast.training.objectives import (
     reconstruct,
 )
 from dcvae_fast.training.optim import choose
-from dcvae_fast.training.schedule import Point, check_batches, point
+from dcvae_fast.training.schedule import ScheduleState, check_batches, schedule_at
 from dcvae_pipelines import Batch, cross_fade
 
 Objective = Callable[..., tuple[Tensor, Metrics]]
@@ -68,25 +68,25 @@ class TrainStep:
         self.iterations = 0
         self._alpha = torch.empty((), device=self.device)
         self._phase: tuple[int, bool] | None = None
-        self.grow(self.point)
+        self.grow(self.schedule)
 
     def _make_engine(self) -> Engine:
         config = self.config
         if self.graphs is not None:  # only torch's Adam can be part of a graph
-            config = replace(config, optim=replace(config.optim, fused="torch"))
+            config = replace(config, optim=replace(config.optim, implementation="torch"))
         arguments = (self.networks, self.networks.groups(), config, self.ranks, learning_rate_scales(self.networks))
         if config.train.uses_deepspeed and self.device.type != "meta":
             return DeepSpeedEngine(*arguments, settings=deepspeed_settings(config, self.ranks.world_size))
-        engine = Engine if choose(config.optim.fused, self.device) == "torch" else UnitEngine
+        engine = Engine if choose(config.optim.implementation, self.device) == "torch" else UnitEngine
         return engine(*arguments)
 
     @property
-    def point(self) -> Point:
+    def schedule(self) -> ScheduleState:
         """Resolution, fade, batch and learning rate of the next iteration. If its resolution is not `resolution`, call
         `grow` and `refill` first."""
-        return point(self.config, self.images, self.ranks.world_size)
+        return schedule_at(self.config, self.images, self.ranks.world_size)
 
-    def grow(self, to: Point) -> None:
+    def grow(self, to: ScheduleState) -> None:
         """Continue at another resolution, without moments in the optimizer and with an empty queue.
 
         All layers have been in all networks from the start, C′ and the averages included, where they are the same.
@@ -110,7 +110,7 @@ class TrainStep:
             if missing <= 0:
                 return
 
-    def _set_phase(self, to: Point) -> None:
+    def _set_phase(self, to: ScheduleState) -> None:
         self.resolution, self.alpha = to.resolution, to.alpha
         phase = (to.resolution, to.alpha < 1)
         if self.config.model.grows:
@@ -148,7 +148,7 @@ class TrainStep:
         Raises:
             ConfigError: the networks are to be compiled, and cannot be.
         """
-        self._set_phase(self.point)
+        self._set_phase(self.schedule)
         batch, variant = self._fade_in(batch), self._variant()
         noise = self._noise.draw(len(batch.images), variant, self.images)
         with self._compiling():
@@ -160,14 +160,14 @@ class TrainStep:
         self.iterations += 1
         return metrics
 
-    def _variant(self) -> Variant:
+    def _variant(self) -> StepVariant:
         loss, local_start = self.config.loss, self.config.contrast.local_start_images
         autoencoder = not loss.has_gan or self.iterations % self.config.train.n_critic == 0
         r1 = loss.has_gan and loss.adversarial == "logistic_r1" and self.iterations % loss.penalty_every == 0
         contrasts = autoencoder and loss.instance == "contrast"
-        return Variant(autoencoder, r1, contrasts and local_start is not None and self.images >= local_start)
+        return StepVariant(autoencoder, r1, contrasts and local_start is not None and self.images >= local_start)
 
-    def _replay(self, graphs: Graphs, batch: Batch, noise: Noise, variant: Variant) -> Metrics:
+    def _replay(self, graphs: Graphs, batch: Batch, noise: Noise, variant: StepVariant) -> Metrics:
         """Do what `_iterate` does, by a CUDA graph of its variant."""
         drawn = {name: x for name, x in noise._asdict().items() if x is not None}
 
@@ -177,7 +177,7 @@ class TrainStep:
 
         return graphs.run(variant, work, [batch.images, batch.ids, *drawn.values()])
 
-    def _iterate(self, batch: Batch, noise: Noise, variant: Variant) -> Metrics:
+    def _iterate(self, batch: Batch, noise: Noise, variant: StepVariant) -> Metrics:
         """Run an iteration on the device. Its launches depend on the variant, the shapes and the phase alone."""
         loss, metrics = self.config.loss, {}
         inputs = Inputs(batch.images, batch.ids, noise.posterior)
@@ -195,8 +195,8 @@ class TrainStep:
             if loss.order == "joint":
                 inputs = inputs._replace(prior=noise.generated)
             metrics |= self._instance_step(inputs, noise.location)
-            update_average(self.networks.decoder_average, self.networks.decoder, self.config.train.average)
-        copy_buffers(self.networks.decoder_average, self.networks.decoder)
+            update_ema(self.networks.decoder_ema, self.networks.decoder, self.config.train.ema_decay)
+        copy_buffers(self.networks.decoder_ema, self.networks.decoder)
         return metrics
 
     def _reconstruct_once(self, inputs: Inputs, needs_gradient: bool) -> Inputs:
@@ -256,7 +256,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        there = point(self.config, state["images"], self.ranks.world_size)
+        there = schedule_at(self.config, state["images"], self.ranks.world_size)
         self.grow(there._replace(resolution=state["resolution"], alpha=state["alpha"]))
         self.images, self.iterations = state["images"], state["iterations"]
         self.networks.load_state_dict(state["networks"])

@@ -10,7 +10,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: queries, [S, B, D] or [B, D].
-        temperature: τ, 0-d; None if it is a number, `Settings.temperature`.
+        temperature: τ, 0-d; None if it is a Python number, `Settings.tau`.
         k: the positive key of each query, shaped like q.
         queue: negatives, [S, K, D] or [K, D]; None if the other rows of k are the negatives.
         valid: how many slots of the queue are filled, 0-d.
@@ -31,12 +31,12 @@ class Settings(NamedTuple):
     """The options of one loss that are not tensors.
 
     Attributes:
-        temperature: τ, unless `Inputs.temperature` is given.
+        tau: τ; ignored if `Inputs.temperature` is given.
         normalize, symmetric, reduction: as in `dcvae_kernels.info_nce`.
         implementation: "triton", "torch", or "reference", the plain definition.
     """
 
-    temperature: float
+    tau: float
     normalize: bool
     symmetric: bool
     reduction: str

@@ -24,15 +24,15 @@ FIXED_MAXIMUM_BELOW = 60.0
 def forward(
     inputs: Inputs, settings: Settings, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `dcvae_kernels.fused.forward`."""
+    """See `dcvae_kernels.info_nce_autograd.forward`."""
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
-    number, normalize, symmetric, reduction, _ = settings
+    tau, normalize, symmetric, reduction, _ = settings
     with_dq, with_dk, with_dtemperature, with_state, with_rank = wanted
     dtype = accumulate_dtype(q, k, queue)
     shape = q.shape
     dq, dk, dtemperature, state = (q.new_empty(0, dtype=dtype) for _ in range(4))
     with without_autocast(q.device):
-        inverse_temperature = 1 / number if temperature is None else temperature.to(dtype).reciprocal()
+        inverse_temperature = 1 / tau if temperature is None else temperature.to(dtype).reciprocal()
         q, q_squares = _normalized(q, dtype, normalize)
         k, k_squares = _normalized(k, dtype, normalize)
         negatives = k if queue is None else _normalized(queue, dtype, normalize)[0]
@@ -43,7 +43,7 @@ def forward(
         scaled = q * inverse_temperature
         positive = (scaled * k).sum(-1)
 
-        fixed = 1 / number if normalize and temperature is None and 2 / number < FIXED_MAXIMUM_BELOW else None
+        fixed = 1 / tau if normalize and temperature is None and 2 / tau < FIXED_MAXIMUM_BELOW else None
         gradient = with_dq or with_dtemperature
         excluded = _exclusion(q, query_ids, negative_ids, unfilled, in_batch=queue is None)
         blocks = _score_blocks(scaled, negatives)
@@ -56,7 +56,7 @@ def forward(
         states = [highest, *_shares(weight, positive_weight)]
         if symmetric:
             excluded = _exclusion(q, negative_ids, query_ids, None, in_batch=True)
-            mirror = _sweep(_score_blocks(scaled, k, of_keys=True), positive, excluded, fixed, None, False)
+            mirror = _sweep(_score_blocks(scaled, k, wrt_keys=True), positive, excluded, fixed, None, False)
             mirror_highest, *mirror_weights, mirrored = _merge(mirror[0], mirror[1], positive)
             states += [mirror_highest, *_shares(*mirror_weights)]
             loss = (loss + mirrored) / 2
@@ -81,36 +81,36 @@ def forward(
 
 
 def backward_sweep(
-    inputs: Inputs, settings: Settings, incoming: Tensor, state: Tensor, of_keys: bool, with_dtemperature: bool
+    inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `dcvae_kernels.fused.backward_sweep`."""
+    """See `dcvae_kernels.info_nce_autograd.backward_sweep`."""
     q, temperature, k, queue, valid, query_ids, key_ids = inputs
-    number, normalize, symmetric, reduction, _ = settings
+    tau, normalize, symmetric, reduction, _ = settings
     in_batch = queue is None
     k = k if in_batch else queue
     factor = loss_weight(reduction, state.shape[-1]) / (2 if symmetric else 1)
     dtype = accumulate_dtype(q, k)
-    wanted = k if of_keys else q
+    wanted = k if wrt_keys else q
     with without_autocast(q.device):
-        inverse_temperature = 1 / number if temperature is None else temperature.to(dtype).reciprocal()
+        inverse_temperature = 1 / tau if temperature is None else temperature.to(dtype).reciprocal()
         q, q_squares = _normalized(q, dtype, normalize)
         k, k_squares = _normalized(k, dtype, normalize)
         if valid is not None:
             unfilled = (torch.arange(k.shape[1], device=k.device) >= valid)[:, None]
             k = k.masked_fill(unfilled, 0)
         x, x_squares, x_ids, y, y_ids = (k, k_squares, key_ids, q, query_ids)
-        if not of_keys:
+        if not wrt_keys:
             x, x_squares, x_ids, y, y_ids = (q, q_squares, query_ids, k, key_ids)
         excluded = _exclusion(x, x_ids, y_ids, None, in_batch)
-        # Of each row that is a query of the loss, or a key of the symmetric one: its state and the incoming gradient.
+        # State and grad_output of each row: a query of the loss, or a key of the symmetric loss.
         scales = q.shape[0]
-        incoming = incoming.to(dtype).expand(scales, q.shape[1])
-        of_queries, *of_mirror = [[z.reshape(scales, -1) for z in (*direction, incoming)] for direction in state]
+        grad_output = grad_output.to(dtype).expand(scales, q.shape[1])
+        of_queries, *of_mirror = [[z.reshape(scales, -1) for z in (*direction, grad_output)] for direction in state]
 
         pull = torch.zeros_like(x)
-        for rows, columns, scores in _score_blocks(q * inverse_temperature, k, of_keys):
+        for rows, columns, scores in _score_blocks(q * inverse_temperature, k, wrt_keys):
             weights, positives = torch.zeros_like(scores), torch.zeros_like(scores)
-            along_rows, along_columns = (of_mirror, [of_queries]) if of_keys else ([of_queries], of_mirror)
+            along_rows, along_columns = (of_mirror, [of_queries]) if wrt_keys else ([of_queries], of_mirror)
             terms = [[z[:, rows, None] for z in side] for side in along_rows]
             terms += [[z[:, None, columns] for z in side] for side in along_columns]
             for highest, share, negatives_share, arriving in terms:
@@ -231,8 +231,8 @@ def _same(rows: slice, columns: slice, device: torch.device) -> Tensor:
     )
 
 
-def _score_blocks(scaled: Tensor, k: Tensor, of_keys: bool = False) -> ScoreBlocks:
-    """Blocks of queries × keys: their rows, their columns, their scores; the other way round with of_keys."""
+def _score_blocks(scaled: Tensor, k: Tensor, wrt_keys: bool = False) -> ScoreBlocks:
+    """Blocks of queries × keys: their rows, their columns, their scores; the other way round with wrt_keys."""
     scales, queries, _ = scaled.shape
     height = min(queries, BLOCK_ROWS)
     width = max(1, BLOCK_SCORES.get(scaled.device.type, BLOCK_SCORES["cpu"]) // max(scales * height, 1))
@@ -241,4 +241,4 @@ def _score_blocks(scaled: Tensor, k: Tensor, of_keys: bool = False) -> ScoreBloc
         for column in range(0, k.shape[1], width):
             columns = slice(column, min(column + width, k.shape[1]))
             scores = scaled[:, rows] @ k[:, columns].mT
-            yield (columns, rows, scores.mT) if of_keys else (rows, columns, scores)
+            yield (columns, rows, scores.mT) if wrt_keys else (rows, columns, scores)

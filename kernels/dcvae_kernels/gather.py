@@ -27,8 +27,8 @@ class Gather(torch.autograd.Function):
         ctx.group = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        return ReduceScatter.apply(incoming, ctx.group), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return ReduceScatter.apply(grad_output, ctx.group), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, int]:
@@ -51,8 +51,8 @@ class ReduceScatter(torch.autograd.Function):
         ctx.group = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        return Gather.apply(incoming, ctx.group), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return Gather.apply(grad_output, ctx.group), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, int]:

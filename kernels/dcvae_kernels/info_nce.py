@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcvae_kernels.arguments import Inputs, Settings
-from dcvae_kernels.choice import Impl, check_impl, needs_definition, obstacle_to_triton
-from dcvae_kernels.fused import FusedInfoNCE, definition
+from dcvae_kernels.dispatch import Impl, check_impl, needs_definition, obstacle_to_triton
 from dcvae_kernels.gather import gather, gather_ids
+from dcvae_kernels.info_nce_autograd import FusedInfoNCE, definition
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the Triton kernels: what they take, and up to which D they are chosen. Beyond, they would do work over again.
@@ -133,17 +133,17 @@ def info_nce(
         queue, valid = queue[..., :valid, :], None
         negative_ids = None if negative_ids is None else negative_ids[: queue.shape[-2]]
     implementation = _choose(impl, *((q, k) if queue is None else (q, k, queue)))
-    tau, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
     inputs = Inputs(
         q=q,
-        temperature=tau,
+        temperature=temperature if isinstance(temperature, Tensor) else None,
         k=k,
         queue=queue,
         valid=valid,  # type: ignore[arg-type] # None if it was an int: the queue is cut already
         query_ids=query_ids,
         negative_ids=negative_ids,
     )
-    settings = Settings(number, normalize, symmetric, reduction, implementation)
+    tau = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    settings = Settings(tau, normalize, symmetric, reduction, implementation)
     if group is None or group.size() == 1:
         loss, rank = _loss(inputs, settings, return_stats)
     else:  # the gathered keys are the queue, and ids keep a row's own one from being its negative

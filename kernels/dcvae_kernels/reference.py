@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcvae_kernels.choice import constant
+from dcvae_kernels.dispatch import constant
 
 SMALLEST_SQUARE = 1e-24  # F.normalize's eps, squared
 UNKNOWN_ID = -1  # equal to no identity, not even to itself

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dcvae_kernels.choice import Impl, check_impl, obstacle_to_triton
-from dcvae_kernels.grouped import normalized_weights
+from dcvae_kernels.dispatch import Impl, check_impl, obstacle_to_triton
 from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update
+from dcvae_kernels.spectral_norm_autograd import normalized_weights
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -34,7 +34,7 @@ GROWING = Config(
     loss=LossConfig(drift=0.1, kl_weight=0.01, penalty_every=2),
     contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
     optim=OptimConfig(lr=1e-2, betas=(0.3, 0.9), eps=1e-3),
-    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+    train=TrainConfig(sampled_batch=None, n_critic=1, ema_decay=0.9),
 )
 SMALL = Config(
     model=ModelConfig(
@@ -42,7 +42,7 @@ SMALL = Config(
     ),
     contrast=ContrastConfig(negatives=10, momentum=0.9),
     optim=OptimConfig(lr=1e-3, eps=1e-3),
-    train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, average=0.9),
+    train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, ema_decay=0.9),
 )
 ITERATIONS = 300  # of spectral norms at 32×32, enough for double precision
 
@@ -76,7 +76,7 @@ def assert_same_state(ours: TrainStep, plain: Baseline, rtol: float = 1e-8) -> N
         (networks.decoder, plain.decoder),
         (networks.discriminator, plain.discriminator),
         (contrast.momentum, plain.momentum),
-        (networks.decoder_average, plain.decoder_ema),
+        (networks.decoder_ema, plain.decoder_ema),
     ):
         values = unfolded(mine)
         for name, expected in theirs.named_parameters():
@@ -94,12 +94,12 @@ def test_ours_computes_what_the_plain_growing_iteration_does(adversarial):
     assert_same_state(ours, plain)
     phases = []
     for i in range(16):
-        now = ours.point
+        now = ours.schedule
         if now.resolution != ours.resolution:
             fresh = [make_batch(100 * i + j, 4, 2, now.resolution) for j in range(3)]  # the last one wraps around
             ours.grow(now)
             ours.refill(fresh)
-            plain.grow(plain.point)
+            plain.grow(plain.schedule)
             for batch in fresh:
                 plain.refill(batch.images, batch.ids)
         batch = make_batch(i, now.batch, 2, now.resolution)

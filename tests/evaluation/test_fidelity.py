@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from dcvae_fast.config import ModelConfig
 from dcvae_fast.evaluation import evaluate, images
 from dcvae_fast.evaluation.fidelity import content_key, features_of, frechet_distance
-from dcvae_fast.evaluation.images import evenly, parts
+from dcvae_fast.evaluation.images import evenly_spaced, parts
 from dcvae_pipelines import DataError, load_dataset
 from image_files import write_noise
 
@@ -185,8 +185,8 @@ def test_decoded_images_are_shrunk_to_what_the_model_has_grown_to(data, model):
 
 
 def test_evenly():
-    assert evenly(10, 20).tolist() == list(range(10))
-    assert evenly(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced(10, 20).tolist() == list(range(10))
+    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
 
 
 def test_grey_images_are_shown_as_rgb(features):

@@ -169,8 +169,8 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
         settings = Settings(0.07, normalize=True, symmetric=False, reduction="mean", implementation="triton")
         info_nce.forward(Inputs(q, temperature, q, keys, valid, ids, key_ids), settings, [True] * 5)
     inputs, settings = Inputs(q, learned, q, None, None, ids, ids), settings._replace(symmetric=True)
-    incoming, state = empty(dtype=torch.float32), empty(2, 3, queries, dtype=torch.float32)
-    info_nce.backward_sweep(inputs, settings, incoming, state, of_keys=False, with_dtemperature=True)
+    grad_output, state = empty(dtype=torch.float32), empty(2, 3, queries, dtype=torch.float32)
+    info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=False, with_dtemperature=True)
 
 
 def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:

@@ -234,8 +234,8 @@ def test_any_combination_agrees_with_the_definition(on: Implementation, seed: in
         q, k, queue, temperature = inputs
         arguments = options | more | ({"temperature": temperature} if wanted[3] else {})
         loss, stats = call(q, k, queue if form == "queue" else None, reduction="none", return_stats=True, **arguments)
-        incoming = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
-        gradients = torch.autograd.grad(loss, needed, incoming, allow_unused=True)
+        grad_output = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+        gradients = torch.autograd.grad(loss, needed, grad_output, allow_unused=True)
         return [loss, stats.rank, *gradients]
 
     ours, exact = run(on.info_nce, None), run(definition, torch.float64)
@@ -444,10 +444,10 @@ def test_tensor_temperature_gets_its_gradient(on: Implementation, form: str, red
     temperature = torch.tensor(0.3, dtype=on.widest, requires_grad=True)
     result = loss(temperature)
     torch.testing.assert_close(result.detach(), loss(0.3))
-    incoming = on.randn(*result.shape, seed=3, dtype=on.widest)
-    (gradient,) = torch.autograd.grad(result, temperature, incoming)
+    grad_output = on.randn(*result.shape, seed=3, dtype=on.widest)
+    (gradient,) = torch.autograd.grad(result, temperature, grad_output)
     above, below = (loss(0.3 + x, dcvae_kernels.info_nce, torch.float64) for x in (step, -step))
-    expected = ((above - below) / (2 * step) * incoming).sum()
+    expected = ((above - below) / (2 * step) * grad_output).sum()
     assert gradient.dtype == temperature.dtype
     assert gradient.item() == pytest.approx(expected.item(), rel=1e-5 if on.widest == torch.float32 else 1e-7)
 

@@ -106,15 +106,15 @@ def values_and_gradients(on: Rank, form: str, scales: tuple[int, ...], dtype: to
     assert torch.equal(stats.rank, whole_stats.rank[..., on.rows])
     reduction = options.get("reduction", "mean")
     if reduction == "none":
-        incoming = torch.linspace(-1, 2, expected.numel(), dtype=expected.dtype).view_as(expected)
-        own_incoming = incoming[..., on.rows]
+        grad_output = torch.linspace(-1, 2, expected.numel(), dtype=expected.dtype).view_as(expected)
+        own_grad_output = grad_output[..., on.rows]
         torch.testing.assert_close(ours, expected[..., on.rows], rtol=tolerance, atol=tolerance)
     else:  # the mean is that of the ranks' means, the sum that of their sums
-        incoming = torch.ones_like(expected)
-        own_incoming = incoming / on.world if reduction == "mean" else incoming
-        torch.testing.assert_close(on.summed(ours * own_incoming), expected, rtol=tolerance, atol=tolerance)
-    gradients = torch.autograd.grad(ours, mine, own_incoming)
-    on.assert_equal(gradients, torch.autograd.grad(expected, whole, incoming), tolerance)
+        grad_output = torch.ones_like(expected)
+        own_grad_output = grad_output / on.world if reduction == "mean" else grad_output
+        torch.testing.assert_close(on.summed(ours * own_grad_output), expected, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(ours, mine, own_grad_output)
+    on.assert_equal(gradients, torch.autograd.grad(expected, whole, grad_output), tolerance)
 
 
 def frozen_keys(on: Rank) -> None:

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp, vmap
 
 from checks import Implementation, leaves, randn, run_ranks
-from dcvae_kernels import InfoNCE, KeyQueue, chunked, fused, info_nce
+from dcvae_kernels import InfoNCE, KeyQueue, chunked, info_nce, info_nce_autograd
 from dcvae_kernels.arguments import Inputs, Settings
 
 # Differentiation ------------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ def test_batched_gradients(on: Implementation, form: str):
 def test_nothing_is_computed_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch):
     q, k, queue = leaves(randn(3, 8), randn(3, 8, seed=1), randn(5, 8, seed=2))
     wanted = []
-    forward = fused.forward
-    monkeypatch.setattr(fused, "forward", lambda *args: (wanted.append(args[-1]), forward(*args))[1])
+    forward = info_nce_autograd.forward
+    monkeypatch.setattr(info_nce_autograd, "forward", lambda *args: (wanted.append(args[-1]), forward(*args))[1])
     with torch.no_grad():
         info_nce(q, k, queue)
     with torch.inference_mode():
@@ -190,7 +190,7 @@ def test_blocks_read_no_value_on_the_host():
         inputs = Inputs(q, torch.tensor(0.1), q, queue, torch.empty(()).long(), ids[:5], ids)
         settings = Settings(1.0, normalize=True, symmetric=False, reduction="mean", implementation="torch")
         state = chunked.forward(inputs, settings, [True] * 5)[-1]
-        chunked.backward_sweep(inputs, settings, torch.tensor(1.0), state, of_keys=True, with_dtemperature=True)
+        chunked.backward_sweep(inputs, settings, torch.tensor(1.0), state, wrt_keys=True, with_dtemperature=True)
 
 
 def test_meta_tensors():

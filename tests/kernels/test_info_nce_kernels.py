@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcvae_kernels
 from checks import Implementation, compiled_ahead, counted, device_kernels, leaves, poisoned
-from dcvae_kernels import chunked, fused
+from dcvae_kernels import chunked, info_nce_autograd
 from dcvae_kernels.arguments import Inputs, Settings
 
 triton_info_nce = pytest.importorskip("dcvae_kernels.triton.info_nce")
@@ -63,14 +63,14 @@ def test_keys_with_gradient_take_a_second_sweep(triton_on: Implementation, form:
 def test_no_other_launches_than_ours_and_the_scaling(on_gpu: Implementation):
     (q,) = leaves(on_gpu.randn(2, 128, 16))
     k, queue = on_gpu.randn(2, 128, 16, seed=1), on_gpu.randn(2, 8096, 16, seed=2)
-    incoming = torch.ones(())
+    grad_output = torch.ones(())
 
     def step() -> None:
-        torch.autograd.grad(on_gpu.info_nce(q, k, queue), q, incoming)
+        torch.autograd.grad(on_gpu.info_nce(q, k, queue), q, grad_output)
 
     step()
     kernels = device_kernels(step)
-    assert len(kernels) == 3  # sweep, combine, and the gradient times the incoming one
+    assert len(kernels) == 3  # sweep, combine, and the gradient times the grad_output one
     assert kernels[0].startswith("sweep_kernel") and kernels[1].startswith("combine_kernel")
 
 
@@ -118,8 +118,8 @@ def everything(on: Implementation, q: Any, k: Any, queue: Any, **options: Any) -
     """Loss, rank and all gradients."""
     inputs = [x.detach().requires_grad_() for x in (q, k, queue) if x is not None]
     loss, stats = on.info_nce(*inputs, return_stats=True, reduction="none", **options)
-    incoming = torch.linspace(-1, 2, loss.numel(), device=loss.device).view_as(loss)
-    return [loss.detach(), stats.rank, *torch.autograd.grad(loss, inputs, incoming)]
+    grad_output = torch.linspace(-1, 2, loss.numel(), device=loss.device).view_as(loss)
+    return [loss.detach(), stats.rank, *torch.autograd.grad(loss, inputs, grad_output)]
 
 
 FORMS: dict[str, dict[str, Any]] = {"queue": {}, "in-batch": {}, "symmetric": {"symmetric": True}}
@@ -178,10 +178,10 @@ def test_operators(on: Implementation, symmetric: bool):
     settings = Settings(1.0, normalize=True, symmetric=symmetric, reduction="mean", implementation=on.impl)
     wanted = [not symmetric, False, not symmetric, True, True]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(fused.forward_operator, (*inputs, *settings, wanted), test_utils=checks)
-    state = fused.forward(inputs, settings, wanted)[-1]
+    torch.library.opcheck(info_nce_autograd.forward_operator, (*inputs, *settings, wanted), test_utils=checks)
+    state = info_nce_autograd.forward(inputs, settings, wanted)[-1]
     more = (torch.tensor(2.0), state, True, True)
-    torch.library.opcheck(fused.backward_operator, (*inputs, *settings, *more), test_utils=checks)
+    torch.library.opcheck(info_nce_autograd.backward_operator, (*inputs, *settings, *more), test_utils=checks)
 
 
 @pytest.mark.gpu

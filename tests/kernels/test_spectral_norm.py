@@ -16,7 +16,7 @@ from torch.nn.utils import spectral_norm as older_spectral_norm
 
 import dcvae_kernels
 from checks import Implementation
-from dcvae_kernels import grouped, reference, remove_spectral_norm, spectral_norm
+from dcvae_kernels import reference, remove_spectral_norm, spectral_norm, spectral_norm_autograd
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_one_update_for_all_layers_in_a_training_forward(monkeypatch: pytest.MonkeyPatch):
     net: Any = spectral_norm(Net())
     calls: list[tuple[int, int]] = []
-    update = grouped.normalized_weights
+    update = spectral_norm_autograd.normalized_weights
 
     def counted(layers, n_power_iterations, eps, impl, memo):
         calls.append((len(layers.weights), n_power_iterations))
@@ -251,7 +251,7 @@ def test_second_derivatives(on: Implementation):
         (first,) = torch.autograd.grad((normalized**3 * slope).sum(), weight, create_graph=True)
         return torch.autograd.grad((first * direction).sum(), weight)[0]
 
-    ours = second(grouped.normalized_weights, 1, 1e-12, on.impl, {})
+    ours = second(spectral_norm_autograd.normalized_weights, 1, 1e-12, on.impl, {})
     torch.testing.assert_close(ours, second(reference.spectral_norm_update, 0, 1e-12), rtol=1e-4, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from checks import Implementation, compiled_ahead, counted, device_kernels, leaves, poisoned
-from dcvae_kernels import grouped, reference, spectral_norm
+from dcvae_kernels import reference, spectral_norm, spectral_norm_autograd
 
 kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
 
@@ -41,11 +41,11 @@ def test_as_many_launches_for_many_layers_as_for_one(triton_on: Implementation, 
 @pytest.mark.usefixtures("on_gpu")
 def test_no_other_launches_than_ours():
     net = spectral_norm(Weights([nn.Conv2d(8, 8, 3) for _ in range(10)]), impl="triton")
-    incoming = [torch.randn(8, 8, 3, 3) for _ in range(10)]
+    grad_output = [torch.randn(8, 8, 3, 3) for _ in range(10)]
     parameters = [p for p in net.parameters() if p.ndim == 4]
 
     def step() -> None:
-        torch.autograd.grad(net(), parameters, incoming)
+        torch.autograd.grad(net(), parameters, grad_output)
 
     step()
     assert [name for name in device_kernels(step) if "memset" not in name.lower()] == UPDATE + GRADIENT
@@ -83,10 +83,12 @@ def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
 def run(on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any) -> list[Tensor]:
     """W/σ, the gradients, u and v; every third weight gets no gradient."""
     weights, us, vs = leaves(*weights), [u.clone() for u in us], [v.clone() for v in vs]
-    normalized = grouped.normalized_weights(reference.Layers(weights, us, vs, dims), iterations, 1e-12, on.impl, {})
+    normalized = spectral_norm_autograd.normalized_weights(
+        reference.Layers(weights, us, vs, dims), iterations, 1e-12, on.impl, {}
+    )
     used = [i for i in range(len(weights)) if i % 3]
-    incoming = [on.randn(*normalized[i].shape, seed=20 + i, dtype=weights[i].dtype) for i in used]
-    gradients = torch.autograd.grad([normalized[i] for i in used], weights, incoming, allow_unused=True)
+    grad_output = [on.randn(*normalized[i].shape, seed=20 + i, dtype=weights[i].dtype) for i in used]
+    gradients = torch.autograd.grad([normalized[i] for i in used], weights, grad_output, allow_unused=True)
     assert all(gradient is None for i, gradient in enumerate(gradients) if i % 3 == 0)
     return [*(x.detach() for x in normalized), *(x for x in gradients if x is not None), *us, *vs]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder
-from dcvae_fast.models.layers import copy_buffers, frozen, update_average
+from dcvae_fast.models.layers import copy_buffers, frozen, update_ema
 from dcvae_fast.training.plan import count_parameters, forward_flops
 
 
@@ -86,7 +86,7 @@ def test_averages():
     nn.init.constant_(network.weight, 3.0)
     assert average.running_mean is not None and network.running_mean is not None
     network.running_mean.fill_(5.0)
-    update_average(average, network, decay=0.75)
+    update_ema(average, network, decay=0.75)
     assert average.weight.tolist() == [1.5, 1.5]  # 0.75 · 1 + 0.25 · 3
     assert average.running_mean.tolist() == [0, 0]
     copy_buffers(average, network)

@@ -24,7 +24,7 @@ from dcvae_fast.reproduce import TABLES, report, runs, trainings
 from dcvae_fast.reproduce.paper import Key
 from dcvae_fast.run_folder import images_shown, read_metrics
 from dcvae_fast.training.loop import Outcome
-from dcvae_fast.training.plan import passages
+from dcvae_fast.training.plan import stage_ranges
 from dcvae_fast.training.schedule import stages
 from dcvae_pipelines import ImageSet
 
@@ -99,7 +99,9 @@ def test_a_budget_shortens_growth_in_proportion():
     (run,) = trainings(TABLES["table8"], Path("runs"), [], 30_000, configure)
     assert run.folder == Path("runs/table8/dc-vae")
     assert (run.config.growth.fade_images, run.config.growth.stable_images) == (2000, 2000)
-    assert [stretch.stage.resolution for stretch in passages(run.config)] == [s.resolution for s in stages(run.config)]
+    assert [stretch.stage.resolution for stretch in stage_ranges(run.config)] == [
+        s.resolution for s in stages(run.config)
+    ]
     assert run.remarks(30_000, 50_000) == ("shortened: 30,000 of 9,000,000 images, its growth in proportion",)
     (whole,) = trainings(TABLES["table8"], Path(), [], 10**9, configure)
     assert whole.config.train.images == whole.full and whole.config.growth.fade_images == 600_000

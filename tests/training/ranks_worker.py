@@ -53,14 +53,14 @@ GROWING = Config(
     loss=LossConfig(adversarial="wgan_gp"),
     contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
     optim=SMOOTH,
-    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+    train=TrainConfig(sampled_batch=None, n_critic=1, ema_decay=0.9),
 )
 CASES = {"fixed": FIXED, "growing": GROWING}
 
 
 def batch_of(step: TrainStep, number: int, refill: bool = False) -> Batch:
     """This rank's share of the images of an iteration."""
-    n = step.point.batch * step.ranks.world_size
+    n = step.schedule.batch * step.ranks.world_size
     generator = torch.Generator().manual_seed(2 * number + refill)
     shape = (n, step.config.model.image_channels, step.resolution, step.resolution)
     images = torch.rand(shape, generator=generator) * 2 - 1
@@ -70,8 +70,8 @@ def batch_of(step: TrainStep, number: int, refill: bool = False) -> Batch:
 
 def advance(step: TrainStep, until: int) -> None:
     while step.iterations < until:
-        if step.point.resolution != step.resolution:
-            step.grow(step.point)
+        if step.schedule.resolution != step.resolution:
+            step.grow(step.schedule)
             step.refill(batch_of(step, step.iterations + i, refill=True) for i in range(3))
         step(batch_of(step, step.iterations))
 

@@ -18,8 +18,8 @@ from dcvae_fast.run_folder import (
     load_weights,
     locked,
     prepare_run,
+    quarantine_newer,
     save_checkpoint,
-    set_newer_aside,
 )
 
 
@@ -145,7 +145,7 @@ def test_other_files_are_no_checkpoints(run):
 def test_damaged_checkpoints_take_no_place_among_those_kept(run):
     for images in (1, 2, 3):
         save_checkpoint(run, images, state(images), keep=3)
-    set_newer_aside(run, 2)
+    quarantine_newer(run, 2)
     save_checkpoint(run, 3, state(3), keep=2)
     assert checkpoints(run) == ["000000000002.pt", "000000000003.damaged", "000000000003.pt"]
 
@@ -167,7 +167,7 @@ def test_two_cannot_train_in_one_folder(run):
 
 
 def test_weights_are_the_encoder_and_the_averaged_decoder(run):
-    networks = {"encoder.a": 1.0, "decoder.b": 2.0, "decoder_average.b": 3.0, "discriminator.encoder.c": 4.0}
+    networks = {"encoder.a": 1.0, "decoder.b": 2.0, "decoder_ema.b": 3.0, "discriminator.encoder.c": 4.0}
     tensors = {name: torch.tensor(value) for name, value in networks.items()}
     step = {"networks": tensors, "resolution": 8, "alpha": 0.5}
     model = {"latent_dim": 3, "resolution": 32, "alpha": 1.0}

@@ -45,7 +45,7 @@ def assert_close(ours: TrainStep, eager: TrainStep, iterations: int, tolerance: 
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             # Rounding may change the rank of a positive that is nearly as similar as a negative.
-            most = 1 / eager.point.batch + 1e-6 if name.startswith("contrast/top1") else tolerance
+            most = 1 / eager.schedule.batch + 1e-6 if name.startswith("contrast/top1") else tolerance
             assert found[name].item() == pytest.approx(value.item(), rel=tolerance, abs=most), name
 
 

@@ -68,7 +68,7 @@ def test_units_and_one_adam_learn_the_same_bit_by_bit(case):
     in_units.engine = UnitEngine(
         in_units.networks, in_units.networks.groups(), config, scales=learning_rate_scales(in_units.networks)
     )
-    in_units.grow(in_units.point)
+    in_units.grow(in_units.schedule)
     for expected, metrics in zip(advance(ours, iterations), advance(in_units, iterations), strict=True):
         assert_equal(metrics, expected)
     assert_equal(dict(in_units.networks.state_dict()), dict(ours.networks.state_dict()))

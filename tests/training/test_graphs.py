@@ -25,7 +25,7 @@ SMALL = Config(
     ),
     contrast=ContrastConfig(negatives=50, momentum=0.9),
     optim=OptimConfig(lr=1e-3),
-    train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, average=0.9),
+    train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, ema_decay=0.9),
 )
 # Iterations: 8 at 4×4; 8 that fade in 8×8 and 8 at it; 8 that fade in 16×16 and then 16×16.
 GROWING = Config(
@@ -42,7 +42,7 @@ GROWING = Config(
     loss=LossConfig(adversarial="wgan_gp"),
     contrast=ContrastConfig(negatives=20, layers=("low", "final")),
     optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
-    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+    train=TrainConfig(sampled_batch=None, n_critic=1, ema_decay=0.9),
 )
 # Two iterations in each phase.
 GROWING_FAST = replace(GROWING, growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 8, 16: 8}))
@@ -50,7 +50,7 @@ GROWING_FAST = replace(GROWING, growth=GrowthConfig(fade_images=16, stable_image
 
 def batch_of(step: TrainStep, seed: int, n: int | None = None) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    n, r = n or step.point.batch, step.point.resolution
+    n, r = n or step.schedule.batch, step.schedule.resolution
     images = torch.rand(n, step.config.model.image_channels, r, r, generator=generator) * 2 - 1
     return Batch(images.to(step.device), torch.randint(30, (n,), generator=generator).to(step.device))
 
@@ -77,8 +77,8 @@ def with_graphs(config: Config) -> tuple[TrainStep, list[CpuRecorder]]:
 def advance(step: TrainStep, iterations: int, sizes: Sequence[int | None] = (None,)) -> Iterator[Metrics]:
     """Train, growing where it is time."""
     for i in range(iterations):
-        if step.point.resolution != step.resolution:
-            step.grow(step.point)
+        if step.schedule.resolution != step.resolution:
+            step.grow(step.schedule)
             step.refill([batch_of(step, 1000 + j) for j in range(3)])
         yield step(batch_of(step, i, sizes[i % len(sizes)]))
 
@@ -245,7 +245,7 @@ def test_a_plan_is_made_of_runs_with_graphs_too():
         ({}, None),
         ({"train.precision": "float16"}, "float16"),
         ({"train.zero": 1}, "DeepSpeed"),
-        ({"optim.fused": "apex"}, "optim.fused is apex"),
+        ({"optim.implementation": "apex"}, "optim.implementation is apex"),
         ({"device": "cpu"}, "the device is cpu"),
     ],
 )

@@ -30,7 +30,7 @@ CONFIG = Config(
     growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 4, 8: 4, 16: 4}),
     loss=LossConfig(adversarial="wgan_gp"),
     contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
-    train=TrainConfig(sampled_batch=None, n_critic=1, average=0.9),
+    train=TrainConfig(sampled_batch=None, n_critic=1, ema_decay=0.9),
 )
 
 
@@ -44,10 +44,10 @@ def advance(step: TrainStep, count: int) -> list[dict[str, float]]:
     """Iterations, with growth where it is due, on images of whichever resolution is."""
     metrics = []
     for _ in range(count):
-        if step.point.resolution != step.resolution:
-            step.grow(step.point)
+        if step.schedule.resolution != step.resolution:
+            step.grow(step.schedule)
             step.refill(batches(step.resolution, 3))
-        (batch,) = batches(step.resolution, 1, step.point.batch)
+        (batch,) = batches(step.resolution, 1, step.schedule.batch)
         metrics.append({name: value.item() for name, value in step(batch).items()})
     return metrics
 
@@ -55,12 +55,12 @@ def advance(step: TrainStep, count: int) -> list[dict[str, float]]:
 def test_growth_begins_anew_what_it_has_to_and_leaves_the_rest():
     step = TrainStep(CONFIG)
     advance(step, 4)
-    assert (step.images, step.resolution, step.point.resolution, step.point.alpha) == (16, 4, 8, 0.0)
+    assert (step.images, step.resolution, step.schedule.resolution, step.schedule.alpha) == (16, 4, 8, 0.0)
     contrast = step.networks.contrast
     assert contrast is not None and contrast.layers == ("final",)
     before = {name: value.clone() for name, value in step.networks.named_parameters()}
     assert step.engine.moments()
-    step.grow(step.point)
+    step.grow(step.schedule)
     for name, value in step.networks.named_parameters():
         assert torch.equal(value, before[name]), name
     assert not step.engine.moments()
@@ -81,8 +81,8 @@ def test_growth_begins_anew_what_it_has_to_and_leaves_the_rest():
     assert keys.shape == (1, 4, 5)
 
     advance(step, 8)
-    assert step.point.resolution == 16
-    step.grow(step.point)
+    assert step.schedule.resolution == 16
+    step.grow(step.schedule)
     assert contrast.layers == ("low", "final") and contrast.queue.keys.shape[0] == 2
 
 

@@ -90,7 +90,7 @@ def test_a_run_folder_holds_what_was_learned(uninterrupted):
     state = load_checkpoint(uninterrupted)
     assert state is not None
     model = DCVAE.from_pretrained(uninterrupted)
-    average = state["step"]["networks"]["decoder_average.linear.weight"]
+    average = state["step"]["networks"]["decoder_ema.linear.weight"]
     assert torch.equal(model.decoder.linear.weight, average)
     assert not torch.equal(average, state["step"]["networks"]["decoder.linear.weight"])
 

@@ -46,7 +46,7 @@ def gradients(step: int, device: torch.device) -> list[torch.Tensor]:
 def test_hundred_steps_are_those_of_plain_adam(kind: str, betas: tuple[float, float]):
     """With c of equalised learning rate; half-way the moments are handed on to another one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = OptimConfig(lr=1e-2, betas=betas, fused=kind)  # type: ignore[arg-type]
+    config = OptimConfig(lr=1e-2, betas=betas, implementation=kind)  # type: ignore[arg-type]
     mine, theirs = parameters(device), parameters(device)
     scales = {mine[0]: 0.25, mine[2]: 0.25}
     groups = [{"params": [p], "lr": 1e-2 * c, "eps": 1e-8 / c} for p, c in zip(theirs, (0.25, 1.0, 0.25), strict=True)]
@@ -77,7 +77,7 @@ def test_auto_is_apex_on_a_gpu_where_it_is_nvidias(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # another project of that name
     assert choose("auto", cuda) == choose("auto", CPU) == "torch"
     with pytest.raises(ConfigError, match="not the package called apex"):
-        adam(parameters(CPU), OptimConfig(fused="apex"))
+        adam(parameters(CPU), OptimConfig(implementation="apex"))
     optimizers = ModuleType("apex.optimizers")
     optimizers.FusedAdam = torch.optim.Adam  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)

@@ -12,15 +12,15 @@ from torch.utils.flop_counter import flop_registry
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
 from dcvae_fast.training.plan import (
     Cost,
-    Passage,
     PeakMemory,
+    StageRange,
     iteration_flops,
-    passages,
     plan,
     stage_costs,
+    stage_ranges,
     training_flops,
 )
-from dcvae_fast.training.schedule import point
+from dcvae_fast.training.schedule import schedule_at
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch, ImageSet
 
@@ -54,7 +54,7 @@ class Arithmetic(TorchDispatchMode):
 
 
 def batch_at(step: TrainStep) -> Batch:
-    n, resolution = step.point.batch, step.point.resolution
+    n, resolution = step.schedule.batch, step.schedule.resolution
     images = torch.zeros(n, step.config.model.image_channels, resolution, resolution, device=step.device)
     return Batch(images, torch.zeros(n, dtype=torch.int64, device=step.device))
 
@@ -62,7 +62,7 @@ def batch_at(step: TrainStep) -> Batch:
 def real_flops(step: TrainStep, images: int, iterations: int = 1) -> float:
     """Of a real iteration at this point of the growth, the mean over the first few."""
     step.images = images
-    step.grow(step.point)
+    step.grow(step.schedule)
     batch = batch_at(step)
     with Arithmetic() as arithmetic:
         for iteration in range(iterations):
@@ -72,11 +72,11 @@ def real_flops(step: TrainStep, images: int, iterations: int = 1) -> float:
 
 
 @pytest.fixture(scope="module")
-def stages() -> list[tuple[Passage, Cost]]:
-    return list(zip(passages(CONFIG), stage_costs(TrainStep(CONFIG, "meta")), strict=True))
+def stages() -> list[tuple[StageRange, Cost]]:
+    return list(zip(stage_ranges(CONFIG), stage_costs(TrainStep(CONFIG, "meta")), strict=True))
 
 
-def test_each_stage_takes_what_its_real_iterations_do(stages: list[tuple[Passage, Cost]]):
+def test_each_stage_takes_what_its_real_iterations_do(stages: list[tuple[StageRange, Cost]]):
     assert [str(stretch) for stretch, _ in stages] == ["4×4", "8×8 fading", "8×8", "16×16 fading", "16×16"]
     step = TrainStep(CONFIG)
     for stretch, cost in stages:
@@ -84,11 +84,11 @@ def test_each_stage_takes_what_its_real_iterations_do(stages: list[tuple[Passage
         assert cost.networks == sum(tensor.nbytes for tensor in step.networks.state_dict().values())
 
 
-def test_moments_are_those_that_training_keeps(stages: list[tuple[Passage, Cost]]):
+def test_moments_are_those_that_training_keeps(stages: list[tuple[StageRange, Cost]]):
     step, kept = TrainStep(CONFIG), {}
     while step.images < TRAIN.images:
-        if step.point.resolution != step.resolution:
-            step.grow(step.point)
+        if step.schedule.resolution != step.resolution:
+            step.grow(step.schedule)
         step(batch_at(step))
         found = step.engine.moments().values()
         moments = sum(moment.exp_avg.nbytes + moment.exp_avg_sq.nbytes for moment in found)
@@ -110,19 +110,19 @@ def test_arithmetic_is_averaged_over_what_not_every_iteration_does(config: Confi
 def test_stages_share_all_images_among_them(images: int, fade_images: int):
     growth = replace(CONFIG.growth, fade_images=fade_images)
     config = replace(CONFIG, growth=growth, train=replace(TRAIN, images=images))
-    passed = passages(config)
+    passed = stage_ranges(config)
     assert sum(stretch.last - stretch.first for stretch in passed) == images
     assert [stretch.first for stretch in passed] == [0, *(stretch.last for stretch in passed)][: len(passed)]
 
     iterations, shown = Counter(), 0
     while shown < images:
-        now = point(config, shown)
+        now = schedule_at(config, shown)
         iterations[now.resolution, now.alpha < 1, now.batch] += 1
         shown += now.batch
     assert iterations == {(p.stage.resolution, p.stage.fades, p.batch): p.iterations for p in passed}
 
 
-def test_a_page_for_networks_that_grow(stages: list[tuple[Passage, Cost]]):
+def test_a_page_for_networks_that_grow(stages: list[tuple[StageRange, Cost]]):
     images = ImageSet("noise", torch.zeros(70, 3, 16, 16, dtype=torch.uint8), None)
     page = plan(CONFIG, images, torch.device("cpu"))
     assert "forward, at 16×16" in page
@@ -160,7 +160,7 @@ def test_peak_memory_leaves_out_what_was_there():
 
 
 def test_a_whole_training_takes_its_iterations_and_less_once_some_are_done(
-    stages: list[tuple[Passage, Cost]], monkeypatch: pytest.MonkeyPatch
+    stages: list[tuple[StageRange, Cost]], monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
         patch.setattr("dcvae_fast.training.plan.stage_costs", lambda step: [cost for _, cost in stages])

@@ -262,6 +262,6 @@ def test_an_engine_or_an_adam_that_is_not_there_is_named(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"train\.engine is deepspeed, which cannot be imported"):
         TrainStep(replace(FIXED, train=replace(FIXED.train, engine="deepspeed")))
     monkeypatch.setitem(sys.modules, "apex", None)
-    step = TrainStep(replace(FIXED, optim=replace(FIXED.optim, fused="apex")))
+    step = TrainStep(replace(FIXED, optim=replace(FIXED.optim, implementation="apex")))
     with pytest.raises(ConfigError, match=r"NVIDIA's Apex \(apex\.optimizers; not the package called apex"):
         advance(step, 1)

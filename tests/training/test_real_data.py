@@ -8,7 +8,7 @@ from dcvae_pipelines import ImageSet, load_dataset
 
 NARROW = (
     "--loss.objective vae --model.latent_dim 32 --model.decoder_width 32 --model.encoder_width 32"
-    " --loss.kl_weight 3e-4 --optim.lr 1e-3 --train.batch 16 --train.average 0.99 --log.every 3200 --train.device cpu"
+    " --loss.kl_weight 3e-4 --optim.lr 1e-3 --train.batch 16 --train.ema_decay 0.99 --log.every 3200 --train.device cpu"
 ).split()
 
 

@@ -8,7 +8,7 @@ import pytest
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.training.schedule import Point, Stage, point, stages
+from dcvae_fast.training.schedule import ScheduleState, Stage, schedule_at, stages
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def config(resolution: int = 16, layers: tuple = ("final",), **growth) -> Config
     ],
 )
 def test_celebahq512_grows_as_progressive_gan(celebahq512: Config, images, resolution, alpha, batch):
-    assert point(celebahq512, images) == Point(resolution, alpha, batch, 1e-3)
+    assert schedule_at(celebahq512, images) == ScheduleState(resolution, alpha, batch, 1e-3)
 
 
 def test_stages_follow_one_another():
@@ -73,7 +73,7 @@ def test_without_fades_each_resolution_is_there_at_once():
     growing = config(fade_images=0, stable_images=50)
     assert stages(growing) == [Stage(4, 0, 50, False), Stage(8, 50, 50, False), Stage(16, 100, 50, False)]
     for images, resolution in ((0, 4), (49, 4), (50, 8), (99, 8), (100, 16), (10**9, 16)):
-        assert point(growing, images)[:2] == (resolution, 1.0)
+        assert schedule_at(growing, images)[:2] == (resolution, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -86,21 +86,21 @@ def test_without_fades_each_resolution_is_there_at_once():
 def test_growth_may_start_later(start, expected):
     growing = config(start=start, fade_images=30, stable_images=50, batch={8: 5, 16: 3})
     assert [(stage.resolution, stage.begin, stage.fades) for stage in stages(growing)] == expected
-    assert point(growing, 0) == Point(start, 1.0, {8: 5, 16: 3}[start], 1e-3)
-    assert point(growing, 10**9) == Point(16, 1.0, 3, 1e-3)
+    assert schedule_at(growing, 0) == ScheduleState(start, 1.0, {8: 5, 16: 3}[start], 1e-3)
+    assert schedule_at(growing, 10**9) == ScheduleState(16, 1.0, 3, 1e-3)
 
 
 def test_learning_rates_by_resolution_and_else_the_optimizers():
     growing = config(fade_images=30, stable_images=50, lr={8: 2e-3, 16: 3e-3})
     for images, lr in ((0, 1e-3), (49, 1e-3), (50, 2e-3), (80, 2e-3), (129, 2e-3), (130, 3e-3), (10**9, 3e-3)):
-        assert point(growing, images).lr == lr
+        assert schedule_at(growing, images).lr == lr
 
 
 def test_networks_of_one_resolution_do_not_grow():
     fixed = Config(train=TrainConfig(images=1_000, batch=7), growth=GrowthConfig(start=8, lr={32: 1.0}))
     assert stages(fixed) == [Stage(32, 0, 1_000, fades=False)]
     for images in (0, 999, 1_000, 10**9):
-        assert point(fixed, images) == Point(32, 1.0, 7, 2e-4)
+        assert schedule_at(fixed, images) == ScheduleState(32, 1.0, 7, 2e-4)
 
 
 @pytest.mark.parametrize(

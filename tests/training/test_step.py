@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcvae_fast.config import Config, ContrastConfig
 from dcvae_fast.distributed import SINGLE
 from dcvae_fast.models.autogan import Decoder
-from dcvae_fast.training.noise import NoiseSource, Variant
+from dcvae_fast.training.noise import NoiseSource, StepVariant
 from dcvae_fast.training.objectives import (
     Inputs,
     adversarial_objective,
@@ -20,7 +20,7 @@ from dcvae_fast.training.objectives import (
     instance_objective,
     reconstruct,
 )
-from dcvae_fast.training.schedule import Point
+from dcvae_fast.training.schedule import ScheduleState
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
@@ -114,7 +114,7 @@ class Plain:
                 for name in ("encoder", "decoder", "trunk", "heads"):
                     self.adam[name].step()
             losses |= {"loss/adversarial": g_loss, "loss/contrast": contrast}
-            decay, live = self.config.train.average, self.decoder.parameters()
+            decay, live = self.config.train.ema_decay, self.decoder.parameters()
             self.average = [decay * a + (1 - decay) * p.detach() for a, p in zip(self.average, live, strict=True)]
         self.images += B
         return {name: loss.item() for name, loss in losses.items()}
@@ -140,11 +140,11 @@ def assert_same(ours: TrainStep, plain: Plain) -> None:
     for name, group in plain.groups.items():
         for mine, theirs in zip(ours.engine.groups[name], group.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-    for mine, theirs in zip(ours.networks.decoder_average.parameters(), plain.average, strict=True):
+    for mine, theirs in zip(ours.networks.decoder_ema.parameters(), plain.average, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-    for mine, live in zip(ours.networks.decoder_average.buffers(), ours.networks.decoder.buffers(), strict=True):
+    for mine, live in zip(ours.networks.decoder_ema.buffers(), ours.networks.decoder.buffers(), strict=True):
         assert torch.equal(mine, live)
-    average = ours.networks.decoder_average
+    average = ours.networks.decoder_ema
     assert isinstance(average, Decoder)
     moved = average.norm.running_mean
     assert moved is not None and moved.abs().min() > 0
@@ -237,7 +237,7 @@ def test_vae_gan_compares_features_and_leaves_the_discriminator_alone():
     batch = batches(1)[0]
     metrics = step(batch)
     # The same state just before the instance step: one step of the discriminator and one of the autoencoder later.
-    networks, variant = plain.networks, Variant(autoencoder=True, r1=False, local=False)
+    networks, variant = plain.networks, StepVariant(autoencoder=True, r1=False, local=False)
     noise = NoiseSource(config, torch.device("cpu"), SINGLE).draw(B, variant, shown=0)
     assert noise.again is not None
     inputs = Inputs(batch.images, batch.ids, noise.posterior)
@@ -268,7 +268,7 @@ def test_objectives_of_micro_batches_add_up_to_that_of_the_batch(objective):
     """The networks at 32×32 have statistics of a batch, which do not add up; those that grow are tested here."""
     config = replace(GROWING, loss=replace(GROWING.loss, objective=objective, order="joint"))
     step = TrainStep(config)
-    step.grow(Point(16, 1.0, 8, 1e-3))
+    step.grow(ScheduleState(16, 1.0, 8, 1e-3))
     generator = torch.Generator().manual_seed(0)
     images, prior, noise = (torch.randn(8, *shape, generator=generator) for shape in ((1, 16, 16), (6,), (6,)))
     inputs = Inputs(images, torch.arange(8), noise, prior if config.loss.has_gan else None)

@@ -321,12 +321,12 @@ def _store_state(state, row, present, rows, maximum, share, negatives):
 
 
 @triton.jit
-def _load_state(state, incoming, rows, row, present):
-    """The maximum, the share of a weight of 1, and that of all negatives; both shares times the incoming gradient."""
+def _load_state(state, grad_output, rows, row, present):
+    """Return the maximum, and the weights of 1 and of all negatives, each times grad_output."""
     maximum = tl.load(state + row, mask=present, other=0.0)
     share = tl.load(state + rows + row, mask=present, other=0.0)
     negatives = tl.load(state + 2 * rows + row, mask=present, other=0.0)
-    arriving = tl.load(incoming, mask=present, other=0.0).to(tl.float32)
+    arriving = tl.load(grad_output, mask=present, other=0.0).to(tl.float32)
     return maximum, share * arriving, negatives * arriving
 
 
@@ -418,8 +418,8 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def weights_kernel(
-    x, y, x_ids, y_ids, valid, temperature, incoming, x_state, y_state, workspace,
-    x_scale_stride, x_stride, y_scale_stride, y_stride, incoming_scale_stride, incoming_stride,
+    x, y, x_ids, y_ids, valid, temperature, grad_output, x_state, y_state, workspace,
+    x_scale_stride, x_stride, y_scale_stride, y_stride, grad_output_scale_stride, grad_output_stride,
     X, Y, part, inverse_temperature,
     D: tl.constexpr, NORMALIZE: tl.constexpr, IN_BATCH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -427,7 +427,7 @@ def weights_kernel(
     """Partial sums Σ_y weight(x, y)·ŷ of BLOCK_X rows x over `part` rows y: what pulls at x̂, times τ.
 
     With x_state, x are queries of the loss and y their keys; with y_state, the other way round; with both, symmetric.
-    incoming: the gradient that arrives at the queries' losses. Workspace [splits, scales × X, D].
+    grad_output: the gradient that arrives at the queries' losses. Workspace [splits, scales × X, D].
     """
     PARTS_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     part_d = tl.program_id(0) % PARTS_D
@@ -435,7 +435,7 @@ def weights_kernel(
     scale = tl.program_id(2)
     x += scale.to(tl.int64) * x_scale_stride
     y += scale.to(tl.int64) * y_scale_stride
-    incoming += scale.to(tl.int64) * incoming_scale_stride
+    grad_output += scale.to(tl.int64) * grad_output_scale_stride
     to_log2 = _inverse_temperature(temperature, inverse_temperature) * LOG2E
 
     xs = tl.program_id(0) // PARTS_D * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -450,7 +450,11 @@ def weights_kernel(
     x_inverse = _inverse_norm(squares, NORMALIZE)
     if x_state is not None:
         x_maximum, x_share, x_negatives = _load_state(
-            x_state + scale * X, incoming + xs.to(tl.int64) * incoming_stride, tl.num_programs(2) * X, xs, x_present
+            x_state + scale * X,
+            grad_output + xs.to(tl.int64) * grad_output_stride,
+            tl.num_programs(2) * X,
+            xs,
+            x_present,
         )
 
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
@@ -469,7 +473,11 @@ def weights_kernel(
             positives += x_negatives[:, None]
         if y_state is not None:
             y_maximum, y_share, y_negatives = _load_state(
-                y_state + scale * Y, incoming + ys.to(tl.int64) * incoming_stride, tl.num_programs(2) * Y, ys, y_present
+                y_state + scale * Y,
+                grad_output + ys.to(tl.int64) * grad_output_stride,
+                tl.num_programs(2) * Y,
+                ys,
+                y_present,
             )
             weights += y_share[None, :] * tl.exp2((similarity - y_maximum[None, :]) * to_log2)
             positives += y_negatives[None, :]
@@ -600,10 +608,10 @@ TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.f
 def forward(
     inputs: Inputs, settings: Settings, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `dcvae_kernels.fused.forward`."""
+    """See `dcvae_kernels.info_nce_autograd.forward`."""
     with_dq, with_dk, with_dtemperature, with_state, with_rank = wanted
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
-    number, normalize, symmetric, reduction, _ = settings
+    tau, normalize, symmetric, reduction, _ = settings
     shape = q.shape[:-1]
     q, k = _rows_by_features(q), _rows_by_features(k)
     scales, batch, dim = q.shape
@@ -638,7 +646,7 @@ def forward(
             q, k, workspace, mirror, temperature,
             loss, given(rank), given(dq), given(dk), given(dtemperature), given(state),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-            batch, rows, splits, 1 / number, loss_weight(reduction, rows),
+            batch, rows, splits, 1 / tau, loss_weight(reduction, rows),
             D=dim, NORMALIZE=normalize, GRADIENT=gradient, REDUCE=reduce,
             BLOCK_B=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=size.losses,
             num_warps=8, **LAUNCH,
@@ -649,7 +657,7 @@ def forward(
 def _sweep(inputs: Inputs, settings: Settings, gradient: bool) -> tuple[Tensor, int]:
     """A workspace of partial sums, and into how many parts the negatives were split."""
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
-    number, normalize = settings.temperature, settings.normalize
+    tau, normalize = settings.tau, settings.normalize
     negatives = k if queue is None else queue
     scales, batch, dim = q.shape
     count = negatives.shape[1]
@@ -662,9 +670,9 @@ def _sweep(inputs: Inputs, settings: Settings, gradient: bool) -> tuple[Tensor, 
     sweep_kernel[grid](
         q, k, negatives, query_ids, negative_ids, valid, temperature, workspace,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), negatives.stride(0), negatives.stride(1),
-        batch, count, part, 1 / number,
+        batch, count, part, 1 / tau,
         D=dim, NORMALIZE=normalize, IN_BATCH=queue is None,
-        FIXED=normalize and temperature is None and 2 / number < FIXED_MAXIMUM_BELOW, GRADIENT=gradient,
+        FIXED=normalize and temperature is None and 2 / tau < FIXED_MAXIMUM_BELOW, GRADIENT=gradient,
         DOT=TRITON_DTYPES[dtype], PRECISION=size.precision,
         BLOCK_B=size.own, BLOCK_K=size.other, BLOCK_D=size.features,
         num_warps=size.warps, num_stages=size.stages, **LAUNCH,
@@ -673,17 +681,17 @@ def _sweep(inputs: Inputs, settings: Settings, gradient: bool) -> tuple[Tensor, 
 
 
 def backward_sweep(
-    inputs: Inputs, settings: Settings, incoming: Tensor, state: Tensor, of_keys: bool, with_dtemperature: bool
+    inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `dcvae_kernels.fused.backward_sweep`."""
+    """See `dcvae_kernels.info_nce_autograd.backward_sweep`."""
     q, temperature, k, queue, valid, query_ids, key_ids = inputs
-    number, normalize, symmetric, reduction, _ = settings
+    tau, normalize, symmetric, reduction, _ = settings
     in_batch = queue is None
     k = k if in_batch else queue
     factor = loss_weight(reduction, state.shape[-1]) / (2 if symmetric else 1)
     query_ids, key_ids = _contiguous(query_ids), _contiguous(key_ids)
     mirror = state[1] if state.shape[0] == 2 else None
-    if of_keys:
+    if wrt_keys:
         x, y, x_ids, y_ids, x_state, y_state = k, q, key_ids, query_ids, mirror, state[0]
     else:
         x, y, x_ids, y_ids, x_state, y_state = q, k, query_ids, key_ids, state[0], mirror
@@ -700,13 +708,13 @@ def backward_sweep(
     size = tiles(dim, dtype, q.shape[:-1].numel())
     splits, part = _splits(own, other, scales, size, dim, x.device)
     workspace = x.new_empty(splits * rows * dim, dtype=torch.float32)
-    incoming = incoming.expand(scales, q.shape[-2])
+    grad_output = grad_output.expand(scales, q.shape[-2])
     with on_device(x.device):
         grid = (triton.cdiv(own, size.own) * triton.cdiv(dim, size.features), splits, scales)
         weights_kernel[grid](
-            x, y, x_ids, y_ids, valid, temperature, incoming, x_state, y_state, workspace,
-            x.stride(0), x.stride(1), y.stride(0), y.stride(1), incoming.stride(0), incoming.stride(1),
-            own, other, part, 1 / number,
+            x, y, x_ids, y_ids, valid, temperature, grad_output, x_state, y_state, workspace,
+            x.stride(0), x.stride(1), y.stride(0), y.stride(1), grad_output.stride(0), grad_output.stride(1),
+            own, other, part, 1 / tau,
             D=dim, NORMALIZE=normalize, IN_BATCH=in_batch, DOT=TRITON_DTYPES[dtype], PRECISION=size.precision,
             BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
             num_warps=size.warps, num_stages=size.stages, **LAUNCH,
@@ -714,7 +722,7 @@ def backward_sweep(
         block = blocks(dim, splits)
         project_kernel[(triton.cdiv(rows, block.rows),)](
             x, workspace, valid, temperature, dx, dtemperature if with_dtemperature else None,
-            x.stride(0), x.stride(1), own, rows, splits, 1 / number, factor,
+            x.stride(0), x.stride(1), own, rows, splits, 1 / tau, factor,
             D=dim, NORMALIZE=normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
             num_warps=8, **LAUNCH,
         )  # fmt: skip

@@ -190,14 +190,14 @@ def inner_kernel(
     row_present = row < _size(layers, layer, HEIGHT)
     address = _chosen(addresses, layer, COUNT)
     if address != NOTHING:
-        incoming = address.to(tl.pointer_type(normalized.dtype.element_ty))
+        grad_output = address.to(tl.pointer_type(normalized.dtype.element_ty))
         normalized += _field(layers, layer, PART)
         total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for first in range(0, _size(layers, layer, WIDTH), BLOCK_COLUMNS):
             present, at, _ = _columns(layers, layer, first, BLOCK_COLUMNS)
             at = row[:, None] * _size(layers, layer, ROW_STRIDE) + at[None, :]
             mask = row_present[:, None] & present[None, :]
-            tile = tl.load(incoming + at, mask=mask, other=0.0).to(tl.float32)
+            tile = tl.load(grad_output + at, mask=mask, other=0.0).to(tl.float32)
             total += tile * tl.load(normalized + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(parts + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
@@ -213,7 +213,7 @@ def gradient_kernel(
     row_present = row < _size(layers, layer, HEIGHT)
     address = _chosen(addresses, layer, COUNT)
     if address != NOTHING:
-        incoming = address.to(tl.pointer_type(gradients.dtype.element_ty))
+        grad_output = address.to(tl.pointer_type(gradients.dtype.element_ty))
         gradients += _field(layers, layer, PART)
         parts += _field(layers, layer, FIRST_BLOCK)
         inner = tl.zeros((256,), tl.float32)
@@ -229,7 +229,7 @@ def gradient_kernel(
             present, at, index = _columns(layers, layer, first, BLOCK_COLUMNS)
             at = row[:, None] * _size(layers, layer, ROW_STRIDE) + at[None, :]
             mask = row_present[:, None] & present[None, :]
-            tile = tl.load(incoming + at, mask=mask, other=0.0).to(tl.float32)
+            tile = tl.load(grad_output + at, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(vs + index, mask=present, other=0.0)
             tl.store(gradients + at, (tile - u[:, None] * v[None, :]) / sigma, mask=mask)
 
@@ -329,11 +329,11 @@ def update(plan: Plan, weights: Sequence[Tensor], n_power_iterations: int, eps: 
     return _parts(plan, normalized), Saved(normalized, us, vs, sigmas)
 
 
-def gradients(plan: Plan, saved: Saved, incoming: Sequence[Tensor | None]) -> list[Tensor]:
+def gradients(plan: Plan, saved: Saved, grad_output: Sequence[Tensor | None]) -> list[Tensor]:
     """dW of each weight, undefined where nothing comes in."""
     laid_out = [
         x if x is None or x.stride() == stride else x.new_empty_strided(size, stride).copy_(x)
-        for x, (_, size, stride) in zip(incoming, plan.parts, strict=True)
+        for x, (_, size, stride) in zip(grad_output, plan.parts, strict=True)
     ]
     addresses = tuple(NOTHING if x is None else x.data_ptr() for x in laid_out)
     result = torch.empty_like(saved.normalized)

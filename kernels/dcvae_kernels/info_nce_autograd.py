@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dcvae_kernels import chunked
 from dcvae_kernels.arguments import Inputs, Settings
-from dcvae_kernels.choice import is_batched
+from dcvae_kernels.dispatch import is_batched
 from dcvae_kernels.reference import accumulate_dtype, info_nce_reference
 
 
@@ -46,12 +46,12 @@ def forward(
 
 
 def backward_sweep(
-    inputs: Inputs, settings: Settings, incoming: Tensor, state: Tensor, of_keys: bool, with_dtemperature: bool
+    inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient by q, or with `of_keys` by the queue (by k where there is no queue).
+    """Return the gradient by q, or with `wrt_keys` by the queue (by k where there is no queue).
 
     Args:
-        incoming: the gradient that arrives at the loss, 0-d or [S, B] / [B].
+        grad_output: the gradient that arrives at the loss, 0-d or [S, B] / [B].
         state: from `forward`.
 
     Returns:
@@ -59,14 +59,14 @@ def backward_sweep(
         dtemperature: the gradient by τ, row by row [S·B] or [S·K]; empty if not wanted.
     """
     implementation = _implementation(settings.implementation)
-    return implementation.backward_sweep(inputs, settings, incoming, state, of_keys, with_dtemperature)
+    return implementation.backward_sweep(inputs, settings, grad_output, state, wrt_keys, with_dtemperature)
 
 
 # Operators for torch.compile, which does not trace into them. An operator cannot take a tuple of mixed types, so inputs
 # and settings are flat here.
 ARGUMENTS = (
     "Tensor q, Tensor? temperature, Tensor k, Tensor? queue, Tensor? valid, Tensor? query_ids, Tensor? negative_ids, "
-    "float number, bool normalize, bool symmetric, str reduction, str implementation"
+    "float tau, bool normalize, bool symmetric, str reduction, str implementation"
 )
 
 
@@ -88,7 +88,8 @@ def forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "dcvae_kernels::info_nce_backward",
     mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor incoming, Tensor state, bool of_keys, bool with_dtemperature) -> (Tensor, Tensor)",
+    schema=f"({ARGUMENTS}, Tensor grad_output, Tensor state, bool wrt_keys, bool with_dtemperature)"
+    " -> (Tensor, Tensor)",
 )
 def backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     return backward_sweep(*_unflatten(arguments))
@@ -111,9 +112,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @backward_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, _, _, _, of_keys, with_dtemperature = _unflatten(arguments)
+    inputs, _, _, _, wrt_keys, with_dtemperature = _unflatten(arguments)
     keys = inputs.k if inputs.queue is None else inputs.queue
-    x = keys if of_keys else inputs.q
+    x = keys if wrt_keys else inputs.q
     rows = x.shape[:-1].numel() if with_dtemperature else 0
     return x.new_empty(x.shape), x.new_empty(rows, dtype=accumulate_dtype(inputs.q, keys))
 
@@ -158,33 +159,33 @@ class FusedInfoNCE(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if incoming is None:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
             return (None,) * 10
         compiling = torch.compiler.is_compiling()
-        if not compiling and (torch.is_grad_enabled() or is_batched(incoming)):
-            return None, None, None, *_differentiable_gradients(ctx, incoming), None, None, None
+        if not compiling and (torch.is_grad_enabled() or is_batched(grad_output)):
+            return None, None, None, *_differentiable_gradients(ctx, grad_output), None, None, None
         dq, dk, dtemperature, state, *tensors = ctx.saved_tensors
         q, temperature, k, queue = tensors[:4]
         settings = ctx.settings
         needs_q, needs_temperature, needs_k, needs_queue = ctx.needs_input_grad[3:7]
 
-        def sweep(of_keys: bool) -> tuple[Tensor, Tensor]:
-            more = (incoming, state, of_keys, needs_temperature and not of_keys)
+        def sweep(wrt_keys: bool) -> tuple[Tensor, Tensor]:
+            more = (grad_output, state, wrt_keys, needs_temperature and not wrt_keys)
             if compiling:
                 return backward_operator(*tensors, *settings, *more)
             return backward_sweep(Inputs(*tensors), settings, *more)
 
-        dqueue = sweep(of_keys=True)[0] if needs_queue else None
+        dqueue = sweep(wrt_keys=True)[0] if needs_queue else None
         if settings.symmetric and (needs_q or needs_temperature):
-            dq, dtemperature = sweep(of_keys=False)
+            dq, dtemperature = sweep(wrt_keys=False)
         elif needs_q or needs_temperature:
-            dq = (dq * incoming[..., None]).to(q.dtype) if needs_q else dq
-            dtemperature = dtemperature * incoming if needs_temperature else dtemperature
+            dq = (dq * grad_output[..., None]).to(q.dtype) if needs_q else dq
+            dtemperature = dtemperature * grad_output if needs_temperature else dtemperature
         if needs_k and queue is None:
-            dk = sweep(of_keys=True)[0]
+            dk = sweep(wrt_keys=True)[0]
         elif needs_k:
-            dk = (dk * incoming[..., None]).to(k.dtype)
+            dk = (dk * grad_output[..., None]).to(k.dtype)
         return (
             *(None,) * 3,
             dq if needs_q else None,
@@ -195,7 +196,7 @@ class FusedInfoNCE(torch.autograd.Function):
         )
 
 
-def _differentiable_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients by the first four inputs from the plain definition; in grad mode, with a graph."""
     q, temperature, *keys = ctx.saved_tensors[4:]
     if ctx.frozen is not None:
@@ -213,7 +214,7 @@ def _differentiable_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None
         loss, _ = definition(Inputs(*aliases, *rest), ctx.settings, with_rank=False)
     needs = ctx.needs_input_grad[3:7]
     wanted = [x for x, needed in zip(aliases, needs, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(loss, wanted, incoming, create_graph=create_graph))
+    gradients = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph))
     return tuple(next(gradients) if needed else None for needed in needs)
 
 
@@ -223,7 +224,7 @@ def definition(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Ten
         inputs.q,
         inputs.k,
         inputs.queue,
-        temperature=settings.temperature if inputs.temperature is None else inputs.temperature,
+        temperature=settings.tau if inputs.temperature is None else inputs.temperature,
         normalize=settings.normalize,
         valid=inputs.valid,
         query_ids=inputs.query_ids,

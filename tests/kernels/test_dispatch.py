@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dcvae_kernels import choice, info_nce, spectral_norm
+from dcvae_kernels import dispatch, info_nce, spectral_norm
 
 info_nce_module = sys.modules["dcvae_kernels.info_nce"]
 spectral_norm_module = sys.modules["dcvae_kernels.spectral_norm"]
@@ -21,9 +21,9 @@ CUDA = torch.device("cuda:0")
 def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    choice._obstacle_to_building.cache_clear()
+    dispatch._obstacle_to_building.cache_clear()
     yield
-    choice._obstacle_to_building.cache_clear()
+    dispatch._obstacle_to_building.cache_clear()
 
 
 def script(path: Path, text: str) -> Path:
@@ -34,27 +34,27 @@ def script(path: Path, text: str) -> Path:
 
 def test_a_compiler_and_headers_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
-    assert choice.obstacle_to_triton(CUDA) is None
+    assert dispatch.obstacle_to_triton(CUDA) is None
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     for _ in range(2):
-        assert choice.obstacle_to_triton(CUDA) == "it needs a C compiler: install gcc, or set CC to the path of one"
+        assert dispatch.obstacle_to_triton(CUDA) == "it needs a C compiler: install gcc, or set CC to the path of one"
     (message,) = caplog.messages  # once
     assert message.startswith("Triton's kernels cannot be launched: it needs a C compiler: install gcc")
 
 
 def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
-    obstacle = choice.obstacle_to_triton(CUDA)
+    obstacle = dispatch.obstacle_to_triton(CUDA)
     assert obstacle == f"the C compiler {tmp_path / 'cc'} cannot be run (No such file or directory)"
 
 
 def test_without_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 1")))
-    obstacle = choice.obstacle_to_triton(CUDA)
+    obstacle = dispatch.obstacle_to_triton(CUDA)
     assert obstacle is not None and obstacle.endswith("Python.h; install Python's headers (python3-dev)")
 
 
@@ -65,12 +65,12 @@ def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(info_nce_module, "needs_definition", lambda *_: False)  # fake tensors are a subclass
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
     assert info_nce_module._choose("auto", on_gpu, on_gpu) == "triton"
-    choice._obstacle_to_building.cache_clear()
+    dispatch._obstacle_to_building.cache_clear()
     monkeypatch.setenv("CC", "/absent")
     assert info_nce_module._choose("torch", on_gpu, on_gpu) == "torch" and not caplog.messages
     assert info_nce_module._choose("auto", on_gpu, on_gpu) == "torch" and caplog.messages
     for module in (info_nce_module, spectral_norm_module):
-        monkeypatch.setattr(module, "obstacle_to_triton", lambda device: choice.obstacle_to_triton(CUDA))
+        monkeypatch.setattr(module, "obstacle_to_triton", lambda device: dispatch.obstacle_to_triton(CUDA))
     with pytest.raises(ValueError, match=r'impl="triton" cannot be used: the C compiler /absent cannot be run'):
         info_nce(q, q, impl="triton")
     with pytest.raises(ValueError, match=r'impl="triton" cannot be used for layer .* the C compiler /absent cannot'):

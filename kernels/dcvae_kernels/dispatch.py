@@ -83,9 +83,9 @@ def _obstacle_to_building() -> str | None:
     return obstacle
 
 
-def is_batched(incoming: Tensor) -> bool:
+def is_batched(grad_output: Tensor) -> bool:
     """Whether a gradient stands for many at once, as with `torch.autograd.grad(..., is_grads_batched=True)`."""
-    return is_batchedtensor(incoming) or is_legacy_batchedtensor(incoming)
+    return is_batchedtensor(grad_output) or is_legacy_batchedtensor(grad_output)
 
 
 def needs_definition(*tensors: Tensor) -> bool:

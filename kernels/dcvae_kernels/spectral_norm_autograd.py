@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcvae_kernels.choice import needs_definition, obstacle_to_triton
+from dcvae_kernels.dispatch import needs_definition, obstacle_to_triton
 from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update, without_autocast
 
 
@@ -65,10 +65,10 @@ class GroupedSpectralNorm(torch.autograd.Function):
         return tuple(normalized)
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(incoming)
+    def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(grad_output)
         weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        wanted = [x if needed else None for x, needed in zip(incoming, ctx.needs_input_grad[-count:], strict=True)]
+        wanted = [x if needed else None for x, needed in zip(grad_output, ctx.needs_input_grad[-count:], strict=True)]
         if torch.is_grad_enabled() or ctx.plan is None:
             with without_autocast(weights[0].device):
                 gradients = _gradients(ctx, weights, saved, wanted)
@@ -80,7 +80,7 @@ class GroupedSpectralNorm(torch.autograd.Function):
 
 
 def _gradients(
-    ctx: Any, weights: Sequence[Tensor], saved: Sequence[Tensor], incoming: Sequence[Tensor | None]
+    ctx: Any, weights: Sequence[Tensor], saved: Sequence[Tensor], grad_output: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """dW of each weight, with a graph of its own if grad mode is on: for second derivatives."""
     count = len(weights)
@@ -91,7 +91,7 @@ def _gradients(
         widths = [weight.numel() // height for weight, height in zip(weights, heights, strict=True)]
         normalized, us, vs, sigmas = weights, saved[1].split(heights), saved[2].split(widths), saved[3].unbind()
     gradients: list[Tensor | None] = []
-    for arrived, *layer, u, v, dim in zip(incoming, weights, normalized, sigmas, us, vs, ctx.dims, strict=True):
+    for arrived, *layer, u, v, dim in zip(grad_output, weights, normalized, sigmas, us, vs, ctx.dims, strict=True):
         weight, divided, sigma = layer
         if arrived is None:
             gradients.append(None)
@@ -129,8 +129,8 @@ def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -
     return [torch.where(*triple) for triple in zip(known.unbind(), directions, previous, strict=True)], norms
 
 
-def _gradient(incoming: Tensor, normalized: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
+def _gradient(grad_output: Tensor, normalized: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     others = [n for i, n in enumerate(normalized.shape) if i != dim]
     u = u.view([-1 if i == dim else 1 for i in range(normalized.ndim)])
-    along = torch.dot(incoming.reshape(-1), normalized.reshape(-1)) * u
-    return torch.addcmul(incoming, along, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
+    along = torch.dot(grad_output.reshape(-1), normalized.reshape(-1)) * u
+    return torch.addcmul(grad_output, along, v.view(others).unsqueeze(dim), value=-1).div_(sigma)

@@ -1,0 +1,41 @@
+"""Old names of settings and networks, so that files of earlier versions still load. Imports no torch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dcvae_fast.errors import ConfigError
+
+SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementation"}
+NETWORKS = {"decoder_average": "decoder_ema"}
+
+
+def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration, as in config.yaml, with the current names of its settings."""
+    config = {name: dict(values) if isinstance(values, dict) else values for name, values in config.items()}
+    for old, new in SETTINGS.items():
+        section, option = old.split(".")
+        values = config.get(section)
+        if isinstance(values, dict) and option in values:
+            values.setdefault(new.partition(".")[2], values.pop(option))
+    return config
+
+
+def rename_networks(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict of `Networks` with the current names of the networks."""
+    renamed = {}
+    for key, value in state.items():
+        network, dot, rest = key.partition(".")
+        renamed[NETWORKS.get(network, network) + dot + rest] = value
+    return renamed
+
+
+def check_names(arguments: Iterable[str]) -> None:
+    """Check that a command line uses the current names of settings.
+
+    Raises:
+        ConfigError: it uses an old name; the message gives the current one.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and name in SETTINGS:
+            raise ConfigError(f"--{name} has been renamed; use --{SETTINGS[name]}.")

@@ -1,0 +1,65 @@
+"""Files of earlier versions load under the current names; the command line requires the current names."""
+
+import pytest
+import torch
+import yaml
+
+from dcvae_fast.commands.train import parse_config
+from dcvae_fast.config import Config, to_dict
+from dcvae_fast.errors import ConfigError, RunError
+from dcvae_fast.renamed import NETWORKS, SETTINGS
+from dcvae_fast.run_folder import load_checkpoint, load_weights, prepare_run
+
+
+def old_config() -> dict:
+    """The default configuration as an earlier version wrote it."""
+    config = to_dict(Config())
+    for old, new in SETTINGS.items():
+        section, option = new.split(".")
+        config[section][old.partition(".")[2]] = config[section].pop(option)
+    return config
+
+
+def test_every_current_name_is_a_setting():
+    config = to_dict(Config())
+    for name in SETTINGS.values():
+        section, option = name.split(".")
+        assert option in config[section]
+
+
+def test_a_run_folder_with_old_names_is_continued(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    stored = old_config()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    prepare_run(tmp_path, Config())
+    stored["train"]["average"] = 0.5
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(RunError, match=r"train\.ema_decay: 0\.5 → 0\.999"):
+        prepare_run(tmp_path, Config())
+
+
+def test_a_checkpoint_with_old_names_is_loaded(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    weights = {"encoder.a": torch.zeros(2), "decoder_average.a": torch.ones(2), "decoder.a": torch.zeros(2)}
+    step = {"images": 4, "networks": weights, "resolution": 32, "alpha": 1.0}
+    state = {"format": 3, "config": old_config(), "step": step, "sources": [{}]}
+    torch.save(state, tmp_path / "checkpoints" / f"{4:012d}.pt")
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded["config"] == to_dict(Config())
+    assert list(loaded["step"]["networks"]) == ["encoder.a", "decoder_ema.a", "decoder.a"]
+    assert torch.equal(load_weights(tmp_path)[1]["decoder.a"], torch.ones(2))
+    assert NETWORKS == {"decoder_average": "decoder_ema"}
+
+
+def test_a_recipe_file_with_old_names_is_read(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train: {average: 0.5, images: 7}\noptim: {fused: torch}\n")
+    config = parse_config(["--recipe", str(recipe)]).config
+    assert (config.train.ema_decay, config.train.images, config.optim.implementation) == (0.5, 7, "torch")
+
+
+@pytest.mark.parametrize("arguments", [["--train.average", "0.9"], ["--train.average=0.9"]])
+def test_an_old_name_on_the_command_line_is_refused(arguments):
+    with pytest.raises(ConfigError, match=r"--train\.average has been renamed; use --train\.ema_decay\."):
+        parse_config(["--recipe", "digits", *arguments])
