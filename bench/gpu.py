@@ -1,8 +1,8 @@
 """Run the tests and benchmarks that need a GPU, and print a summary that fits on one screen.
 
 With `--first`, for a machine on which the project has never run, also check the device, run each op and each kind of
-training iteration once, and train, stop, resume and sample, all within 470 seconds. A failing part does not stop later
-parts.
+training iteration once, and train, stop, resume and sample (test_smoke.py), all within 470 seconds. A failing part does
+not stop later parts.
 
 Needs only a checkout, Python 3.11, torch, Triton, pytest and pytest-benchmark. Installs and downloads nothing. Skips
 whatever needs other packages, and names it. Runs tests in parallel if pytest-xdist is installed. Writes results to
@@ -23,9 +23,8 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import outcomes
@@ -35,24 +34,31 @@ from results import Document
 
 FIRST_SECONDS = 470
 # Time limits in seconds. At its limit a job gets SIGINT, so that it can write its results, and GRACE later SIGKILL.
-DEVICE_SECONDS, SMOKE_SECONDS, TRAIN_SECONDS, TESTS_SECONDS, TEST_SECONDS = 40, 150, 170, 180, 120
-GRACE = 10
-# A benchmark that reaches its limit starts no new measurement and has OVERTIME to finish the current one.
-BENCHMARKS = {"info_nce": 110, "spectral_norm": 40, "step": 420, "switches": 420, "pipelines": 50}
-OVERTIME = 20
-CHECKS = ("device", "smoke", "train")
-PARTS = (*CHECKS, "tests", *BENCHMARKS)
+# A benchmark starts no new measurement in the last OVERTIME seconds before its limit.
+GRACE, OVERTIME, TEST_SECONDS = 10, 20, 120
+CHECKS = {"device": 40, "ops": 150, "iterations": 150, "fast-iterations": 150, "train": 170, "train-eager": 170}
+BENCHMARKS = {"info_nce": 110, "spectral_norm": 60, "step": 440, "switches": 440, "pipelines": 70}
+LIMITS = {**CHECKS, "tests": 180, **BENCHMARKS}
+SMOKE = {
+    "device": "test_device",
+    "ops": "test_info_nce_op or test_spectral_norm_op",
+    "iterations": "test_iterations and (none or graphs)",
+    "fast-iterations": "test_iterations and ours",
+    "train": "test_training and fast",
+    "train-eager": "test_training and eager",
+}
+# The jobs of each part.
+PARTS = {"device": ["device"], "smoke": ["ops", "iterations", "fast-iterations"], "train": ["train", "train-eager"]}
+PARTS |= {name: [name] for name in ("tests", *BENCHMARKS)}
 USUAL = ("tests", "info_nce", "spectral_norm", "pipelines")
-FIRST = (*CHECKS, "tests", "info_nce", "spectral_norm", "step")
+FIRST = ("device", "smoke", "train", "tests", "info_nce", "spectral_norm", "step")
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
 TEST_FOLDERS = ("training", "kernels", "pipelines", "models", "evaluation", "bench")  # the slowest first
 TEST_FILES = sorted(path.name for path in (results.ROOT / "tests").glob("test_*.py"))
 ALL_TESTS = [f"tests/{name}" for name in (*TEST_FOLDERS, *TEST_FILES)]
 WORKERS = 10
 NOT_PACKED = ("checkpoints", "tensorboard")
-OUTCOMES = "outcomes.jsonl"
 REHEARSAL = {"CUDA_VISIBLE_DEVICES": "", results.REHEARSAL_VARIABLE: "1"}
-COMPILE_THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,13 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for results and logs; default: bench/results, build/gpu")
     choices = f"{', '.join(PARTS)}, or test files and ids"
     parser.add_argument("--only", nargs="+", metavar="PART", help=f"{choices}; default: {', '.join(USUAL)}")
-    parser.add_argument("--seconds", type=float, help=f"time for everything; with --first {FIRST_SECONDS}")
     rehearsal = "on the CPU, small, without time limits; writes only to --out"
     parser.add_argument("--cpu-rehearsal", action="store_true", help=rehearsal)
     options = parser.parse_args(arguments)
     if options.first and options.out is None:
         parser.error("--first needs --out DIR, a folder for results and logs")
-    only = options.only or list(FIRST if options.first else USUAL)
+    only = options.only or (FIRST if options.first else USUAL)
     if unknown := [part for part in only if part not in PARTS and not (results.ROOT / part.split("::")[0]).exists()]:
         parser.error(f"--only {unknown[0]}: choose from {choices}")
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
@@ -78,19 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):  # handle like Ctrl-C: kill all jobs, pack the logs
         signal.signal(number, signal.default_int_handler)
-    seconds = options.seconds or (FIRST_SECONDS if options.first else math.inf)
     with tempfile.TemporaryDirectory() as temporary:
+        logs = Path(temporary) / "logs"
         out = options.out or (Path(temporary) / "results" if options.cpu_rehearsal else results.COMMITTED)
-        run = Run(Path(temporary) / "logs", out, options.cpu_rehearsal, time.monotonic() + seconds)
-        try:
-            run.run(only)
-        except KeyboardInterrupt:
-            run.add(["interrupted: the rest was not run"], failed=True)
-        finally:
-            if options.out is not None or not options.cpu_rehearsal:
-                run.pack(options.out or results.ROOT / "build" / "gpu")
-    print("\n" + "\n".join(run.summary), flush=True)
-    return int(run.failed)
+        summary, failed = run(only, logs, out, options.cpu_rehearsal, FIRST_SECONDS if options.first else math.inf)
+        if options.out is not None or not options.cpu_rehearsal:
+            pack(logs, summary, options.out or results.ROOT / "build" / "gpu")
+    print("\n" + "\n".join(summary), flush=True)
+    return int(failed)
 
 
 def has_gpu() -> bool:
@@ -99,39 +99,94 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-# --- jobs: Python processes that run in parallel, each with a time limit and a log ---
+def run(only: Sequence[str], logs: Path, out: Path, rehearsal: bool, seconds: float) -> tuple[list[str], bool]:
+    """Run parts and return the lines of a summary, and whether something failed.
+
+    Args:
+        logs: folder for <job>.log and for a folder per job, passed to the job as $OUT
+        out: folder for result files
+        seconds: time limit for everything
+    """
+    tests = [part for part in only if part not in PARTS]
+    chosen = {*only, "tests"} if tests else {*only}
+    # Checks and tests run in parallel; the device and the benchmarks are measured alone.
+    groups = [["device"], [*PARTS["smoke"], *PARTS["train"], "tests"], *([name] for name in BENCHMARKS)]
+    groups = [[name for name in group if chosen & {part for part in PARTS if name in PARTS[part]}] for group in groups]
+    end, summary, failed = time.monotonic() + seconds, [], False
+    try:
+        for names in groups:
+            if end - time.monotonic() <= GRACE + OVERTIME:
+                summary += [f"{name}: no time left" for name in names]
+                continue
+            left = math.inf if rehearsal else end - time.monotonic() - GRACE
+            limits = {name: math.inf if rehearsal else min(LIMITS[name], left) for name in names}
+            jobs = [Job(name, arguments(name, limits[name], tests or ALL_TESTS, out), limits[name]) for name in names]
+            with contextlib.closing(run_jobs(jobs, logs, rehearsal)) as ended_jobs:
+                for ended in ended_jobs:
+                    lines, job_failed = outcome_lines(ended, logs / ended.name)
+                    print(lines[0], flush=True)
+                    summary += lines
+                    failed |= job_failed
+                    if ended.name in BENCHMARKS:
+                        summary += result_lines(ended.name, out)
+    except KeyboardInterrupt:
+        return [*summary, "interrupted: the rest was not run"], True
+    return summary, failed
+
+
+# --- jobs: pytest processes, each with a time limit and a log ---
 
 
 class Job(NamedTuple):
-    """A Python process.
-
-    Attributes:
-        command: arguments of the Python interpreter
-        seconds: time limit, may be infinite
-        log: file for stdout and stderr, or None for the terminal
-        environment: additional variables
-    """
+    """A pytest process with its arguments and its time limit in seconds."""
 
     name: str
-    command: Sequence[str]
+    arguments: Sequence[str]
     seconds: float
-    log: Path | None = None
-    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Ended(NamedTuple):
     """How a job ended: its exit status, or None if it was stopped at its time limit, and how long it ran."""
 
-    job: Job
+    name: str
     status: int | None
     seconds: float
 
-    def __str__(self) -> str:
-        how = "stopped at its time limit" if self.status is None else f"exit status {self.status}"
-        return f"{self.job.name}: {how}, {self.seconds:.0f} s"
+
+def arguments(name: str, seconds: float, tests: Sequence[str], out: Path) -> list[str]:
+    """Return pytest's arguments for a job with a time limit."""
+    if name in BENCHMARKS:
+        options = ["-q", "-s", "--benchmark-quiet", f"--results={out.resolve()}", f"--deadline={seconds - OVERTIME}"]
+        return [f"bench/test_{name}.py", *options]
+    if name in SMOKE:
+        return ["bench/test_smoke.py", "-k", SMOKE[name], "-v", "-s", "--tb=short"]
+    options = ["-m", "gpu", "-v", "--tb=short", "--no-header", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        options += ["--timeout", str(TEST_SECONDS)]
+    return [*tests, *options]
 
 
-def run_jobs(jobs: Sequence[Job]) -> Generator[Ended]:
+def run_benchmark(name: str, out: Path, rehearsal: bool, *more: str) -> int:
+    """Run a benchmark in the terminal, without a log, and return pytest's exit status."""
+    command = pytest_command([*arguments(name, LIMITS[name], [], out), *more])
+    return subprocess.run(command, cwd=results.ROOT, env=environment(rehearsal)).returncode
+
+
+def pytest_command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider"]
+
+
+def environment(rehearsal: bool) -> dict[str, str]:
+    paths = [str(results.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    variables = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    return {**inherited, **variables, **(REHEARSAL if rehearsal else {})}
+
+
+def run_jobs(jobs: Sequence[Job], logs: Path, rehearsal: bool) -> Generator[Ended]:
     """Run jobs in parallel, and yield each one when it ends.
 
     Kill the children of a job when it ends, and all jobs if the caller stops iterating or presses Ctrl-C.
@@ -139,32 +194,31 @@ def run_jobs(jobs: Sequence[Job]) -> Generator[Ended]:
     begin, running = time.monotonic(), {}
     try:
         for job in jobs:
-            running[start(job)] = job
+            running[start(job, logs, rehearsal)] = job
         while running:
             for process in [process for process in running if process.poll() is not None]:
                 kill(process)  # its children
-                status = None if process.returncode in (124, 128 + signal.SIGKILL) else process.returncode
-                yield Ended(running.pop(process), status, time.monotonic() - begin)
+                job, seconds = running.pop(process), time.monotonic() - begin
+                yield Ended(job.name, process.returncode if seconds < job.seconds else None, seconds)
             time.sleep(0.05)
     finally:
         for process in running:
             kill(process)
 
 
-def start(job: Job) -> subprocess.Popen:
-    limit = 0 if math.isinf(job.seconds) else job.seconds
-    paths = [str(results.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-    variables = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **job.environment}
-    with contextlib.ExitStack() as stack:
-        log = job.log and stack.enter_context(job.log.open("w", encoding="utf-8"))
+def start(job: Job, logs: Path, rehearsal: bool) -> subprocess.Popen:
+    folder = logs / job.name
+    folder.mkdir(parents=True)
+    limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", "0" if math.isinf(job.seconds) else str(job.seconds)]
+    plugin = ["-p", "outcomes", f"--outcomes={folder / outcomes.FILE}"]
+    threads = {"OMP_NUM_THREADS": "1"} if job.name == "tests" else {}
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(limit), sys.executable, *job.command],
+            [*limit, *pytest_command([*job.arguments, *plugin])],
             cwd=results.ROOT,
-            env=inherited | variables,
+            env={**environment(rehearsal), **threads, "OUT": str(folder)},
             stdout=log,
-            stderr=log and subprocess.STDOUT,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
@@ -176,193 +230,67 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def smoke_jobs() -> list[Job]:
-    """Run the ops and training iterations once: float32 eager, float32 with graphs, and the fast path."""
-    return [
-        smoke_job("ops", ["ops"], SMOKE_SECONDS),
-        smoke_job("iterations", ["step", "none", "graphs"], SMOKE_SECONDS),
-        smoke_job("fast-iterations", ["step", "ours"], SMOKE_SECONDS),
-    ]
+# --- summary ---
 
 
-def train_jobs() -> list[Job]:
-    """Train the digits with the default settings, and without torch.compile and CUDA graphs."""
-    eager = ["--train.compile", "false", "--train.graphs", "false"]
-    return [smoke_job(name, ["train", *s], TRAIN_SECONDS) for name, s in (("train", []), ("train-eager", eager))]
-
-
-def smoke_job(name: str, arguments: list[str], seconds: float) -> Job:
-    return Job(name, ["bench/smoke.py", *arguments], seconds, environment=COMPILE_THREADS)
-
-
-def tests_job(tests: Sequence[str], outcomes_file: Path) -> Job:
-    """Run the tests marked gpu among `tests`, in parallel if pytest-xdist is installed."""
-    command = ["-m", "pytest", *tests, "-m", "gpu", "-v", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
-    command += ["--continue-on-collection-errors", "-p", "outcomes", f"--outcomes={outcomes_file}"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
-    if importlib.util.find_spec("pytest_timeout") is not None:
-        command += ["--timeout", str(TEST_SECONDS)]
-    return Job("tests", command, TESTS_SECONDS, environment={"OMP_NUM_THREADS": "1", **COMPILE_THREADS})
-
-
-def run_benchmark(
-    name: str,
-    out: Path,
-    rehearsal: bool,
-    only: str | None = None,
-    seconds: float | None = None,
-    log: Path | None = None,
-) -> tuple[Path | None, Ended]:
-    """Run bench/test_NAME.py. Return the result file, or None if there is none, and how pytest ended.
-
-    Args:
-        only: pytest's -k
-        seconds: time limit; default: BENCHMARKS[name]
-        log: file for its output; default: the terminal
-    """
-    seconds = seconds or BENCHMARKS[name]
-    before = {path: path.stat().st_mtime_ns for path in out.glob(f"*/{name}.json")}
-    command = ["-m", "pytest", f"bench/test_{name}.py", "-q", "-s", "--benchmark-quiet", f"--results={out.resolve()}"]
-    command += ["-p", "no:cacheprovider", f"--deadline={seconds}"] + (["-k", only] if only else [])
-    (ended,) = run_jobs([Job(name, command, seconds + OVERTIME, log, REHEARSAL if rehearsal else {})])
-    written = [path for path in out.glob(f"*/{name}.json") if path.stat().st_mtime_ns != before.get(path)]
-    return (written[0] if written else None), ended
-
-
-# --- the run and its summary ---
-
-
-class Run:
-    """Run parts, and collect a summary and logs.
-
-    Args:
-        logs: folder to create; receives <job>.log and a folder per job, passed to the job as $OUT
-        out: folder for result files
-        end: deadline for all parts, in seconds of time.monotonic()
-
-    Attributes:
-        summary: lines to print at the end
-        failed: whether a check, a test or a benchmark failed
-    """
-
-    def __init__(self, logs: Path, out: Path, rehearsal: bool, end: float):
-        self.logs, self.out, self.rehearsal, self.end = logs, out, rehearsal, end
-        self.summary: list[str] = []
-        self.failed = False
-        logs.mkdir(parents=True)
-
-    def run(self, only: Sequence[str]) -> None:
-        if "device" in only:  # alone, because it measures
-            self.run_checks([smoke_job("device", ["device"], DEVICE_SECONDS)])
-        jobs = [*(smoke_jobs() if "smoke" in only else []), *(train_jobs() if "train" in only else [])]
-        tests = [part for part in only if part not in PARTS]
-        if "tests" in only or tests:
-            jobs.append(tests_job(tests or ALL_TESTS, self.logs / "tests" / OUTCOMES))
-        self.run_checks(jobs)
-        for name in (name for name in BENCHMARKS if name in only):
-            self.run_benchmark(name)
-
-    def add(self, lines: list[str], failed: bool) -> None:
-        self.summary += lines
-        self.failed |= failed
-
-    def limit(self, seconds: float, reserve: float) -> float:
-        """Return `seconds`, or less if the time left for all parts, minus `reserve`, is shorter."""
-        return math.inf if self.rehearsal else min(seconds, self.end - time.monotonic() - reserve)
-
-    def run_checks(self, jobs: Sequence[Job]) -> None:
-        prepared = []
-        for job in jobs:
-            folder = self.logs / job.name
-            folder.mkdir()
-            environment = {**job.environment, "OUT": str(folder), **(REHEARSAL if self.rehearsal else {})}
-            seconds = max(1.0, self.limit(job.seconds, GRACE))
-            prepared.append(job._replace(log=folder.with_suffix(".log"), environment=environment, seconds=seconds))
-        with contextlib.closing(run_jobs(prepared)) as ended_jobs:
-            for ended in ended_jobs:
-                print(ended, flush=True)
-                self.add(*(tests_lines if ended.job.name == "tests" else check_lines)(ended))
-
-    def run_benchmark(self, name: str) -> None:
-        seconds = self.limit(BENCHMARKS[name], OVERTIME + GRACE)
-        if seconds <= 0:
-            self.add([f"{name}: no time left"], failed=False)
-            return
-        path, ended = run_benchmark(name, self.out, self.rehearsal, seconds=seconds, log=self.logs / f"{name}.log")
-        print(ended, flush=True)
-        self.add([f"{ended}, {path or 'no result file'}"], failed=ended.status != 0)
-        self.add(benchmark_lines(results.read(path)) if path else [], failed=False)
-
-    def pack(self, folder: Path) -> None:
-        """Write the summary, the logs and the jobs' folders to `folder`/logs.tar.gz."""
-        path = folder / "logs.tar.gz"
-        self.summary.append(f"logs: {path}")
-        (self.logs / "summary.txt").write_text("\n".join(self.summary) + "\n", encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w:gz") as archive:
-            archive.add(self.logs, "logs", filter=lambda x: None if Path(x.name).name in NOT_PACKED else x)
-
-
-def check_lines(ended: Ended) -> tuple[list[str], bool]:
-    """Return the summary lines of a bench/smoke.py job, and whether a check failed.
-
-    For the device, all results are listed; for other jobs, only totals, skipped checks and failures.
-    """
-    assert ended.job.log is not None
-    lines = ended.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    passed, skipped, failures = ([x for x in lines if x.startswith(w)] for w in ("ok ", "skipped ", "FAILED "))
-    name, stopped = ended.job.name, "stopped at its time limit, " if ended.status is None else ""
-    result = [f"{name}: {len(passed)} passed, {len(failures)} failed, {stopped}{ended.seconds:.0f} s"]
-    result += [line.removeprefix("ok").strip() for line in passed] if name == "device" else []
-    if ended.status not in (0, None) and not failures:
-        failures = [f"FAILED  {name}: exit status {ended.status}, last line: {lines[-1] if lines else ''}"]
-    return result + skipped + failures, bool(failures) or ended.status is None
-
-
-def tests_lines(ended: Ended) -> tuple[list[str], bool]:
-    """Return the summary lines of the tests (totals, then one line per failure), and whether a test failed.
+def outcome_lines(ended: Ended, folder: Path) -> tuple[list[str], bool]:
+    """Return a job's totals, its reasons for skips (except of the tests) and its failures, and whether it failed.
 
     A file that cannot be collected because a package is missing is listed with the package, not as a failure.
     """
-    count, failed, uncollected = Counter(), [], []
-    tests = outcomes.read(Path(ended.job.environment["OUT"]) / OUTCOMES)
+    count, lines, uncollected = Counter(), [], []
+    tests = outcomes.read(folder / outcomes.FILE)
     for test in tests:
-        text = test.get("text", "")
+        text, name = test.get("text", ""), test["test"]
         absent = re.search(r"ModuleNotFoundError: No module named '((?!dcvae_)[\w.]+)'", text)
-        if test["outcome"] == "failed" and absent and "::" not in test["test"]:
-            uncollected.append(f"{test['test']} (needs {absent[1]})")
+        if test["outcome"] == "failed" and absent and "::" not in name:
+            uncollected.append(f"{name} (needs {absent[1]})")
             continue
         count[test["outcome"]] += 1
         if test["outcome"] == "failed":
-            lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")] or text.splitlines()
-            failed.append(f"FAILED  {test['test']}: {lines[0][:160] if lines else 'no message'}")
-    total = f"tests: {count['passed']} passed, {count['skipped']} skipped, {len(failed)} failed, {ended.seconds:.0f} s"
+            errors = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")] or text.splitlines()
+            lines.append(f"FAILED  {name}: {errors[0][:160] if errors else 'no message'}")
+        elif test["outcome"] == "skipped" and ended.name != "tests":
+            lines.append(f"skipped {name.partition('::')[2]}: {text.rpartition('Skipped: ')[2].strip(chr(39) + ')')}")
+    numbers = ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
+    total = f"{ended.name}: {numbers}, {ended.seconds:.0f} s"
     total += f"; not collected: {', '.join(uncollected)}" if uncollected else ""
     total += "; stopped at the time limit, the rest not run" if ended.status is None else ""
     # pytest also exits with 1 if a file could not be collected, and with 5 if no test was selected.
     broken = ended.status not in (0, 1, 5, None) or (ended.status == 1 and not tests)
     total += f"; pytest's exit status {ended.status}, see its log" if broken else ""
-    return [total, *failed], bool(failed) or broken or ended.status is None
+    facts = folder / "summary.txt"
+    lines += facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
+    return [total, *lines], count["failed"] > 0 or broken or ended.status is None
 
 
-def benchmark_lines(document: Document) -> list[str]:
-    """Return summary lines: tables, failures of our implementation, what was not measured, missing packages."""
-    lines = tables.tables(document).replace("\n\n", "\n").splitlines()
-    unmeasured: dict[str, dict[str, list[str]]] = {}
-    for row in document["rows"]:
-        for cell in row["cells"]:
-            reasons = [reason for reason in (cell["reason"], cell["graph_reason"]) if reason]
-            for reason in reasons:
-                if reason in results.UNMEASURED:
-                    unmeasured.setdefault(reason, {}).setdefault(row["name"], []).append(cell["peer"])
-                elif cell["peer"] == "ours":
-                    lines.append(f"FAILED  {row['name']}, ours, {cell['mode']}: {reason}")
-    for reason, rows in unmeasured.items():
-        names = [f"{row} ({', '.join(dict.fromkeys(peers))})" for row, peers in rows.items()]
-        lines.append(f"{reason}: {', '.join(names)}")
+def result_lines(name: str, out: Path) -> list[str]:
+    """Return the newest result's tables, what was not measured for lack of time, and missing packages."""
+    paths = sorted(out.glob(f"*/{name}.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not paths:
+        return [f"{name}: no result file"]
+    document: Document = results.read(paths[-1])
+    lines = [str(paths[-1]), *tables.tables(document).replace("\n\n", "\n").splitlines()]
+    for reason in results.UNMEASURED:
+        rows = [
+            f"{row['name']} ({', '.join(peers)})"
+            for row in document["rows"]
+            if (peers := dict.fromkeys(c["peer"] for c in row["cells"] if reason in (c["reason"], c["graph_reason"])))
+        ]
+        lines += [f"{reason}: {', '.join(rows)}"] if rows else []
     absent = [package for package, version in document["packages"].items() if version is None]
     return lines + ([f"not installed: {', '.join(absent)}"] if absent else [])
+
+
+def pack(logs: Path, summary: list[str], folder: Path) -> None:
+    """Write the summary, the logs and the jobs' folders to `folder`/logs.tar.gz."""
+    path = folder / "logs.tar.gz"
+    summary.append(f"logs: {path}")
+    logs.mkdir(exist_ok=True)
+    (logs / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(logs, "logs", filter=lambda x: None if Path(x.name).name in NOT_PACKED else x)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,28 @@ compiled. Inputs stay where they are between calls, so small ones are in the cac
 wall   Time of a call from Python. pytest-benchmark times batches of calls by `torch.utils.benchmark.timer`, which waits
        for the device. `triton.testing.do_bench` would fill a buffer before each call to clear the L2 cache; while the
        GPU does that, Python runs ahead, which hides up to 0.1 ms of launches.
-graph  Time of a call replayed from a CUDA graph, by `triton.testing.do_bench_cudagraph`, which does not clear the cache.
+graph  Time of a call replayed from a CUDA graph: `triton.testing.do_bench_cudagraph`, which does not clear it either.
 
 torch keeps its default settings: float32 products are not rounded to tf32.
 """
 
 import contextlib
 import gc
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.benchmark import Timer, timer
 
 import results
-from results import NO_TIME, NOT_RUN, Document, Target
+from results import NO_TIME, NOT_RUN, Document
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -46,28 +48,19 @@ class Absent(Unavailable):
     """Raised where this machine lacks something; does not count as a failure, not even of our implementation."""
 
 
-class Row(Protocol):
-    """One problem. `description` holds everything that distinguishes it, and an op's minimum of bytes and FLOPs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def targets(self) -> Sequence[Target]: ...
-    def shrunk(self) -> "Row": ...
-    def description(self) -> Document: ...
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """Contents of a result file.
 
     Attributes:
+        rows: problems, with a name, targets, `shrunk` for a rehearsal, and `description`: everything that distinguishes
+            a problem and, of an op, the minimum of bytes and FLOPs
         packages: distributions whose versions it records
         on_cpu: whether times on a CPU are of interest; otherwise a run on a CPU is a rehearsal
     """
 
     name: str
-    rows: Sequence[Row]
+    rows: Sequence[Any]
     peers: Iterable[str]
     packages: Sequence[str] = ()
     modes: Sequence[str] = MODES
@@ -138,7 +131,7 @@ def fill(
     if failure is not None:
         benchmark.skipped = True
         if not device_works():
-            pytest.exit(f"{peer} in row {row.name} left the device unusable: {failure}", returncode=1)
+            pytest.exit(f"{peer} in row {row.name} left the device unusable: {failure}", returncode=3)
         if peer == "ours" and not out_of_time and not isinstance(failure, Absent):
             pytest.fail(str(failure), pytrace=False)
 
@@ -152,6 +145,19 @@ def one_sentence(error: BaseException) -> str:
     quoted = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
     text = f"{type(error).__name__}: {quoted[-1] if quoted else lines[0] if lines else 'no message'}"
     return text if len(text) <= 160 else text[:159] + "…"
+
+
+def imported(module: str, package: str) -> ModuleType:
+    """
+    Raises:
+        Absent: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] == module.partition(".")[0]:
+            raise Absent(f"{package} is not installed") from None
+        raise
 
 
 def device_works() -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+FILE = "outcomes.jsonl"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="write a line for each test to this file")

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -129,72 +129,41 @@ class Target(NamedTuple):
     """A number that our implementation must reach in a row.
 
     Attributes:
-        what: the quantity, to follow the row's name
-        required: its smallest allowed value
-        measure: takes the document and the row; returns the quantity (None if not measured) and the implementation
-            that ours is compared with
+        what: describes the quantity, after the row's name
+        required: smallest allowed value
+        quantity: "speed" or "memory", as a multiple of an implementation's; "rate", as a share of the device's; "busy",
+            the share of an iteration that is not waiting for data
+        against: implementation, "others" for the fastest one, or rate
+        timing: of ours; implementations without a time from a graph compete with their time from Python
     """
 
     what: str
     required: float
-    measure: Callable[[Document, Document], tuple[float | None, str | None]]
+    quantity: str = "speed"
+    against: str = "eager"
+    timing: str = "wall"
+    mode: str | None = None
 
 
-HOW = {"wall": ", called from Python", "graph": ", replayed"}
-
-
-def faster(required: float, than: str, timing: str = "wall", what: str | None = None) -> Target:
-    """Target for how many times faster ours is than an implementation.
-
-    An implementation that cannot be captured in a graph competes with its time from Python.
-    """
-
-    def measure(document: Document, row: Document) -> tuple[float | None, str]:
-        cells = cells_of(row)
-        time = median(cells[than], "fastest" if timing == "graph" else "wall") if is_final(cells[than]) else None
-        return ratio(time, median(cells["ours"], timing)), than
-
-    return Target(what or f"times faster than {than}{HOW[timing]}", required, measure)
-
-
-def faster_than_others(required: float) -> Target:
-    """Target for how many times faster ours is, replayed, than the fastest other implementation."""
-
-    def measure(document: Document, row: Document) -> tuple[float | None, str | None]:
-        cells = cells_of(row)
-        ours = median(cells.pop("ours"), "graph")
-        times = [(time, peer) for peer, cell in cells.items() if (time := median(cell, "fastest"))]
-        if not times or not all(map(is_final, cells.values())):  # an unmeasured one may be the fastest
-            return None, None
-        time, peer = min(times)
-        return ratio(time, ours), peer
-
-    return Target("times faster than the fastest other, replayed", required, measure)
-
-
-def rate_share(required: float, rate: str, what: str, timing: str, mode: str | None = None) -> Target:
-    """Target for the share of one of the device's measured rates that ours reaches."""
-
-    def measure(document: Document, row: Document) -> tuple[float | None, None]:
-        floor = floor_us(document, row, rate, mode or "forward_backward")
-        return ratio(floor, median(cells_of(row, mode)["ours"], timing)), None
-
-    return Target(what, required, measure)
-
-
-def less_memory(required: float, than: str) -> Target:
-    """Target for how many times less memory a call needs beyond its inputs than an implementation."""
-
-    def measure(document: Document, row: Document) -> tuple[float | None, str]:
-        cells = cells_of(row)
-        return ratio(cells[than]["peak_bytes"], cells["ours"]["peak_bytes"]), than
-
-    return Target(f"times less extra memory than {than}", required, measure)
-
-
-def is_final(cell: Document) -> bool:
-    """Return whether the cell has both times, or reasons that another run would not change."""
-    return cell["reason"] not in UNMEASURED and cell["graph_reason"] not in UNMEASURED
+def measured(target: Target, document: Document, row: Document) -> tuple[float | None, str | None]:
+    """Return a target's quantity, None if it was not measured, and the implementation that ours is compared with."""
+    cells = cells_of(row, target.mode)
+    ours, peer = cells.pop("ours"), target.against
+    if target.quantity == "busy":
+        share = ours.get("waiting_share")
+        return None if share is None else 1 - share, None
+    if target.quantity == "rate":
+        floor = floor_us(document, row, peer, target.mode or "forward_backward")
+        return ratio(floor, median(ours, target.timing)), None
+    if target.quantity == "memory":
+        return ratio(cells[peer]["peak_bytes"], ours["peak_bytes"]), peer
+    rivals = cells if peer == "others" else {peer: cells[peer]}
+    # Another run may measure a rival that is faster than those measured so far.
+    final = all({cell["reason"], cell["graph_reason"]}.isdisjoint(UNMEASURED) for cell in rivals.values())
+    timing = "fastest" if target.timing == "graph" else "wall"
+    times = [(time, name) for name, cell in rivals.items() if (time := median(cell, timing))]
+    time, peer = min(times) if times and final else (None, None if peer == "others" else peer)
+    return ratio(time, median(ours, target.timing)), peer
 
 
 def target_entries(document: Document, targets: Mapping[str, Sequence[Target]]) -> list[Document]:
@@ -202,8 +171,8 @@ def target_entries(document: Document, targets: Mapping[str, Sequence[Target]]) 
     entries = []
     for row in document["rows"]:
         for target in targets[row["name"]]:
-            value, against = target.measure(document, row)
+            value, peer = measured(target, document, row)
             value = None if value is None or document["rehearsal"] else float(f"{value:.3g}")
             entry = {"row": row["name"], "what": target.what, "required": target.required, "measured": value}
-            entries.append({**entry, "against": against, "met": None if value is None else value >= target.required})
+            entries.append({**entry, "against": peer, "met": None if value is None else value >= target.required})
     return entries

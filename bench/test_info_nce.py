@@ -5,7 +5,6 @@ of every implementation are first compared with a float64 reference.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +16,8 @@ from torch import Tensor
 
 import harness
 from dcvae_kernels import info_nce
-from harness import MODES, Unavailable
-from results import Document, Target, faster, faster_than_others, less_memory, rate_share
+from harness import MODES, Unavailable, imported
+from results import Document, Target
 
 TEMPERATURE = 0.07
 # Largest error of the loss (relative to it, or to 1 if that is more) and of a gradient (Frobenius norm). The bounds for
@@ -60,16 +59,27 @@ class Row:
         return {**{f: getattr(self, f) for f in fields}, "floors": {mode: self.floor(mode) for mode in MODES}}
 
 
-HALF_RATE = rate_share(0.5, "bfloat16", "share of the measured bfloat16 matrix rate", "graph")
+def faster_than_others(required: float) -> Target:
+    return Target("times faster than the fastest other, replayed", required, against="others", timing="graph")
+
+
+LARGE = (
+    faster_than_others(1.5),
+    Target("share of the measured bfloat16 matrix rate", 0.5, "rate", "bfloat16", "graph"),
+    Target("times less extra memory than eager", 100, "memory"),
+)
+DCVAE = (faster_than_others(5), Target("times faster than eager, called from Python", 10))
+CLIP = (Target("times faster than inf_cl, replayed", 3, against="inf_cl", timing="graph"),)
+COMMON = (faster_than_others(1.5),)
 ROWS = (
-    Row("dcvae", 128, 8096, 16, "float32", scales=2, targets=(faster_than_others(5), faster(10, "eager"))),
+    Row("dcvae", 128, 8096, 16, "float32", scales=2, targets=DCVAE),
     Row("dcvae-b1024", 1024, 8096, 16, "float32", scales=2),
-    Row("large", 4096, 65536, 128, "bfloat16", targets=(faster_than_others(1.5), HALF_RATE, less_memory(100, "eager"))),
-    Row("clip", 32768, None, 512, "bfloat16", symmetric=True, targets=(faster(3, "inf_cl", "graph"),)),
-    Row("moco-fp32", 256, 65536, 128, "float32", targets=(faster_than_others(1.5),)),
-    Row("moco-bf16", 256, 65536, 128, "bfloat16", targets=(faster_than_others(1.5),)),
-    Row("simclr-fp32", 4096, None, 128, "float32", targets=(faster_than_others(1.5),)),
-    Row("simclr-bf16", 4096, None, 128, "bfloat16", targets=(faster_than_others(1.5),)),
+    Row("large", 4096, 65536, 128, "bfloat16", targets=LARGE),
+    Row("clip", 32768, None, 512, "bfloat16", symmetric=True, targets=CLIP),
+    Row("moco-fp32", 256, 65536, 128, "float32", targets=COMMON),
+    Row("moco-bf16", 256, 65536, 128, "bfloat16", targets=COMMON),
+    Row("simclr-fp32", 4096, None, 128, "float32", targets=COMMON),
+    Row("simclr-bf16", 4096, None, 128, "bfloat16", targets=COMMON),
 )
 
 
@@ -196,32 +206,35 @@ def compiled(problem: Problem) -> Loss:
     return _fastest(problem, [partial(torch.compile(f, dynamic=False), *_arguments(problem)) for f in FORMULATIONS])
 
 
-def open_clip(problem: Problem) -> Loss:
-    """open_clip's code: features are scaled, and each direction has its own product."""
-    _in_batch_only(problem)
-    labels = torch.arange(len(problem.q), device=problem.q.device)
+def both_ways(problem: Problem, one_way: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """In-batch loss of normalised q and k; if the row is symmetric, the mean of both directions."""
+    if problem.queue is not None:
+        raise Unavailable("it has no queue")
 
     def loss() -> Tensor:
         q, k = F.normalize(problem.q, dim=-1), F.normalize(problem.k, dim=-1)
-        per_query = F.cross_entropy(1 / TEMPERATURE * q @ k.mT, labels)
-        if not problem.row.symmetric:
-            return per_query
-        return (per_query + F.cross_entropy(1 / TEMPERATURE * k @ q.mT, labels)) / 2
+        return (one_way(q, k) + one_way(k, q)) / 2 if problem.row.symmetric else one_way(q, k)
 
     return loss
+
+
+def open_clip(problem: Problem) -> Loss:
+    """open_clip's code: features are scaled, and each direction has its own product."""
+    labels = torch.arange(problem.row.batch, device=problem.q.device)
+    return both_ways(problem, lambda q, k: F.cross_entropy(1 / TEMPERATURE * q @ k.mT, labels))
 
 
 def info_nce_pytorch(problem: Problem) -> Loss:
     if problem.row.symmetric:
         raise Unavailable("it compares in one direction only")
-    package = _imported("info_nce", "info-nce-pytorch")
+    package = imported("info_nce", "info-nce-pytorch")
     return _over_scales(problem, _queues(problem), partial(package.info_nce, temperature=TEMPERATURE))
 
 
 def lightly(problem: Problem) -> Loss:
     if problem.queue is None:
         raise Unavailable("its in-batch loss is NT-Xent, which also contrasts queries with queries")
-    module = _imported("lightly.loss.ntx_ent_loss", "lightly")
+    module = imported("lightly.loss.ntx_ent_loss", "lightly")
     losses = []
     for queue in _queues(problem):
         loss = module.NTXentLoss(temperature=TEMPERATURE, memory_bank_size=tuple(queue.shape))
@@ -238,41 +251,35 @@ def inf_cl(problem: Problem) -> Loss:
     """
     if problem.row.batch % 64:
         raise Unavailable("its gradients are NaN unless B is a multiple of 64")
-    flash, ring = (_imported(f"inf_cl.{name}", "inf_cl") for name in ("flash", "ring"))
+    flash, ring = (imported(f"inf_cl.{name}", "inf_cl") for name in ("flash", "ring"))
     _cuda_only(problem)
     labels = torch.arange(problem.row.batch, device=problem.q.device)
     inverse_temperature = torch.tensor(1 / TEMPERATURE, device=problem.q.device)
 
-    def loss(q: Tensor, k: Tensor, queue: Tensor | None, head_dim: int) -> Tensor:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        if queue is None:
-            per_query = ring.cal_inf_loss(q, k, labels, inverse_temperature, head_dim)
-            if not problem.row.symmetric:
-                return per_query
-            return (per_query + ring.cal_inf_loss(k, q, labels, inverse_temperature, head_dim)) / 2
-        q, k, queue = q.float() / TEMPERATURE, k.float(), queue.float()
+    def with_queue(q: Tensor, k: Tensor, queue: Tensor, head_dim: int) -> Tensor:
+        q, k = F.normalize(q, dim=-1).float() / TEMPERATURE, F.normalize(k, dim=-1).float()
         heads = (-1, problem.row.dim // head_dim, head_dim)
-        negatives = flash.FlashProb.apply(q.view(heads), queue.view(heads))
+        negatives = flash.FlashProb.apply(q.view(heads), queue.float().view(heads))
         return F.softplus(negatives - (q * k).sum(-1)).mean()
 
+    def make(head_dim: int) -> Loss:
+        if problem.queue is not None:
+            return _over_scales(problem, _queues(problem), partial(with_queue, head_dim=head_dim))
+        return both_ways(problem, lambda q, k: ring.cal_inf_loss(q, k, labels, inverse_temperature, head_dim))
+
     head_dims = [head_dim for head_dim in (16, 32, 64, 128, 256) if problem.row.dim % head_dim == 0]
-    return _fastest(problem, [_over_scales(problem, _queues(problem), partial(loss, head_dim=d)) for d in head_dims])
+    return _fastest(problem, [make(head_dim) for head_dim in head_dims])
 
 
 def liger(problem: Problem) -> Loss:
     """Its fused linear layer and cross-entropy: the keys are the weight, and a query's class is its own key."""
-    _in_batch_only(problem)
-    module = _imported("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
+    if problem.queue is not None:
+        raise Unavailable("it has no queue")
+    module = imported("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
     _cuda_only(problem)
     fused = module.LigerFusedLinearCrossEntropyLoss()
-    labels = torch.arange(len(problem.q), device=problem.q.device)
-
-    def loss() -> Tensor:
-        q, k = F.normalize(problem.q, dim=-1), F.normalize(problem.k, dim=-1)
-        per_query = fused(k, q / TEMPERATURE, labels)
-        return (per_query + fused(q, k / TEMPERATURE, labels)) / 2 if problem.row.symmetric else per_query
-
-    return loss
+    labels = torch.arange(problem.row.batch, device=problem.q.device)
+    return both_ways(problem, lambda q, k: fused(k, q / TEMPERATURE, labels))
 
 
 def attention(problem: Problem) -> Loss:
@@ -326,20 +333,6 @@ PEERS: dict[str, Callable[[Problem], Loss]] = {
     "open_clip style": open_clip,
 }
 PACKAGES = ("info-nce-pytorch", "lightly", "inf_cl", "liger-kernel")
-
-
-def _imported(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module.partition(".")[0]:
-            raise Unavailable(f"{package} is not installed") from None
-        raise
-
-
-def _in_batch_only(problem: Problem) -> None:
-    if problem.queue is not None:
-        raise Unavailable("it has no queue")
 
 
 def _cuda_only(problem: Problem) -> None:

@@ -14,7 +14,6 @@ import torch
 import gpu
 import outcomes
 import results
-from gpu import Ended, Job, run_jobs
 
 
 @pytest.fixture
@@ -128,10 +127,11 @@ def test_result_of_iterations(step_document):
 @pytest.mark.multiprocess
 def test_one_screen_says_how_everything_went(rehearsal):
     _, lines = rehearsal[1].split("\n\n", 1)
-    for name, passed in (("device", 7), ("ops", 21), ("iterations", 2), ("fast-iterations", 0)):
-        assert f"\n{name}: {passed} passed, 0 failed, " in f"\n{lines}"
+    for name, passed, skipped in (("device", 1, 0), ("ops", 21, 0), ("iterations", 2, 2), ("fast-iterations", 0, 2)):
+        assert f"\n{name}: {passed} passed, {skipped} skipped, 0 failed, " in f"\n{lines}"
     assert "\ntests: 0 passed, 2 skipped, 0 failed, " in lines
     assert f"'torch': '{torch.__version__}'" in lines
+    assert "skipped test_iterations[faces64-ours]: there are no CUDA graphs on a CPU\n" in lines
 
 
 @pytest.mark.multiprocess
@@ -139,10 +139,8 @@ def test_results_and_logs_are_few_files(rehearsal):
     assert len([path for path in rehearsal[0].rglob("*") if path.is_file()]) <= 6
     with tarfile.open(rehearsal[0] / "logs.tar.gz") as archive:
         names = {name.removeprefix("logs/") for name in archive.getnames()}
-        logs = {"device", "ops", "iterations", "fast-iterations", "tests", "info_nce", "spectral_norm", "step"}
-        assert {f"{name}.log" for name in logs} | {"summary.txt", "tests/outcomes.jsonl"} <= names
-        skipped = archive.extractfile("logs/fast-iterations.log").read().decode()  # type: ignore[union-attr]
-        assert skipped.count("there are no CUDA graphs on a CPU") == 2
+    logs = {"device", "ops", "iterations", "fast-iterations", "tests", "info_nce", "spectral_norm", "step"}
+    assert {f"{name}.log" for name in logs} | {"summary.txt", "tests/outcomes.jsonl"} <= names
 
 
 @pytest.mark.slow
@@ -150,7 +148,7 @@ def test_results_and_logs_are_few_files(rehearsal):
 def test_training_is_stopped_resumed_and_used(tmp_path, script):
     result = script("gpu", "--first", "--cpu-rehearsal", "--out", tmp_path, "--only", "train")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "\ntrain: 4 passed, 0 failed, " in result.stdout and "\ntrain-eager: 4 passed, " in result.stdout
+    assert "\ntrain: 1 passed, 0 skipped, " in result.stdout and "\ntrain-eager: 1 passed, " in result.stdout
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         names = archive.getnames()
     assert {"logs/train/samples.png", "logs/train/reconstructions.png", "logs/train/run/metrics.jsonl"} <= set(names)
@@ -176,20 +174,20 @@ def test_path_of_a_result_file():
     assert results.path_of(Path("x"), document) == Path("x/nvidia-h100-80gb-hbm3/step.json")
 
 
-def test_summary_of_the_tests(tmp_path):
-    job = Job("tests", [], 1, environment={"OUT": str(tmp_path)})
+def test_summary_of_a_job(tmp_path):
+    def lines(status, *tests, name="tests"):
+        (tmp_path / outcomes.FILE).write_text("".join(json.dumps(x) + "\n" for x in tests))
+        return gpu.outcome_lines(gpu.Ended(name, status, 12.3), tmp_path)
 
-    def lines(status, *tests):
-        (tmp_path / gpu.OUTCOMES).write_text("".join(json.dumps(x) + "\n" for x in tests))
-        return gpu.tests_lines(Ended(job, status, 12.3))
-
-    good = [{"test": "a.py::one", "outcome": "passed"}, {"test": "a.py::two", "outcome": "skipped", "text": "no"}]
+    skip = "('/a.py', 3, 'Skipped: no GPU')"
+    good = [{"test": "a.py::one", "outcome": "passed"}, {"test": "a.py::two", "outcome": "skipped", "text": skip}]
     missing = "a.py:3: in <module>\nE   ModuleNotFoundError: No module named '{}'"
     absent = {"test": "b.py", "outcome": "failed", "text": missing.format("yaml")}
     ours = {"test": "b.py", "outcome": "failed", "text": missing.format("dcvae_kernels.x")}
     wrong = {"test": "c.py::three", "outcome": "failed", "text": "c.py:1: in three\nE   assert 1 == 2\nE    +  where"}
     total = "tests: 1 passed, 1 skipped, 0 failed, 12 s"
     assert lines(0, *good) == ([total], False)
+    assert lines(0, *good, name="ops")[0][1] == "skipped two: no GPU"
     assert lines(1, *good, absent) == ([f"{total}; not collected: b.py (needs yaml)"], False)
     assert lines(None, *good) == ([f"{total}; stopped at the time limit, the rest not run"], True)
     assert lines(1, *good, ours, wrong) == (
@@ -202,118 +200,103 @@ def test_summary_of_the_tests(tmp_path):
     )
     assert lines(3, *good) == ([f"{total}; pytest's exit status 3, see its log"], True)
     assert lines(5)[1] is False and lines(1)[1] is True
-    (tmp_path / gpu.OUTCOMES).write_text('{"test": "a.py::th')
-    assert outcomes.read(tmp_path / gpu.OUTCOMES) == []
-
-
-def test_summary_of_checks(tmp_path):
-    def lines(status, text, name="ops"):
-        (tmp_path / "log").write_text(text)
-        return gpu.check_lines(Ended(Job(name, [], 1, tmp_path / "log"), status, 12.3))
-
-    some = "ok      a: 1\nnoise\nskipped b: no\n"
-    assert lines(0, some) == (["ops: 1 passed, 0 failed, 12 s", "skipped b: no"], False)
-    assert lines(0, "ok      a: 1\n", "device") == (["device: 1 passed, 0 failed, 12 s", "a: 1"], False)
-    failed = "FAILED  b: ValueError: no"
-    assert lines(1, f"ok      a: 1\n{failed}\n") == (["ops: 1 passed, 1 failed, 12 s", failed], True)
-    assert lines(None, "ok      a: 1\n") == (["ops: 1 passed, 0 failed, stopped at its time limit, 12 s"], True)
-    assert lines(1, "ImportError: x\n")[0][1] == "FAILED  ops: exit status 1, last line: ImportError: x"
-    assert lines(-11, "ok      a: 1\n")[0][1] == "FAILED  ops: exit status -11, last line: ok      a: 1"
+    (tmp_path / outcomes.FILE).write_text('{"test": "a.py::th')
+    assert outcomes.read(tmp_path / outcomes.FILE) == []
 
 
 @pytest.mark.multiprocess
-def test_failures_of_ours_are_in_the_summary(document):
-    assert not [line for line in gpu.benchmark_lines(document) if line.startswith("FAILED")]
-    cell = next(cell for cell in document["rows"][0]["cells"] if cell["peer"] == "ours")
-    cell["reason"] = "its loss is 1, which should be 2"
-    (line,) = (line for line in gpu.benchmark_lines(document) if line.startswith("FAILED"))
-    assert line == "FAILED  dcvae, ours, forward: its loss is 1, which should be 2"
+def test_cells_without_time_are_in_the_summary(document, tmp_path):
     for row in (0, 1, 1):
         cell = next(x for x in document["rows"][row]["cells"] if x["peer"] == "eager" and x["reason"] is None)
         cell["reason"] = "no time left"
-    assert "no time left: dcvae (eager), dcvae-b1024 (eager)" in gpu.benchmark_lines(document)
+    results.write(tmp_path / "cpu" / "info_nce.json", document)
+    assert "no time left: dcvae (eager), dcvae-b1024 (eager)" in gpu.result_lines("info_nce", tmp_path)
 
 
 def test_each_command_takes_eight_minutes_at_most():
-    benchmarks = {name: seconds + gpu.OVERTIME + gpu.GRACE for name, seconds in gpu.BENCHMARKS.items()}
-    tests = gpu.TESTS_SECONDS + gpu.GRACE
-    assert tests + sum(benchmarks[name] for name in gpu.USUAL if name != "tests") <= 480
-    assert benchmarks["step"] <= 480 and benchmarks["switches"] <= 480
+    limits = {name: seconds + gpu.GRACE for name, seconds in gpu.LIMITS.items()}
+    assert sum(limits[name] for name in gpu.USUAL) <= 480
+    assert limits["step"] <= 480 and limits["switches"] <= 480
     # With --first, the last part, the benchmark of iterations, gets the time that is left; there must be some.
-    checks = max(gpu.SMOKE_SECONDS, gpu.TRAIN_SECONDS, gpu.TESTS_SECONDS) + gpu.DEVICE_SECONDS + 2 * gpu.GRACE
-    assert checks + benchmarks["info_nce"] + benchmarks["spectral_norm"] + gpu.OVERTIME < gpu.FIRST_SECONDS <= 470
+    checks = limits["device"] + max(limits[name] for name in (*gpu.CHECKS, "tests"))
+    left = gpu.FIRST_SECONDS - checks - limits["info_nce"] - limits["spectral_norm"]
+    assert left > gpu.GRACE + gpu.OVERTIME and gpu.FIRST_SECONDS <= 470
 
 
-def test_a_job_is_interrupted_at_its_time_limit(tmp_path: Path):
-    """The limit also holds while the job starts, when there is no KeyboardInterrupt to see yet."""
-    (ended,) = run_jobs([Job("slow", ["-c", "import time; time.sleep(600)"], 0.1, tmp_path / "log")])
-    assert ended.status is None and str(ended).startswith("slow: stopped at its time limit, ")
+@pytest.fixture
+def run_test(tmp_path):
+    """Run a test file as a job; return how it ended, and its folder."""
+
+    def run(code: str, seconds: float = 600):
+        (tmp_path / "test_it.py").write_text(code)
+        job = gpu.Job("job", [str(tmp_path / "test_it.py"), "-s"], seconds)
+        (ended,) = gpu.run_jobs([job], tmp_path / "logs", rehearsal=True)
+        return ended, tmp_path / "logs" / "job"
+
+    return run
 
 
-def test_a_job_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(gpu, "GRACE", 0.1)
-    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
-    (ended,) = run_jobs([Job("deaf", ["-c", code], 0.1, tmp_path / "log")])
+@pytest.mark.multiprocess
+def test_jobs_are_stopped_at_their_time_limit(run_test):
+    ended, _ = run_test("import time\ndef test_sleep(): time.sleep(600)\n", seconds=0.1)
     assert ended.status is None
 
 
-def test_jobs_end_one_by_one(tmp_path: Path):
-    code = "import os, sys; print(os.environ['NAME']); sys.exit(3)"
-    first, second = Job("first", ["-c", code], 600, tmp_path / "log", {"NAME": "x"}), Job("second", ["-c", ""], 600)
-    statuses = {ended.job.name: ended.status for ended in run_jobs([first, second])}
-    assert statuses == {"first": 3, "second": 0} and (tmp_path / "log").read_text() == "x\n"
+@pytest.mark.multiprocess
+def test_jobs_that_ignore_the_interrupt_are_killed(run_test, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.1)
+    code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)\n"
+    assert run_test(code, seconds=0.1)[0].status is None
 
 
-def test_children_of_a_job_end_with_it(tmp_path: Path):
-    code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
-    (ended,) = run_jobs([Job("parent", ["-c", code], 600, tmp_path / "log")])
-    assert ended.status == 0
-    child, until = Path(f"/proc/{int((tmp_path / 'log').read_text())}/stat"), time.monotonic() + 60
-    while child.exists() and child.read_text().split()[2] != "Z":
+@pytest.mark.multiprocess
+def test_killed_jobs_leave_their_outcomes_and_no_children(run_test):
+    code = "import os, subprocess\ndef test_1(): pass\n"
+    code += "def test_2(): print('child', subprocess.Popen(['sleep', '600']).pid, flush=True); os._exit(9)\n"
+    ended, folder = run_test(code)
+    assert ended.status == 9
+    tests = [(x["test"].partition("::")[2], x["outcome"]) for x in outcomes.read(folder / outcomes.FILE)]
+    assert tests == [("test_1", "passed")]
+    wait_until_ended(int(folder.with_suffix(".log").read_text().partition("child ")[2].split()[0]))
+
+
+def wait_until_ended(pid: int) -> None:
+    status, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 60
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < until
         time.sleep(0.05)
 
 
-def test_killed_tests_leave_their_outcomes(tmp_path: Path):
-    (tmp_path / "test_a.py").write_text("import os\ndef test_1(): pass\ndef test_2(): os._exit(9)\n")
-    file = tmp_path / "outcomes.jsonl"
-    command = ["-m", "pytest", str(tmp_path), "-p", "outcomes", f"--outcomes={file}", "-p", "no:cacheprovider"]
-    (ended,) = run_jobs([Job("tests", command, 600, tmp_path / "log")])
-    assert ended.status == 9
-    assert [(x["test"].partition("::")[2], x["outcome"]) for x in outcomes.read(file)] == [("test_1", "passed")]
-
-
 @pytest.mark.multiprocess
 def test_ctrl_c_kills_all_jobs_and_keeps_the_logs(tmp_path):
-    code = f"""
-import signal, sys; sys.path.insert(0, {str(results.ROOT / "bench")!r}); import gpu
-signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background jobs ignore it
-sleep = "import os, pathlib, time; x = pathlib.Path({str(tmp_path)!r}) / '%s'; y = x.with_suffix('.new'); "
-sleep += "y.write_text(str(os.getpid())); y.rename(x); time.sleep(600)"
-gpu.smoke_jobs = lambda: [gpu.Job(name, ["-c", sleep % name], 600) for name in "ab"]
-sys.exit(gpu.main(["--cpu-rehearsal", "--out", {str(tmp_path)!r}, "--only", "smoke"]))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    while not all((tmp_path / name).exists() for name in "ab"):
+    pid = tmp_path / "pid"
+    (tmp_path / "test_it.py").write_text(
+        "import os, pathlib, pytest, time\n@pytest.mark.gpu\ndef test_sleep():\n"
+        f"    pathlib.Path({str(tmp_path / 'new')!r}).write_text(str(os.getpid()))\n"
+        f"    os.rename({str(tmp_path / 'new')!r}, {str(pid)!r})\n    time.sleep(600)\n"
+    )
+    # Children of a shell's background jobs ignore SIGINT.
+    code = "import signal, sys, gpu; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(gpu.main("
+    code += f"['--cpu-rehearsal', '--out', {str(tmp_path)!r}, '--only', {str(tmp_path / 'test_it.py')!r}]))"
+    command = [sys.executable, "-c", code]
+    bench = str(results.ROOT / "bench")
+    process = subprocess.Popen(command, cwd=bench, stdout=subprocess.PIPE, text=True)
+    while not pid.exists():
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "interrupted: the rest was not run" in printed
-    assert not any(Path(f"/proc/{(tmp_path / name).read_text()}").exists() for name in "ab")
+    wait_until_ended(int(pid.read_text()))
     assert (tmp_path / "logs.tar.gz").exists()
 
 
-def test_every_test_for_a_gpu_is_run(tmp_path, monkeypatch):
+def test_every_test_for_a_gpu_is_run():
     """The slowest folder first."""
-    jobs = []
-    monkeypatch.setattr(gpu.Run, "run_checks", lambda self, checks: jobs.extend(checks))
-    gpu.Run(tmp_path / "logs", tmp_path, rehearsal=True, end=0).run(["device", "tests"])
-    device, tests = jobs
-    paths = [results.ROOT / x for x in tests.command if x.startswith("tests/")]
+    paths = [results.ROOT / test for test in gpu.ALL_TESTS]
     covered = {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
     marked = {file for file in (results.ROOT / "tests").rglob("*.py") if "mark.gpu" in file.read_text()}
-    assert device.name == "device" and paths[0].name == "training"
+    assert paths[0].name == "training"
     assert len(marked) > 5 and marked <= covered
 
 

@@ -15,8 +15,8 @@ import results
 import tables
 import test_pipelines as bench  # the benchmark's own file
 from dcvae_pipelines import Batch, ImageSet, load_dataset
-from harness import Absent, Unavailable
-from test_pipelines import FOLDER_VARIABLE, PEERS, ROWS, Row, errors, expected, imported, iteration, waiting_share
+from harness import Absent, Unavailable, imported
+from test_pipelines import FOLDER_VARIABLE, PEERS, ROWS, Row, errors, expected, iteration, waiting_share
 
 SMALL = Row("small", "faces1024", 24, 4, None, batches=2)
 
@@ -45,9 +45,9 @@ def rehearsal(folder, tmp_path_factory):
     """The result of bench/test_pipelines.py, run small, and pytest's status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
-        path, ended = gpu.run_benchmark("pipelines", tmp_path_factory.mktemp("results"), rehearsal=True)
-    assert path is not None
-    return results.read(path), ended.status
+        out = tmp_path_factory.mktemp("results")
+        status = gpu.run_benchmark("pipelines", out, rehearsal=True)
+    return results.read(out / "cpu" / "pipelines.json"), status
 
 
 @pytest.mark.multiprocess
