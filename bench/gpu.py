@@ -47,9 +47,10 @@ SMOKE = {
     "train": "test_training and fast",
     "train-eager": "test_training and eager",
 }
-# The jobs of each part.
 PARTS = {"device": ["device"], "smoke": ["ops", "iterations", "fast-iterations"], "train": ["train", "train-eager"]}
 PARTS |= {name: [name] for name in ("tests", *BENCHMARKS)}
+# Checks and tests run in parallel; the device and the benchmarks are measured alone.
+GROUPS = [["device"], [*PARTS["smoke"], *PARTS["train"], "tests"], *([name] for name in BENCHMARKS)]
 USUAL = ("tests", "info_nce", "spectral_norm", "pipelines")
 FIRST = ("device", "smoke", "train", "tests", "info_nce", "spectral_norm", "step")
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
@@ -108,13 +109,10 @@ def run(only: Sequence[str], logs: Path, out: Path, rehearsal: bool, seconds: fl
         seconds: time limit for everything
     """
     tests = [part for part in only if part not in PARTS]
-    chosen = {*only, "tests"} if tests else {*only}
-    # Checks and tests run in parallel; the device and the benchmarks are measured alone.
-    groups = [["device"], [*PARTS["smoke"], *PARTS["train"], "tests"], *([name] for name in BENCHMARKS)]
-    groups = [[name for name in group if chosen & {part for part in PARTS if name in PARTS[part]}] for group in groups]
+    chosen = [name for part in only for name in PARTS.get(part, ["tests"])]
     end, summary, failed = time.monotonic() + seconds, [], False
     try:
-        for names in groups:
+        for names in ([name for name in group if name in chosen] for group in GROUPS):
             if end - time.monotonic() <= GRACE + OVERTIME:
                 summary += [f"{name}: no time left" for name in names]
                 continue

@@ -117,7 +117,7 @@ def fill(
     """
     (cells,) = (r["cells"] for r in document["rows"] if r["name"] == row.name)
     (cell,) = (c for c in cells if c["peer"] == peer and c["mode"] == mode)
-    case, failure = f"{row.name:12} {peer:17} {mode:17}", None
+    failure, reason = None, ""
     try:
         if out_of_time:
             raise Unavailable(NO_TIME)
@@ -127,13 +127,13 @@ def fill(
         failure, reason = error, str(error) if isinstance(error, Unavailable) else one_sentence(error)
         cell.update({"reason": None, "graph_reason": reason} if cell["wall"] else {"reason": reason})
     times = [f"{cell[timing]['median_us']:,.1f}" if cell[timing] else "–" for timing in ("wall", "graph")]
-    print(f"{case} {times[0]:>12} {times[1]:>12} µs  {cell['reason'] or cell['graph_reason'] or ''}", flush=True)
+    print(f"{row.name:12} {peer:17} {mode:17} {times[0]:>12} {times[1]:>12} µs  {reason}", flush=True)
     if failure is not None:
         benchmark.skipped = True
         if not device_works():
-            pytest.exit(f"{peer} in row {row.name} left the device unusable: {failure}", returncode=3)
+            pytest.exit(f"{peer} in row {row.name} left the device unusable: {reason}", returncode=3)
         if peer == "ours" and not out_of_time and not isinstance(failure, Absent):
-            pytest.fail(str(failure), pytrace=False)
+            pytest.fail(reason, pytrace=False)
 
 
 def one_sentence(error: BaseException) -> str:
@@ -180,8 +180,11 @@ def measure_op(cell: Document, benchmark: Any, call: Callable[[], Any], check: C
             returns the outputs' errors, or raises Unavailable if they are too large.
     """
     cell["errors"] = check(call, 1)
-    cell["peak_bytes"], cell["launches"] = peak_bytes(call), launches(call)
+    for _ in range(3):  # warm-up, so that pytest-benchmark chooses the right number of calls in a batch
+        call()
     cell["wall"] = wall(benchmark, call)
+    cell["peak_bytes"], events = peak_bytes(call), device_events(call)
+    cell["launches"] = len(events) if events else None
     if ON_GPU:
         cell["graph"] = benchmark.extra_info["graph"] = graph(call, check)
 
@@ -253,27 +256,6 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def launches(call: Callable[[], Any]) -> int | None:
-    """Return the number of kernels, copies and fills of a call; None on a CPU or without a working profiler."""
-    events = device_events(call)
-    return None if events is None else len(events)
-
-
-def waiting_share(call: Callable[[], Any], wall_us: float) -> float | None:
-    """Return a lower bound of the share of time in which the device is idle; None on a CPU or without a profiler.
-
-    The profiler makes kernels slower, especially in CUDA graphs, so the true idle share may be larger.
-
-    Args:
-        call: uses a single stream.
-        wall_us: time of one call without the profiler, in µs.
-    """
-    events = device_events(call)
-    if events is None:
-        return None
-    return float(f"{max(0.0, 1 - sum(e.time_range.elapsed_us() for e in events) / wall_us):.3g}")
 
 
 def device_events(call: Callable[[], Any]) -> list[Any] | None:

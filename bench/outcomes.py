@@ -24,19 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 class Outcomes:
     def __init__(self, path: Path):
-        self._file = path.open("w", encoding="utf-8")
+        self.file = path.open("w", encoding="utf-8")
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self._write(report)
+            text = {} if report.outcome == "passed" else {"text": report.longreprtext}
+            print(json.dumps({"test": report.nodeid, "outcome": report.outcome, **text}), file=self.file, flush=True)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._write(report)
-
-    def _write(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        text = {} if report.outcome == "passed" else {"text": report.longreprtext}
-        print(json.dumps({"test": report.nodeid, "outcome": report.outcome, **text}), file=self._file, flush=True)
+            self.pytest_runtest_logreport(report)
 
 
 def read(path: Path) -> list[dict]:

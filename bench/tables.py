@@ -4,9 +4,10 @@ Rows and columns in which nothing was measured, and targets that were not measur
 """
 
 import argparse
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
 Column = Callable[[Document, Document, dict[str, Document]], str]
 
 
-def joined(values: list[str | None]) -> str:
-    """Join with " / "; "–" stands for a missing value."""
-    return " / ".join(value or "–" for value in values) if any(values) else ""
+def column(value: Callable[[Document, Document], str | None], *peers: str) -> Column:
+    """Values of a row and the cells of some implementations, separated by " / "."""
+    return lambda document, row, cells: joined(value(row, cells[peer]) for peer in peers)
+
+
+def joined(values: Iterable[str | None]) -> str:
+    texts = [value or "–" for value in values]
+    return " / ".join(texts) if {*texts} != {"–"} else ""
 
 
 def number(x: float) -> str:
@@ -51,64 +57,60 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def times(peer: str) -> Column:
-    """Times from Python and replayed."""
-    return lambda document, row, cells: _times(cells[peer])
+def times(row: Document, cell: Document) -> str:
+    return joined((time := median(cell, timing)) and number(time) for timing in ("wall", "graph"))
 
 
-def _times(cell: Document) -> str:
-    return joined([(time := median(cell, timing)) and number(time) for timing in ("wall", "graph")])
+def images(row: Document, cell: Document) -> str | None:
+    return (time := median(cell, "wall")) and number(row["batch"] / time * 1e6)
+
+
+def tflops(row: Document, cell: Document) -> str | None:
+    return (time := median(cell, "wall")) and number(row["flops"][cell["peer"]] / time / 1e6)
+
+
+def memory(row: Document, cell: Document) -> str | None:
+    return f"{number(peak / 1e6)} MB" if (peak := cell.get("peak_bytes")) else None
+
+
+def launches(row: Document, cell: Document) -> str | None:
+    return str(cell["launches"]) if cell.get("launches") else None
+
+
+def waiting(row: Document, cell: Document) -> str | None:
+    return None if cell.get("waiting_share") is None else f"{cell['waiting_share']:.1%}"
+
+
+def gain(peer: str, over: str) -> Column:
+    """Images per second, and how many times as many as another implementation's."""
+
+    def text(document: Document, row: Document, cells: dict[str, Document]) -> str:
+        factor = ratio(median(cells[over], "wall"), median(cells[peer], "wall"))
+        return (images(row, cells[peer]) or "") + (f" ({number(factor)}×)" if factor else "")
+
+    return text
 
 
 def fastest_other(document: Document, row: Document, cells: dict[str, Document]) -> str:
     """Times of the fastest implementation besides ours, eager and compiled PyTorch."""
-    others = [peer for peer in cells if peer not in ("ours", "eager", "torch.compile")]
-    timed = [(time, peer) for peer in others if (time := median(cells[peer], "fastest"))]
-    return f"{_times(cells[min(timed)[1]])} ({min(timed)[1]})" if timed else ""
-
-
-def images(peer: str, over: str | None = None) -> Column:
-    """Images per second and, in brackets, how many times as many as `over`."""
-
-    def column(document: Document, row: Document, cells: dict[str, Document]) -> str:
-        time = median(cells[peer], "wall")
-        gain = over and ratio(median(cells[over], "wall"), time)
-        return (number(row["batch"] / time * 1e6) if time else "") + (f" ({number(gain)}×)" if gain else "")
-
-    return column
-
-
-def values(key: str, form: Callable[[float], str], *peers: str) -> Column:
-    """A field of the cells of some implementations."""
-
-    def column(document: Document, row: Document, cells: dict[str, Document]) -> str:
-        return joined([None if (x := cells[peer].get(key)) is None else form(x) for peer in peers])
-
-    return column
-
-
-def memory(*peers: str) -> Column:
-    return values("peak_bytes", lambda x: f"{number(x / 1e6)} MB", *peers)
+    others = [cell for peer, cell in cells.items() if peer not in ("ours", "eager", "torch.compile")]
+    best = min(others, key=lambda cell: median(cell, "fastest") or math.inf)
+    return f"{times(row, best)} ({best['peer']})" if median(best, "fastest") else ""
 
 
 def share(rate: str | None = None) -> Column:
     """Share of a rate of the device that ours reaches; the default is that of matrix products of the row's dtype."""
 
-    def column(document: Document, row: Document, cells: dict[str, Document]) -> str:
+    def text(document: Document, row: Document, cells: dict[str, Document]) -> str:
         reached = ratio(floor_us(document, row, rate or row["dtype"]), median(cells["ours"], "fastest"))
         return f"{reached:.0%}" if reached else ""
 
-    return column
+    return text
 
 
-def floor(document: Document, row: Document, cells: dict[str, Document]) -> str:
+def copy_floor(document: Document, row: Document, cells: dict[str, Document]) -> str:
     time = floor_us(document, row, "copy")
     return number(time) if time else ""
-
-
-def arithmetic(document: Document, row: Document, cells: dict[str, Document]) -> str:
-    times = [(row["flops"][peer], median(cells[peer], "wall")) for peer in ("ours", "baseline")]
-    return joined([time and number(flops / time / 1e6) for flops, time in times])
 
 
 def info_nce_shape(row: Document) -> str:
@@ -137,11 +139,11 @@ class Table(NamedTuple):
 
 
 OPS: dict[str, Column] = {
-    "ours": times("ours"),
-    "eager": times("eager"),
-    "`torch.compile`": times("torch.compile"),
+    "ours": column(times, "ours"),
+    "eager": column(times, "eager"),
+    "`torch.compile`": column(times, "torch.compile"),
     "fastest other": fastest_other,
-    "memory, ours / eager": memory("ours", "eager"),
+    "memory, ours / eager": column(memory, "ours", "eager"),
 }
 OPS_TEXT = """\
 Median time of forward and backward in µs: called from Python / replayed from a CUDA graph. Memory is what a call
@@ -159,8 +161,8 @@ at the measured copy rate; data in the cache can be faster.""",
         spectral_norm_shape,
         {
             **OPS,
-            "launches, ours / eager": values("launches", str, "ours", "eager"),
-            "floor": floor,
+            "launches, ours / eager": column(launches, "ours", "eager"),
+            "floor": copy_floor,
             "copy rate": share("copy"),
         },
     ),
@@ -170,11 +172,11 @@ Median images per second that arrive on the device as training batches, with the
 page cache. Waiting is the share of a training iteration spent on getting its images.""",
         "{images} at {resolution}×{resolution}, batch {batch}, {cores} cores",
         {
-            "ours": images("ours"),
-            "`DataLoader`, Pillow": images("dataloader"),
-            "`torchvision.io`": images("torchvision.io"),
-            "`torchvision.io`, GPU": images("torchvision gpu"),
-            "waiting, ours / `DataLoader`": values("waiting_share", "{:.1%}".format, "ours", "dataloader"),
+            "ours": column(images, "ours"),
+            "`DataLoader`, Pillow": column(images, "dataloader"),
+            "`torchvision.io`": column(images, "torchvision.io"),
+            "`torchvision.io`, GPU": column(images, "torchvision gpu"),
+            "waiting, ours / `DataLoader`": column(waiting, "ours", "dataloader"),
         },
     ),
     "step": Table(
@@ -183,13 +185,13 @@ Median images per second in training. The baseline is the authors' iteration in 
 the peak that torch reserved. Idle is a lower bound of the share of time in which the GPU does nothing.""",
         "{recipe} at {resolution}×{resolution}, batch {batch}, {precision}",
         {
-            "ours": images("ours", over="baseline"),
-            "baseline": images("baseline"),
-            "TFLOP/s, ours / baseline": arithmetic,
+            "ours": gain("ours", "baseline"),
+            "baseline": column(images, "baseline"),
+            "TFLOP/s, ours / baseline": column(tflops, "ours", "baseline"),
             "matrix rate": share("bfloat16"),
-            "memory, ours / baseline": memory("ours", "baseline"),
-            "launches, ours / baseline": values("launches", str, "ours", "baseline"),
-            "idle, ours / baseline": values("waiting_share", "{:.1%}".format, "ours", "baseline"),
+            "memory, ours / baseline": column(memory, "ours", "baseline"),
+            "launches, ours / baseline": column(launches, "ours", "baseline"),
+            "idle, ours / baseline": column(waiting, "ours", "baseline"),
         },
     ),
     "switches": Table(
@@ -198,9 +200,9 @@ Median images per second in training, and how many times as many as with none of
 first. Each setting alone, then all together.""",
         "{recipe} at {resolution}×{resolution}, batch {batch}",
         {
-            "none": images("none"),
-            **{name: images(name, "none") for name in ("channels last", "bfloat16", "compile", "graphs")},
-            "all": images("ours", "none"),
+            "none": column(images, "none"),
+            **{name: gain(name, "none") for name in ("channels last", "bfloat16", "compile", "graphs")},
+            "all": gain("ours", "none"),
         },
     ),
 }
@@ -216,37 +218,26 @@ def contents(name: str, folder: Path) -> str:
 def tables(document: Document) -> str:
     """Return device and versions, the table, and the targets that were measured."""
     _, shape, columns = TABLES[document["benchmark"]]
-    lines = []
+    rows, targets = [], []
     for row in document["rows"]:
-        cells = [column(document, row, cells_of(row)) for column in columns.values()]
-        if any(median(cell, "fastest") for cell in cells_of(row).values()):
-            lines.append([f"{row['name']}: {shape.format(**row) if isinstance(shape, str) else shape(row)}", *cells])
-    parts = [head(document), markdown(["", *columns], lines)]
-    targets = [
-        [f"{t['row']}: {t['what']}", f"≥ {number(t['required'])}", f"{number(t['measured'])}{against(t)}", verdict(t)]
-        for t in document["targets"]
-        if t["measured"] is not None
-    ]
-    return (
-        "\n\n".join([*parts, markdown(["target", "required", "measured", "result"], targets)] if targets else parts)
-        + "\n"
-    )
+        cells = cells_of(row)
+        if any(median(cell, "fastest") for cell in cells.values()):
+            label = shape.format(**row) if isinstance(shape, str) else shape(row)
+            rows.append([f"{row['name']}: {label}", *(text(document, row, cells) for text in columns.values())])
+    for target in (target for target in document["targets"] if target["measured"] is not None):
+        measured = number(target["measured"]) + (f" ({target['against']})" if target["against"] else "")
+        label, verdict = f"{target['row']}: {target['what']}", "met" if target["met"] else "missed"
+        targets.append([label, f"≥ {number(target['required'])}", measured, verdict])
+    parts = [head(document), *([markdown(["", *columns], rows)] if rows else [])]
+    parts += [markdown(["target", "required", "measured", "result"], targets)] if targets else []
+    return "\n\n".join(parts) + "\n"
 
 
-def against(target: Document) -> str:
-    return f" ({target['against']})" if target["against"] else ""
-
-
-def verdict(target: Document) -> str:
-    return "met" if target["met"] else "missed"
-
-
-def markdown(headings: list[str], lines: list[list[str]]) -> str:
-    """Return a Markdown table without the columns that are empty in all lines."""
-    kept = [i for i in range(len(headings)) if any(line[i] for line in lines)]
-    rows = [[line[i] or "–" for i in kept] for line in [headings, ["---"] * len(headings), *lines]]
-    rows[0] = [headings[i] for i in kept]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table without the columns that are empty in all rows."""
+    kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    lines = [[headings[i] for i in kept], ["---"] * len(kept), *([row[i] or "–" for i in kept] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def head(document: Document) -> str:
