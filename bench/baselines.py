@@ -6,7 +6,6 @@ its own reconstruction, and each kind of image has its own pass through the disc
 baseline draws the same noise as `TrainStep`; with the networks that grow, it computes the same.
 """
 
-import math
 from copy import deepcopy
 from typing import Any
 
@@ -17,118 +16,53 @@ from torch.nn.utils import parametrizations
 
 from dcvae_fast.config import Config, ModelConfig
 from dcvae_fast.models import autogan
-from dcvae_fast.models.build import learning_rate_scales
-from dcvae_fast.models.layers import ContrastHead
+from dcvae_fast.models.progressive import LOW, DownConv2d, EqualizedConv2d, EqualizedLinear, Phase, UpConv2d, set_phase
 from dcvae_fast.training.schedule import ScheduleState, schedule_at
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import Networks
 
-LOW = 16  # resolution of the feature map of the contrastive head `low`
+# --- our networks, with plain layers ---
 
 
-# --- the networks that grow: functions of modules that only hold the parameters ---
+class EqualizedLayer(nn.Module):
+    """Layer with equalised learning rate: a weight of N(0, 1), scaled in each call. Resampling is not folded in."""
+
+    def __init__(self, ours: EqualizedConv2d | EqualizedLinear):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(ours.weight.detach() / ours.scale), ours.bias
+        self.scale, self.up, self.down = ours.scale, isinstance(ours, UpConv2d), isinstance(ours, DownConv2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.scale
+        if weight.ndim == 2:
+            return F.linear(x, weight, self.bias)
+        x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
+        x = F.conv2d(x, weight, self.bias, padding=weight.shape[2] // 2)
+        return F.avg_pool2d(x, 2) if self.down else x
 
 
-def conv(layer: Any, x: Tensor, gain: float = math.sqrt(2)) -> Tensor:
-    """Convolution with equalised learning rate: a weight of N(0, 1), scaled by gain / √fan-in in each call."""
-    weight = layer.weight
-    return F.conv2d(x, weight * (gain / math.sqrt(weight[0].numel())), layer.bias, padding=weight.shape[2] // 2)
-
-
-def linear(layer: Any, x: Tensor, gain: float = math.sqrt(2)) -> Tensor:
-    return F.linear(x, layer.weight * (gain / math.sqrt(layer.weight.shape[1])), layer.bias)
-
-
-def act(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.2)
-
-
-def pixel_norm(x: Tensor) -> Tensor:
-    return x / torch.sqrt(x.pow(2).mean(1, keepdim=True) + 1e-8)
-
-
-def upsample(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def minibatch_stddev(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, 1, H, W], in groups of 4 or of the largest smaller number that divides the batch."""
-    batch, channels, height, width = x.shape
-    size = next(n for n in (4, 3, 2, 1) if batch % n == 0)
-    groups = x.reshape(-1, size, channels, height, width)
-    deviation = torch.sqrt(groups.var(1, unbiased=False) + 1e-8).mean((1, 2, 3))
-    return deviation.repeat_interleave(size).view(batch, 1, 1, 1).expand(batch, 1, height, width)
-
-
-def generate(net: Any, z: Tensor, resolution: int, alpha: float) -> Tensor:
-    """Latents [B, Z] → images [B, C, R, R]."""
-    x = linear(net.linear, pixel_norm(z), gain=math.sqrt(2) / 4).view(len(z), -1, 4, 4)
-    x = pixel_norm(act(x + net.linear_bias.view(1, -1, 1, 1)))
-    x = previous = pixel_norm(act(conv(net.conv, x)))
-    r = 8
-    while r <= resolution:
-        previous = x
-        x = pixel_norm(act(conv(net.ups[str(r)], upsample(x))))
-        x = pixel_norm(act(conv(net.convs[str(r)], x)))
-        r *= 2
-    images = conv(net.to_images[str(resolution)], x, gain=1)
-    if alpha < 1:
-        coarse = upsample(conv(net.to_images[str(resolution // 2)], previous, gain=1))
-        images = alpha * images + (1 - alpha) * coarse
-    return images
-
-
-def features_of(
-    net: Any, images: Tensor, resolution: int, alpha: float, stddev: bool | None = None
-) -> dict[str, Tensor]:
-    """Images [B, C, R, R] → features `low` [B, W, 16, 16] from 16×16 on, and `final` [B, W].
-
-    Args:
-        stddev: append the minibatch's standard deviation (True), zeros instead (False), or nothing
-    """
-    features = {}
-    x = act(conv(net.from_images[str(resolution)], images))
-    r = resolution
-    while r > 4:
-        if r == LOW:
-            features["low"] = x
-        x = act(conv(net.convs[str(r)], x))
-        x = act(F.avg_pool2d(conv(net.downs[str(r)], x), 2))
-        if r == resolution and alpha < 1:
-            coarse = act(conv(net.from_images[str(r // 2)], F.avg_pool2d(images, 2)))
-            x = alpha * x + (1 - alpha) * coarse
-        r //= 2
-    if stddev is not None:
-        x = torch.cat([x, minibatch_stddev(x) if stddev else torch.zeros_like(x[:, :1])], dim=1)
-    features["final"] = act(linear(net.linear, act(conv(net.conv, x)).flatten(1)))
-    return features
-
-
-# --- the networks at 32×32: our layers, which are plain, with PyTorch's spectral norm ---
-
-
-def with_spectral_norm(network: nn.Module) -> nn.Module:
-    for layer in list(network.modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            parametrizations.spectral_norm(layer)
+def with_plain_layers(network: nn.Module) -> nn.Module:
+    """Return a copy of one of our growing networks in which nothing is folded into a weight."""
+    network = deepcopy(network)
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, EqualizedConv2d | EqualizedLinear):
+                module.add_module(name, EqualizedLayer(layer))
     return network
 
 
-def small_networks(m: ModelConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return encoder, decoder and discriminator at 32×32. The discriminator has no statistics of the minibatch."""
-    encoder = with_spectral_norm(autogan.Trunk(m.image_channels, m.encoder_width, 2 * m.latent_dim))
-    critic = with_spectral_norm(autogan.Critic(m.image_channels, m.discriminator_width, m.contrast_dim))
-    widths = autogan.POSITIONS.items()
-    heads = {name: ContrastHead(m.discriminator_width, n, m.contrast_dim) for name, n in widths}
-    decoder = autogan.Decoder(m.latent_dim, m.decoder_width, m.image_channels)
-    return nn.ModuleDict({"trunk": encoder}), decoder, nn.ModuleDict({"critic": critic, "heads": nn.ModuleDict(heads)})
-
-
-def unfolded(ours: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of one of our networks, divided by the scale of the equalised learning rate."""
-    scales = learning_rate_scales(ours)
-    values = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
-    return {name: value.detach() / scales[value] if value in scales else value for name, value in values.items()}
+def with_plain_spectral_norm(m: ModelConfig, ours: Networks) -> tuple[nn.Module, ...]:
+    """Return copies of encoder, decoder and discriminator at 32×32 whose spectral norms are updated in every call."""
+    encoder = autogan.Encoder(m.latent_dim, m.encoder_width, m.image_channels)
+    encoder.trunk = autogan.Trunk(m.image_channels, m.encoder_width, 2 * m.latent_dim)
+    discriminator = autogan.Discriminator(m.discriminator_width, m.image_channels, m.contrast_dim)
+    discriminator.critic = autogan.Critic(m.image_channels, m.discriminator_width, m.contrast_dim)
+    for layer in [*encoder.trunk.modules(), *discriminator.critic.modules()]:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            parametrizations.spectral_norm(layer)
+    encoder.load_state_dict(ours.encoder.state_dict())
+    discriminator.load_state_dict(ours.discriminator.state_dict())
+    return encoder, deepcopy(ours.decoder), discriminator
 
 
 # --- losses ---
@@ -174,13 +108,11 @@ class Baseline:
                 f"{loss.adversarial!r}; the baseline does dc_vae, sequential, with hinge, wgan_gp or logistic_r1."
             )
         self.config, self.device = config, torch.device(device)
-        self.grows, ours = config.model.grows, Networks(config)
-        sources = ours.encoder, ours.decoder, ours.discriminator
-        networks: Any = deepcopy(sources) if self.grows else small_networks(config.model)
-        for network, source in zip(networks, sources, strict=True):
-            network.load_state_dict(unfolded(source))
-            network.to(self.device).train()
-        self.encoder, self.decoder, self.discriminator = networks
+        ours = Networks(config)
+        networks: Any = (with_plain_layers(network) for network in (ours.encoder, ours.decoder, ours.discriminator))
+        if not config.model.grows:
+            networks = with_plain_spectral_norm(config.model, ours)
+        self.encoder, self.decoder, self.discriminator = (network.to(self.device) for network in networks)
         self.momentum = deepcopy(self.discriminator).requires_grad_(False)
         self.decoder_ema = deepcopy(self.decoder).requires_grad_(False)
         critic = self.discriminator.critic
@@ -197,12 +129,12 @@ class Baseline:
 
     def grow(self, to: ScheduleState) -> None:
         """Start with new Adam moments and a new queue."""
-        self.resolution, self.alpha = to.resolution, to.alpha
+        self._set_phase(to)
         optim, contrast, seed = self.config.optim, self.config.contrast, self.config.train.seed
         self.adam = {
             name: torch.optim.Adam(group, to.lr, optim.betas, optim.eps) for name, group in self.groups.items()
         }
-        low = not self.grows or to.resolution >= LOW
+        low = not self.config.model.grows or to.resolution >= LOW
         self.layers = [layer for layer in contrast.layers if low or layer != "low"]
         shape = (len(self.layers), contrast.negatives, self.config.model.contrast_dim)
         self.keys, self.filled, self.cursor = torch.zeros(shape), 0, 0
@@ -220,7 +152,8 @@ class Baseline:
     def iterate(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Train on images [B, C, R, R] of the present resolution with their ids [B]; return losses on the device."""
         config, now = self.config, self.schedule
-        self.resolution, self.alpha = now.resolution, now.alpha
+        if self.phase != Phase(now.resolution, now.alpha):
+            self._set_phase(now)
         self.generator.manual_seed(derive_seed(config.train.seed, self.images))
         x = self._faded(images)
         noise = self._noise(len(x))
@@ -238,7 +171,7 @@ class Baseline:
     def _discriminator_step(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
         loss, losses = self.config.loss, {}
         rec, _ = self._reconstruct(x, noise)
-        fake = self._decode(self._noise(len(x))).detach()
+        fake = self.decoder(self._noise(len(x))).detach()
         penalises_real = loss.adversarial == "logistic_r1" and self.iterations % loss.penalty_every == 0
         real = x.detach().requires_grad_(penalises_real)
         real_score, fake_score, rec_score = self._score(real), self._score(fake), self._score(rec)
@@ -263,7 +196,7 @@ class Baseline:
         """With the noise of the discriminator's step, because ours reuses that step's reconstruction."""
         loss = self.config.loss
         rec, kl = self._reconstruct(x, noise)
-        fake = self._decode(self._noise(self.config.train.sampled_batch or len(x)))
+        fake = self.decoder(self._noise(self.config.train.sampled_batch or len(x)))
         adversarial = adversarial_loss(self._score(fake), self._score(rec), loss.adversarial)
         self._step(adversarial + loss.kl_weight * kl, "encoder", "decoder")
         return {"loss/adversarial": adversarial.detach()}
@@ -300,34 +233,17 @@ class Baseline:
 
     def _reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return G(z) of z from q(z|x), and KL: the sum over the latent, the mean over the batch."""
-        if self.grows:
-            features = features_of(self.encoder.trunk, x, self.resolution, self.alpha)["final"]
-            posterior = linear(self.encoder.linear, features, gain=1)
-        else:
-            posterior = self.encoder.trunk(x)["final"]
-        mean, logvar = posterior.chunk(2, dim=1)
+        mean, logvar = self.encoder(x)
         kl = -0.5 * (1 + logvar - mean.pow(2) - logvar.exp()).sum(1).mean()
-        return self._decode(mean + torch.exp(0.5 * logvar) * noise), kl
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return generate(self.decoder, z, self.resolution, self.alpha) if self.grows else self.decoder(z)
-
-    def _discriminate(self, network: Any, images: Tensor, stddev: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return scores [B] and features by layer; without `stddev`, zeros are the statistics of the minibatch."""
-        if not self.grows:
-            return network.critic(images)
-        features = features_of(network.critic.trunk, images, self.resolution, self.alpha, stddev)
-        return linear(network.critic.score, features["final"], gain=1).squeeze(1), features
+        return self.decoder(mean + torch.exp(0.5 * logvar) * noise), kl
 
     def _score(self, images: Tensor) -> Tensor:
-        return self._discriminate(self.discriminator, images, stddev=True)[0]
+        return self.discriminator(images).score
 
     def _embeddings(self, network: Any, images: Tensor) -> Tensor:
         """Return normalised queries or keys [S, B, D] of the contrasted layers."""
-        _, features = self._discriminate(network, images, stddev=False)
-        heads = network.heads
-        embeddings = [heads[layer](features[layer]) if layer in heads else features[layer] for layer in self.layers]
-        return F.normalize(torch.stack(embeddings), dim=2)
+        critique = network(images, stddev_parts=0)
+        return F.normalize(network.embed(critique, self.layers), dim=2)
 
     def _enqueue(self, keys: Tensor, ids: Tensor) -> None:
         size, n = self.config.contrast.negatives, len(ids)
@@ -338,11 +254,17 @@ class Baseline:
     def _noise(self, n: int) -> Tensor:
         return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
 
+    def _set_phase(self, to: ScheduleState) -> None:
+        self.phase = Phase(to.resolution, to.alpha)
+        for network in (self.encoder, self.decoder, self.discriminator, self.momentum):
+            set_phase(network, self.phase)
+
     def _faded(self, images: Tensor) -> Tensor:
         """Real images fade in with the networks."""
-        if self.alpha == 1:
+        alpha = self.phase.alpha
+        if alpha == 1:
             return images
-        return self.alpha * images + (1 - self.alpha) * upsample(F.avg_pool2d(images, 2))
+        return alpha * images + (1 - alpha) * F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
 
 
 @torch.no_grad()

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
-from baselines import Baseline, unfolded
+from baselines import Baseline, with_plain_layers
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from dcvae_fast.models.build import build_autoencoder, build_discriminator
+from dcvae_fast.models.build import build_autoencoder, build_discriminator, learning_rate_scales
 from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
 
@@ -61,6 +60,12 @@ def make_batch(seed: int, n: int, channels: int, resolution: int) -> Batch:
     return Batch(images, torch.randint(12, (n,), generator=generator))
 
 
+def unfolded(ours: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of one of our networks, divided by the scale of the equalised learning rate."""
+    scales = learning_rate_scales(ours)
+    return {name: value.detach() / scales.get(value, 1) for name, value in ours.named_parameters()}
+
+
 def assert_same_metrics(ours: Metrics, plain: dict[str, Tensor], rtol: float) -> None:
     for name in ("loss/penalty", "loss/contrast"):
         assert (name in ours) == (name in plain), name
@@ -105,7 +110,7 @@ def test_ours_computes_what_the_plain_growing_iteration_does(adversarial):
         batch = make_batch(i, now.batch, 2, now.resolution)
         assert_same_metrics(ours(batch), plain.iterate(batch.images, batch.ids), rtol=1e-8)
         assert_same_state(ours, plain)
-        phases.append((plain.resolution, plain.alpha))
+        phases.append(tuple(plain.phase))
     fades = [*((8, n / 4) for n in range(4)), *[(8, 1.0)] * 4, (16, 0.0), (16, 0.375), (16, 0.75), *[(16, 1.0)] * 3]
     assert phases == [(4, 1.0), (4, 1.0), *fades]
 
@@ -153,16 +158,10 @@ def test_plain_networks_cost_what_progressive_gans_do(resolution: int, gflop: fl
     torch.set_default_dtype(torch.float32)
     model = ModelConfig(architecture="progressive", resolution=resolution, latent_dim=512)
     with torch.device("meta"):
-        encoder, decoder = build_autoencoder(model)
-        critic = build_discriminator(model).critic
         images, latents = torch.empty(2, 3, resolution, resolution), torch.empty(2, 512)
-    for call in (
-        lambda: baselines.generate(decoder, latents, resolution, 1.0),
-        lambda: baselines.linear(
-            encoder.linear, baselines.features_of(encoder.trunk, images, resolution, 1.0)["final"]
-        ),
-        lambda: baselines.features_of(critic.trunk, images, resolution, 1.0, stddev=True),
-    ):
+        networks = *build_autoencoder(model), build_discriminator(model).critic.trunk
+    for network, given in zip(networks, (images, latents, images), strict=True):
+        plain = with_plain_layers(network)
         with FlopCounterMode(display=False) as counter:
-            call()
+            plain(given)
         assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(gflop, abs=0.06)

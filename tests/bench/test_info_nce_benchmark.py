@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import results
 import test_info_nce as bench  # the benchmark's own file
-from harness import MODES, Unavailable, one_sentence
+from harness import MODES, Unavailable
 from test_info_nce import PEERS, ROWS, TEMPERATURE, errors, make_problem, reference
 
 CPU = torch.device("cpu")
@@ -99,19 +99,6 @@ def test_bytes_and_flops_of_rows():
         "flops": 2 * 4096 * 65536 * 128,
     }
     assert BY_NAME["clip"].floor("forward_backward")["flops"] == 3 * 2 * 32768**2 * 512
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
-        (ValueError("first\nsecond"), "ValueError: first"),
-        (AssertionError(), "AssertionError: no message"),
-        (RuntimeError("in a subprocess:\n\nTraceback:\n  f()\nx.SomeError: 1\nHint"), "RuntimeError: x.SomeError: 1"),
-    ],
-)
-def test_one_sentence(error, text):
-    assert one_sentence(error) == text
 
 
 def document(times, peak=None):
