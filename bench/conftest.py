@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DEADLINE] = time.monotonic() + config.getoption("--deadline")
+    config.stash[DEADLINE] = time.monotonic() + float(config.getoption("--deadline") or "inf")
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:

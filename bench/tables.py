@@ -58,15 +58,15 @@ def number(x: float) -> str:
 
 
 def times(row: Document, cell: Document) -> str:
-    return joined((time := median(cell, timing)) and number(time) for timing in ("wall", "graph"))
+    return joined(number(time) if (time := median(cell, timing)) else None for timing in ("wall", "graph"))
 
 
 def images(row: Document, cell: Document) -> str | None:
-    return (time := median(cell, "wall")) and number(row["batch"] / time * 1e6)
+    return number(row["batch"] / time * 1e6) if (time := median(cell, "wall")) else None
 
 
 def tflops(row: Document, cell: Document) -> str | None:
-    return (time := median(cell, "wall")) and number(row["flops"][cell["peer"]] / time / 1e6)
+    return number(row["flops"][cell["peer"]] / time / 1e6) if (time := median(cell, "wall")) else None
 
 
 def memory(row: Document, cell: Document) -> str | None:

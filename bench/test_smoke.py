@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,9 +35,8 @@ EAGER = ["--train.compile", "false", "--train.graphs", "false"]
 TRAIN_SECONDS = 90  # limit for the first log line, including compilation
 
 
-def missing(modules: tuple[str, ...] | list[str]) -> list[str]:
-    parents = {module: module.partition(".")[0] for module in modules}
-    return [module for module in modules if not (find_spec(parents[module]) and find_spec(module))]
+def missing(modules: Iterable[str]) -> list[str]:
+    return [module for module in modules if not (find_spec(module.partition(".")[0]) and find_spec(module))]
 
 
 def test_device() -> None:
