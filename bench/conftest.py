@@ -18,7 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DEADLINE] = time.monotonic() + float(config.getoption("--deadline") or "inf")
+    seconds: Any = config.getoption("--deadline")
+    config.stash[DEADLINE] = time.monotonic() + seconds
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
