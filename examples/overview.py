@@ -9,12 +9,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dcvae_fast import DCVAE
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.images import make_grid, png_bytes
-from dcvae_pipelines import ImageSet, decode_images, load_dataset
+from dcvae_pipelines import decode_images, load_dataset
 from dcvae_pipelines.pixels import normalize
 
 
@@ -29,9 +28,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = DCVAE.from_pretrained(arguments.model)
-    images = test_images(model, arguments.data, arguments.root, arguments.columns)
+    resolution, channels = model.config.resolution, model.config.image_channels
+    test_set = load_dataset(arguments.data, arguments.root, "test")
+    test_set = decode_images(test_set, arguments.columns, resolution=resolution, channels=channels)
+    images = normalize(test_set.images).to(model.device)
     samples = model.sample(2 * len(images), generator=torch.Generator().manual_seed(arguments.seed))
     (path,) = interpolate(model, images[:1], images[1:2], steps=arguments.columns - 2)
     rows = [images, model.reconstruct(images), samples, path]
     arguments.out.write_bytes(png_bytes(make_grid(torch.cat(rows), arguments.columns)))
     print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
