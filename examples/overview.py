@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from dcvae_fast import DCVAE
+from dcvae_fast.evaluation.images import evenly_spaced, parts
 from dcvae_fast.evaluation.latent import interpolate
 from dcvae_fast.images import make_grid, png_bytes
-from dcvae_pipelines import decode_images, load_dataset
+from dcvae_pipelines import load_dataset
 from dcvae_pipelines.pixels import normalize
 
 
@@ -28,10 +29,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = DCVAE.from_pretrained(arguments.model)
-    resolution, channels = model.config.resolution, model.config.image_channels
     test_set = load_dataset(arguments.data, arguments.root, "test")
-    test_set = decode_images(test_set, arguments.columns, resolution=resolution, channels=channels)
-    images = normalize(test_set.images).to(model.device)
+    chosen = next(parts(test_set, evenly_spaced(len(test_set), arguments.columns), model.config))
+    images = normalize(chosen.images).to(model.device)
     samples = model.sample(2 * len(images), generator=torch.Generator().manual_seed(arguments.seed))
     (path,) = interpolate(model, images[:1], images[1:2], steps=arguments.columns - 2)
     rows = [images, model.reconstruct(images), samples, path]
