@@ -78,18 +78,18 @@ def test_train_ends_with_its_last_held_out_metrics_and_then_says_that_it_is_done
     last = capsys.readouterr().out.strip().splitlines()[-1]
     measured = read_metrics(folder)[-1]
     assert last == (
-        f"On held-out images: pixel error {measured['held_out/pixel_mse']:.4f}, accuracy of a linear probe"
-        f" {measured['held_out/probe_accuracy']:.1%}. Look at {folder / 'grids'}."
+        f"On held-out images: pixel error {measured['held_out/pixel_mse']:.4f}, linear probe accuracy"
+        f" {measured['held_out/probe_accuracy']:.1%}. Image grids are in {folder / 'grids'}."
     )
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"images": 16, "held_out/pix')  # as a kill may leave it
     assert main(command) == 0
     again = capsys.readouterr().out
-    assert "is done: 16 images shown, 16 asked for" in again
+    assert "is complete: 16 images shown, train.images is 16." in again
     assert again.strip().splitlines()[-1] == last
 
     assert main([*command, "--train.images", "24", "--log.held_out", "0"]) == 0
-    assert capsys.readouterr().out.strip().splitlines()[-1] == f"Look at {folder / 'grids'}."
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"Image grids are in {folder / 'grids'}."
 
 
 def test_a_mistake_does_not_bind_the_folder(tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_prepare_reports_by_name_and_what_it_made_can_be_trained_on(tmp_path, ca
         "greyscale: 1 (1 converted, 0 left out)",
         "    grey.png",
     ]
-    assert "6 as they were, 1 converted, 1 left out." in lines[4]
+    assert "6 unchanged, 1 converted, 1 left out." in lines[4]
     assert lines[5] == f"Train on them with --data.name shards --data.root {target}"
     assert printed.err.splitlines()[-1].startswith("8 / 8 images, ")
 

@@ -96,10 +96,10 @@ def test_overrides(tmp_path):
         (["--recipe", "digits", "--log.keep", "1"], "log.keep is 1; it must be at least 2"),
         (["--recipe", "digits", "--log.held_out", "-1"], "log.held_out is -1; it must be null, or 0 or more"),
         (["--recipe", "digits", "--train.sampled_batch", "0"], "it must be null or at least 1"),
-        (["--recipe", "mnist", "--log.fid_images", "1"], "log.fid_images is 1; it must be 0, or at least 2"),
+        (["--recipe", "mnist", "--log.fid_images", "1"], "log.fid_images is 1; it must be 0 or at least 2"),
         (
             ["--recipe", "mnist", "--log.held_out", "0", "--log.fid_images", "9"],
-            "log.fid_images is 9; it must be 0 where log.held_out is",
+            "log.fid_images is 9; it must be 0 if log.held_out is 0",
         ),
         (["--recipe", "digits", "--optim.betas", "[0.5, 1]"], "optim.betas[1] is 1.0; it must be in [0, 1)"),
         (["--recipe", "digits", "--growth.batch", "{16: 0}"], "growth.batch[16] is 0; it must be at least 1"),
