@@ -80,7 +80,7 @@ def test_overrides(tmp_path):
     [
         (
             ["--recipe", "cifar11"],
-            "--recipe cifar11: no such recipe; the recipes are celeba128, ",
+            "--recipe cifar11: no such recipe; choose from celeba128, ",
         ),
         ([], "--recipe is missing"),
         (["--recipe", "digits", "--optim.learning_rate", "1"], "--optim.learning_rate"),

@@ -75,7 +75,7 @@ def parse_config(argv: Sequence[str]) -> Options:
     if recipe is not None:  # placed first, so that settings on the command line override it
         argv = ["--recipe", recipe_argument(recipe), *argv]
     elif not PRINT_ONLY & set(argv):
-        raise ConfigError(f"--recipe is missing; the recipes are {known_recipes()}.")
+        raise ConfigError(f"--recipe is missing; choose from {known_recipes()}.")
     try:
         parsed = parser.parse_args(argv)
         settings = parser.instantiate(parsed)
