@@ -84,8 +84,8 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is being trained by another process; if it is not, delete {folder / LOCK_FILE}."
         ) from error
     with lock:
-        for written in (folder / CHECKPOINTS, folder / GRIDS):  # only training writes to them
-            for file in find_unfinished(written):
+        for subfolder in (folder / CHECKPOINTS, folder / GRIDS):  # only training writes to them
+            for file in find_unfinished(subfolder):
                 file.unlink()
         yield
 
