@@ -286,14 +286,14 @@ class TrainConfig(_Section):
         sampled_batch: prior samples per autoencoder step; null for as many as real images (always for progressive)
         batch_per_rank: whether train.batch, train.sampled_batch and growth.batch count the images of each process; if
             false, they count the images of all processes together
-        n_critic: discriminator steps per autoencoder step
+        n_critic: discriminator steps per autoencoder and contrastive step
         ema_decay: decay of the exponential moving average (EMA) of the decoder's weights, with which a trained model
             samples and reconstructs; in [0, 1)
         seed: seed of all random numbers
         device: cpu, cuda, cuda:N, or auto (cuda if available); with several processes, each uses the GPU of its local
             rank
         micro_batch: real images per forward and backward pass, to save memory; null for the whole batch; progressive
-            only. Gradients do not change. If smaller than the batch, it must be a multiple of 4, the group size of the
+            only. Gradients do not change. If smaller than the batch, both must be multiples of 4, the group size of the
             minibatch standard deviation
         checkpoint_activations: save memory by recomputing activations in the backward pass; progressive only
         precision: autocast precision of the networks; weights and losses stay float32. float16 adds loss scaling, for
@@ -387,7 +387,7 @@ class Config:
         layers = ("low", "final") if model.grows else ("b1", "b2", "b3", "b4", "final")
         if model.resolution < 16:
             layers = ("final",)
-        expected = f"among {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
+        expected = f"a subset of {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
         _check("contrast.layers", contrast.layers, set(contrast.layers) <= set(layers), expected)
         train = self.train
         if not model.grows:  # batch normalisation needs the whole batch

@@ -205,7 +205,7 @@ def pick_device(name: str, ranks: Ranks = SINGLE) -> torch.device:
             raise RuntimeError("neither")
         torch.empty(0, device=device)
         if device.index is not None:
-            torch.cuda.set_device(device)  # some libraries use the current device, otherwise the first
+            torch.cuda.set_device(device)  # some libraries use the current device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the device is {name!r}, which is not available here; use auto or cpu.") from error
     return device

@@ -54,7 +54,7 @@ def prepare_run(folder: Path, config: Config) -> None:
             raise RunError(
                 f"{folder} was created with another configuration (stored → requested):\n  "
                 + "\n  ".join(f"{setting}: {old} → {new}" for setting, old, new in differences)
-                + "\nChoose another folder with --run, or use the stored settings."
+                + "\nChoose another folder, or use the stored settings."
             )
         return
     # A start that was killed can leave these.

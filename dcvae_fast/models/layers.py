@@ -96,7 +96,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Context manager that computes gradients for the input of `network` but not for its parameters."""
+    """Context manager that passes gradients through `network` to its input, but not to its parameters."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

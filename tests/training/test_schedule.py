@@ -113,7 +113,7 @@ def test_networks_of_one_resolution_do_not_grow():
         (lambda: config(start=12), "growth.start is 12"),
         (lambda: config(start=0), "growth.start is 0"),
         (lambda: config(layers=("b2", "final")), "contrast.layers is .*low, final for progressive at 16×16"),
-        (lambda: config(8, layers=("low", "final")), "contrast.layers is .*among final for progressive at 8×8"),
+        (lambda: config(8, layers=("low", "final")), "contrast.layers is .*a subset of final for progressive at 8×8"),
         (lambda: config(layers=("low",)), "contrast.layers is .*with final if growth.start is below 16"),
         (lambda: config(lr={32: 1e-3}), r"growth.lr is .*for resolutions among \[4, 8, 16\]"),
         (lambda: Config(train=TrainConfig(micro_batch=4)), "train.micro_batch is 4; it must be null for autogan"),
