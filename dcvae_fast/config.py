@@ -17,7 +17,7 @@ from dcvae_fast.errors import ConfigError
 
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 
-_HOLDS: dict[str, Callable[[Any, float], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, float], bool]] = {
     "least": operator.ge,
     "above": operator.gt,
     "most": operator.le,
@@ -76,7 +76,9 @@ class _Section:
             elif isinstance(value, tuple | list):
                 entries = {f"{name}[{index}]": entry for index, entry in enumerate(value)}
             for entry_name, entry in entries.items():
-                _check(entry_name, entry, all(_HOLDS[kind](entry, bound) for kind, bound in bounds.items()), expected)
+                _check(
+                    entry_name, entry, all(_COMPARISONS[kind](entry, bound) for kind, bound in bounds.items()), expected
+                )
 
 
 @dataclass(frozen=True)
