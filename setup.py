@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "dcvae_fast/__init__.py").read_text(encoding="utf-8"), re.M)
 
-# The two lower packages live in folders with a README of their own, but are imported by their own names.
+# The two lower packages have their own folders, and are imported without the folder's name.
 NESTED = {"dcvae_kernels": "kernels", "dcvae_pipelines": "pipelines"}
 
 
@@ -16,7 +16,7 @@ def nested_packages() -> list[str]:
     return [name for top, folder in NESTED.items() for name in find_packages(ROOT / folder, include=[top, f"{top}.*"])]
 
 
-TORCHVISION = "torchvision>=0.26"  # the release made for torch 2.11
+TORCHVISION = "torchvision>=0.26"  # the release for torch 2.11
 TQDM = "tqdm>=4.66"
 
 setup(
@@ -32,7 +32,7 @@ setup(
     packages=find_packages(ROOT, include=["dcvae_fast", "dcvae_fast.*"]) + nested_packages(),
     package_dir={name: f"{folder}/{name}" for name, folder in NESTED.items()},
     package_data={"": ["py.typed"]},
-    # The ops (dcvae_kernels) need nothing else.
+    # The ops (dcvae_kernels) need only these.
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -62,7 +62,7 @@ setup(
             TORCHVISION,
             TQDM,
         ],
-        "bench": [  # what bench/ compares with
+        "bench": [  # implementations that bench/ compares with
             "inf_cl>=1.2.1",
             "info-nce-pytorch>=0.1.4",
             "liger-kernel>=0.8",
@@ -72,7 +72,7 @@ setup(
         ],
         "dev": [
             "pre-commit>=4.0",
-            "pyright[nodejs]>=1.1.410",  # with the Node.js it runs on, so that nothing is fetched later
+            "pyright[nodejs]>=1.1.410",  # includes Node.js, so that nothing is downloaded later
             "pytest>=9.0",
             "pytest-benchmark>=5.1",
             "pytest-xdist>=3.6",

@@ -1,4 +1,4 @@
-"""Train a DC-VAE: `python train.py --recipe cifar10 --data.root DIR --run RUN`. The same as `dcvae train`."""
+"""Train a DC-VAE: `python train.py --recipe cifar10 --data.root DIR --run RUN`. Equivalent to `dcvae train`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write the committed results into the READMEs, between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`.
+"""Write the committed results into the documentation, between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`.
 
 Rows and columns in which nothing was measured, and targets that were not measured, are left out.
 """
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import results
 from results import Document, cells_of, floor_us, median, ratio
 
-READMES = tuple(results.ROOT / name for name in ("README.md", "kernels/README.md", "docs/speed.md"))
+FILES = tuple(results.ROOT / name for name in ("README.md", "kernels/README.md", "docs/data.md", "docs/speed.md"))
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 NOTHING = "No measurement is committed yet; `make gpu` on a machine with a GPU takes one.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="default: this project's")
+    parser.add_argument("files", nargs="*", type=Path, default=FILES, help="default: this project's")
     parser.add_argument("--results", type=Path, default=results.COMMITTED, help="folder with <device>/NAME.json")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""DC-VAE (Dual Contradistinctive Generative Autoencoder, CVPR 2021): fast training, and trained models to use."""
+"""DC-VAE (Dual Contradistinctive Generative Autoencoder, CVPR 2021): fast training and trained models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model, and torch with it, when it is first used, so that `dcvae --help` answers at once."""
+    """Import the model, and torch, at the first use, so that `dcvae --help` does not wait for torch."""
     if name not in ("DCVAE", "Posterior"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dcvae_fast.models import dcvae

@@ -1,6 +1,6 @@
-"""The `dcvae` command: which command runs, and how errors are reported.
+"""The `dcvae` command: dispatch and error reporting.
 
-A user's mistake gives one sentence and exit code 1, never a traceback.
+A mistake by the user results in one sentence and exit code 1, not a traceback.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from dcvae_fast.errors import RankError, UserError, reason
 
 COMMANDS = (train, prepare, latent, evaluate, reproduce, export)
 
-# Parts of what libraries for collectives report when another rank has ended.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+# Parts of the messages of collectives when another rank has ended.
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (128 + the signal where one stopped it).
+    """Run a subcommand and return the exit code: 128 + the signal if a signal stopped it.
 
-    Training by several processes, or by DeepSpeed, ends this process instead.
+    Training with several processes or with DeepSpeed ends this process instead of returning.
     """
     configure_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if "torch" in sys.modules:  # only torch makes process groups
+    if "torch" in sys.modules:  # otherwise there is no process group
         from dcvae_fast.distributed import exit_process
 
         exit_process(code)
@@ -48,7 +48,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         arguments = _parse(argv)
         return arguments.run_command(arguments)
-    except RankError:  # the rank that has failed reports it
+    except RankError:  # the rank that failed reports it
         return 1
     except KeyboardInterrupt:
         print_line("\ninterrupted", "stderr")
@@ -74,19 +74,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _message(error: Exception) -> str | None:
-    """Return the sentence that reports an error to the user, or None for one that needs a traceback."""
+    """Return the sentence that reports an error to the user, or None for an error that needs a traceback."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):  # a full disk, a folder that may not be written
+    if isinstance(error, OSError):  # for example a full disk or a read-only folder
         return None if error.errno is None else f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
     if isinstance(error, ModuleNotFoundError):
         package = str(error.name).split(".")[0]
         extra = "eval" if package in ("torch_fidelity", "matplotlib", "scipy") else "train"
         return f"{package} is not installed: pip install 'dcvae_fast[{extra}]'"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower()):
-        return f"out of memory ({reason(error)}); a smaller batch, width or number of images needs less"
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
-        return "another rank has ended; its own message says why"
+        return f"out of memory ({reason(error)}); reduce the batch, the width of the networks or the number of images"
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST_RANK):
+        return "another rank has ended; see the output of that rank"
     from dcvae_pipelines import DataError
 
     return str(error) if isinstance(error, DataError) else None

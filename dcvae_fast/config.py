@@ -1,7 +1,9 @@
 """All settings of a run: frozen dataclasses, filled by a recipe and by overrides. Imports no torch.
 
-The defaults are the paper's CIFAR-10 run with the gaps filled as the authors' code does; `recipes.py` lists for each
-experiment what differs from them. `official` in a docstring is the authors' code.
+The defaults are the paper's CIFAR-10 run; settings that the paper leaves open follow the authors' code. `recipes.py`
+lists how each experiment differs from the defaults. In docstrings, `official` means the authors' code.
+
+The `Attributes:` texts are the help texts of `dcvae train --help`.
 """
 
 import dataclasses
@@ -15,8 +17,7 @@ from dcvae_fast.errors import ConfigError
 
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 
-
-_HOLDS: dict[str, Callable[[Any, float], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, float], bool]] = {
     "least": operator.ge,
     "above": operator.gt,
     "most": operator.le,
@@ -25,12 +26,13 @@ _HOLDS: dict[str, Callable[[Any, float], bool]] = {
 
 
 def setting(default: Any, *, may_change: bool = False, **bounds: float) -> Any:
-    """Return a dataclass field with a default and a range. The range holds for each entry of a tuple or dict.
+    """Return a dataclass field with a default and a range. The range applies to each entry of a tuple or dict.
 
     Args:
-        default: value if no recipe says otherwise.
-        may_change: whether a resumed run may change the setting, because it does not alter what is computed.
-        bounds: `least` or `above`, and with `least` possibly `most` or `below`; a value may equal `least` and `most`.
+        default: value unless a recipe or the command line overrides it.
+        may_change: whether a resumed run can change the setting, because it does not affect the computed result.
+        bounds: `least` (inclusive) or `above` (exclusive); with `least` optionally `most` (inclusive) or `below`
+            (exclusive).
     """
     metadata = {"bounds": bounds, "may_change": may_change}
     if isinstance(default, dict):
@@ -39,7 +41,7 @@ def setting(default: Any, *, may_change: bool = False, **bounds: float) -> Any:
 
 
 def _range(least: float = 0, above: float | None = None, most: float | None = None, below: float | None = None) -> str:
-    """Return bounds in words."""
+    """Describe the bounds in words."""
     if above is not None:
         return f"above {above}"
     if below is not None:
@@ -49,14 +51,14 @@ def _range(least: float = 0, above: float | None = None, most: float | None = No
     return "0 or more" if least == 0 else f"at least {least}"
 
 
-def _check(setting: str, value: Any, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{setting} is {value!r}; it must be {wanted}.")
+def _check(setting: str, value: Any, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ConfigError(f"{setting} is {value!r}; it must be {expected}.")
 
 
 @dataclass(frozen=True)
 class _Section:
-    """Base of the sections of a configuration: checks the range of each setting."""
+    """Base class of the sections of a configuration; checks the range of each setting."""
 
     def __post_init__(self):
         section = type(self).__name__.removesuffix("Config").lower()
@@ -65,33 +67,36 @@ class _Section:
             bounds, optional = option.metadata.get("bounds"), NoneType in get_args(option.type)
             if not bounds or (value is None and optional):
                 continue
-            wanted = _range(**bounds)
+            expected = _range(**bounds)
             if optional:
-                wanted = f"null, or {wanted}" if " or " in wanted else f"null or {wanted}"
+                expected = f"null, or {expected}" if " or " in expected else f"null or {expected}"
             entries = {name: value}
             if isinstance(value, dict):
                 entries = {f"{name}[{key}]": entry for key, entry in value.items()}
             elif isinstance(value, tuple | list):
                 entries = {f"{name}[{index}]": entry for index, entry in enumerate(value)}
             for entry_name, entry in entries.items():
-                _check(entry_name, entry, all(_HOLDS[kind](entry, bound) for kind, bound in bounds.items()), wanted)
+                _check(
+                    entry_name, entry, all(_COMPARISONS[kind](entry, bound) for kind, bound in bounds.items()), expected
+                )
 
 
 @dataclass(frozen=True)
 class DataConfig(_Section):
-    """Which images.
+    """Training and test images.
 
     Attributes:
-        name: the data set; folder is any folder of images, shards are what `dcvae prepare` makes of one
-        root: folder of the data set, in torchvision's layout where torchvision knows it; `digits` needs none
-        download: fetch a missing data set into root, where torchvision can
-        mirror: flip each image left to right with probability 1/2
-        drop_last: leave out the end of each epoch that does not fill a batch (official), else let batches run on
-        on_corrupt: stop at an image that cannot be decoded, or skip it with a warning
-        resident: decode everything once, at the start, and keep it on the device: fast, where it fits there and every
-            image can be decoded. What is only ever shown at 32×32 always is
-        threads: CPU threads that read and decode; null for as many as there are cores
-        prefetch: batches decoded ahead
+        name: data set; folder is any folder of images, shards is the output of `dcvae prepare`
+        root: folder of the data set, in torchvision's layout if torchvision has the data set; digits needs none
+        download: download a missing data set into data.root, if torchvision can
+        mirror: flip each image horizontally with probability 1/2
+        drop_last: drop the incomplete last batch of each epoch (official); otherwise batches continue across epochs
+        on_corrupt: for an image that cannot be decoded, stop, or skip it with a warning
+        resident: decode all images at the start and keep them in the device's memory, which is faster; they must fit,
+            and all must be decodable. Always true for digits, mnist, cifar10 and stl10
+        threads: CPU threads per process that read and decode images; null for all cores, shared by the processes of a
+            machine
+        prefetch: number of batches decoded in advance
     """
 
     name: Literal["digits", "mnist", "cifar10", "stl10", "celeba", "celebahq", "lsun_bedroom", "folder", "shards"] = (
@@ -109,22 +114,25 @@ class DataConfig(_Section):
 
 @dataclass(frozen=True)
 class ModelConfig(_Section):
-    """The networks.
+    """Networks.
 
     Attributes:
-        architecture: autogan (Figure 15; 32×32), or progressive (grows from 4×4 to `resolution`)
-        resolution: height and width of the images, in the end, in pixels
+        architecture: autogan (Figure 15; 32×32 only), or progressive (grows from growth.start to model.resolution)
+        resolution: final height and width of the images, in pixels; 32 for autogan, a power of two from 4 to 1024 for
+            progressive
         image_channels: 3 for colour, 1 for greyscale
-        latent_dim: size Z of the latent
-        decoder_width: autogan: channels of the decoder's feature maps
-        encoder_width: autogan: channels of the encoder's feature maps
-        discriminator_width: autogan: channels of the discriminator's feature maps
-        base_channels: progressive: a feature map of R×R has min(base_channels / R, max_channels) channels
-        max_channels: see there
-        contrast_dim: size D of a query or key (paper: 16)
-        sample_clamp: clamp prior samples to [-clamp, clamp] (official for FID: 1); null leaves them alone
-        reconstruct_from: the posterior's mean, or a draw from it (official for FID)
-        alpha: progressive: share of the last resolution's layers; below 1 in a model that was saved while they faded in
+        latent_dim: latent dimension Z
+        decoder_width: number of channels of the decoder's feature maps; autogan only
+        encoder_width: number of channels of the encoder's feature maps; autogan only
+        discriminator_width: number of channels of the discriminator's feature maps; autogan only
+        base_channels: an R×R feature map has min(base_channels / R, max_channels) channels; progressive only
+        max_channels: maximum number of channels of a feature map; progressive only
+        contrast_dim: dimension D of queries and keys (paper: 16)
+        sample_clamp: clamp latents drawn from the prior to [-sample_clamp, sample_clamp] when sampling from a trained
+            model (official for FID: 1); null for no clamping
+        reconstruct_from: decode the posterior mean, or a sample of the posterior (official for FID)
+        alpha: blending weight of the layers of the final resolution, in [0, 1]; below 1 only in a model saved during a
+            fade; progressive only
     """
 
     architecture: Literal["autogan", "progressive"] = "autogan"
@@ -156,14 +164,14 @@ class ModelConfig(_Section):
 
 @dataclass(frozen=True)
 class GrowthConfig(_Section):
-    """How progressive networks grow: stabilise, then for each doubled resolution fade in and stabilise.
+    """Growth of progressive networks: the first resolution is trained; each doubled one is faded in, then trained.
 
     Attributes:
-        start: the first resolution
-        fade_images: images shown while a resolution's layers are faded in (Progressive GAN: 600,000, or 800,000)
-        stable_images: images shown at a resolution afterwards
-        batch: real images an iteration, by resolution
-        lr: learning rate by resolution, where it is not optim.lr
+        start: first resolution in pixels, a power of two from 4 to model.resolution
+        fade_images: images shown while the layers of a resolution are faded in (Progressive GAN: 600,000 or 800,000)
+        stable_images: images shown at each resolution after its fade
+        batch: real images per iteration, by resolution
+        lr: learning rate by resolution; optim.lr for resolutions not listed
     """
 
     start: int = 4
@@ -177,20 +185,22 @@ class GrowthConfig(_Section):
 
 @dataclass(frozen=True)
 class LossConfig(_Section):
-    """What is minimised (Eq. 9 and the rows of Table 1).
+    """Training objective (Eq. 9 and the rows of Table 1).
 
     Attributes:
-        objective: dc_vae (InfoNCE + GAN + KL), or an ablation: vae (pixel L2 + KL), vae_gan (L2 in the discriminator's
-            features + KL + GAN), vae_contrastive (InfoNCE + KL)
-        adversarial: hinge (official), log (Eq. 4; the generator's side in its non-saturating form), wgan_gp (with its
-            penalty and drift, as Progressive GAN), or logistic_r1 (log with fakes at half weight each and a penalty)
-        penalty: weight of the gradient penalty of wgan_gp and logistic_r1 (10 for both)
-        penalty_every: iterations from one R1 penalty to the next, which then counts as many times
+        objective: dc_vae (InfoNCE + GAN + KL), or an ablation: vae (pixel L2 + KL), vae_gan (L2 between discriminator
+            features + GAN + KL), vae_contrastive (InfoNCE + KL)
+        adversarial: hinge (official); log (Eq. 4, with the non-saturating loss for the generator); wgan_gp (with
+            gradient penalty and drift, as in Progressive GAN); or logistic_r1 (log with weight 1/2 for samples and for
+            reconstructions, plus R1 penalty)
+        penalty: weight of the gradient penalty of wgan_gp and logistic_r1
+        penalty_every: compute the R1 penalty of logistic_r1 every this many iterations, with its weight multiplied by
+            the same number
         drift: weight of the squared score of real images in wgan_gp
-        kl_weight: weight of the KL divergence, a sum over the latent and a mean over the batch (official: 1e-6 on
-            the sum over 64 images)
-        order: sequential (official) steps the autoencoder for the adversarial loss, then for the instance loss; joint
-            steps once for both on one reconstruction (Eq. 9)
+        kl_weight: weight of the KL divergence, which is summed over the latent and averaged over the batch (official:
+            1e-6 times the sum over 64 images)
+        order: sequential (official) updates the autoencoder first for the adversarial loss, then for the instance loss;
+            joint makes one update for both (Eq. 9)
     """
 
     objective: Literal["dc_vae", "vae", "vae_gan", "vae_contrastive"] = "dc_vae"
@@ -207,7 +217,7 @@ class LossConfig(_Section):
 
     @property
     def instance(self) -> Literal["contrast", "feature", "pixel"]:
-        """The reconstruction term: InfoNCE (Eq. 6), L2 between features (Eq. 3), or L2 between pixels (Eq. 1)."""
+        """Reconstruction term: InfoNCE (Eq. 6), L2 between features (Eq. 3), or L2 between pixels (Eq. 1)."""
         if self.objective in ("dc_vae", "vae_contrastive"):
             return "contrast"
         return "feature" if self.objective == "vae_gan" else "pixel"
@@ -218,16 +228,16 @@ class ContrastConfig(_Section):
     """Multi-scale instance contrast (Eq. 6, §4.2).
 
     Attributes:
-        negatives: keys K in the queue (paper: 8096)
-        temperature: divides the cosine similarities
-        layers: where features are contrasted: after residual block 1 to 4 (autogan) or at 16×16 (progressive: low), and
-            at the last linear layer (final). The paper takes b2 and final, official b1 and final. vae_gan compares its
-            features here too
-        momentum: decay of the moving average of the discriminator that makes the keys
-        queue_start: empty (only filled slots count), or noise (official: normalised Gaussian keys)
-        exclude_same_image: an image's own older keys in the queue are no negatives (Eq. 6); official counts them
-        local_layers: feature maps for local patch contrast
-        local_start_images: images shown before local patch contrast begins; null for never (official)
+        negatives: number K of keys in the queue (paper: 8096)
+        temperature: divisor of the cosine similarities
+        layers: discriminator layers whose features are contrasted. autogan: b1 to b4 (after that residual block) and
+            final (last linear layer); progressive: low (at 16×16) and final. The paper uses b2 and final, official b1
+            and final. vae_gan compares features at the same layers
+        momentum: EMA decay of the momentum discriminator, which computes the keys; in [0, 1)
+        queue_start: initial queue: empty (only filled slots count), or noise (official; normalised Gaussian keys)
+        exclude_same_image: do not count older keys of the same image as negatives (Eq. 6); official counts them
+        local_layers: feature maps for local patch contrast; autogan only
+        local_start_images: images shown before local patch contrast starts; null disables it (official); autogan only
     """
 
     negatives: int = setting(8096, least=1)
@@ -248,16 +258,16 @@ class ContrastConfig(_Section):
 
 @dataclass(frozen=True)
 class OptimConfig(_Section):
-    """Adam, the same for every network.
+    """Adam, with the same settings for every network.
 
     Attributes:
-        lr: learning rate
-        betas: decay of the two moments
-        eps: added to the root of the second moment
-        implementation: apex (NVIDIA's, for GPUs), deepspeed (compiled when first used), torch, or auto: apex if it is
-            installed, else torch
-        loss_scale: train.precision float16: what losses are multiplied by at first; halved where a gradient overflows
-        loss_scale_window: steps without an overflow after which it is doubled
+        lr: learning rate; growth.lr overrides it by resolution
+        betas: decay rates of the two moments, each in [0, 1)
+        eps: added to the square root of the second moment
+        implementation: apex (NVIDIA's, for GPUs), deepspeed (compiled when first used), torch, or auto (apex on a GPU
+            if it is installed, otherwise torch)
+        loss_scale: initial loss scale for train.precision float16, at least 1; halved whenever a gradient overflows
+        loss_scale_window: the loss scale doubles after this many steps without overflow
     """
 
     lr: float = setting(2e-4, above=0)
@@ -270,30 +280,34 @@ class OptimConfig(_Section):
 
 @dataclass(frozen=True)
 class TrainConfig(_Section):
-    """How long and how.
+    """Training length, batches, precision and engine.
 
     Attributes:
         images: stop after this many images shown
-        batch: real images (and reconstructions) an iteration; of progressive networks, see growth.batch
-        sampled_batch: prior samples in an autoencoder step; null for as many as real images
-        batch_per_rank: whether these and growth.batch are each process's own, or shared out among all
-        n_critic: discriminator steps for each autoencoder and contrastive step
-        ema_decay: decay of the exponential moving average of the decoder (EMA), which samples and reconstructs
-        seed: of everything random
-        device: cpu, cuda, or auto (cuda where there is one); of several processes each takes the GPU of its number
-        micro_batch: progressive: real images worked on at a time, to need less memory; null for the whole batch. The
-            gradients stay the same if it is a multiple of 4, the images that share a minibatch's statistics
-        checkpoint_activations: progressive: keep less for the backward pass and compute it again
-        precision: of the networks' arithmetic where it does no harm (autocast); float16 scales the losses, for GPUs
-            without bfloat16. Weights, and everything else, are float32
-        compile: whether torch compiles the networks, which takes a minute or two at each resolution; null: on GPUs,
-            if a C compiler and Python's headers are installed
-        graphs: whether whole iterations become CUDA graphs, so that the processor has next to nothing to do; null for:
-            on a single GPU, unless DeepSpeed, float16 or another Adam than torch's is asked for
-        engine: what averages gradients over processes and steps: torch, or deepspeed; auto is deepspeed where its
-            launcher started the run, or one of the next two settings asks for it
-        zero: DeepSpeed's ZeRO stage: what is cut up among processes; 0 nothing, 1 Adam's moments, 2 gradients too
-        deepspeed_config: a JSON file with more settings for DeepSpeed
+        batch: real images per iteration, at least 2; autogan only (progressive: growth.batch)
+        sampled_batch: prior samples per autoencoder step; null for as many as real images (always for progressive)
+        batch_per_rank: whether train.batch, train.sampled_batch and growth.batch count the images of each process; if
+            false, they count the images of all processes together
+        n_critic: discriminator steps per autoencoder and contrastive step
+        ema_decay: decay of the exponential moving average (EMA) of the decoder's weights, with which a trained model
+            samples and reconstructs; in [0, 1)
+        seed: seed of all random numbers
+        device: cpu, cuda, cuda:N, or auto (cuda if available); with several processes, each uses the GPU of its local
+            rank
+        micro_batch: real images per forward and backward pass, to save memory; null for the whole batch; progressive
+            only. Gradients do not change. If smaller than the batch, both must be multiples of 4, the group size of the
+            minibatch standard deviation
+        checkpoint_activations: save memory by recomputing activations in the backward pass; progressive only
+        precision: autocast precision of the networks; weights and losses stay float32. float16 adds loss scaling, for
+            GPUs without bfloat16
+        compile: use torch.compile, which takes a minute or two at each resolution; null for true on GPUs if a C
+            compiler and Python's headers are installed
+        graphs: run whole iterations as CUDA graphs, which saves CPU time; null for true on a single GPU, unless
+            DeepSpeed, float16, or optim.implementation apex or deepspeed is set
+        engine: engine that averages gradients and steps the optimizer; auto is deepspeed if DeepSpeed's launcher
+            started the run or train.zero or train.deepspeed_config is set, otherwise torch
+        zero: DeepSpeed's ZeRO stage: 0 partitions nothing, 1 optimizer states, 2 gradients too
+        deepspeed_config: JSON file with further DeepSpeed settings
     """
 
     images: int = setting(40_000_000, least=0, may_change=True)
@@ -315,13 +329,9 @@ class TrainConfig(_Section):
 
     def __post_init__(self):
         super().__post_init__()
-        asked = self.zero is not None or self.deepspeed_config is not None
-        _check(
-            "train.engine",
-            self.engine,
-            not (asked and self.engine == "torch"),
-            "deepspeed for train.zero and train.deepspeed_config",
-        )
+        needs_deepspeed = self.zero is not None or self.deepspeed_config is not None
+        valid = not (needs_deepspeed and self.engine == "torch")
+        _check("train.engine", self.engine, valid, "auto or deepspeed if train.zero or train.deepspeed_config is set")
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -330,19 +340,19 @@ class TrainConfig(_Section):
 
 @dataclass(frozen=True)
 class LogConfig(_Section):
-    """What a run writes, and how often, counted in images shown.
+    """Output of a run; intervals are counted in images shown.
 
     Attributes:
-        every: means of all metrics to the terminal, metrics.jsonl and TensorBoard
-        grids_every: reconstructions, samples and interpolations as PNG
-        checkpoint_every: everything that resuming needs
-        keep: newest checkpoints that are kept
-        metrics_every: metrics of held-out images, to metrics.jsonl and TensorBoard; null for as often as grids
-        held_out: images for them: pixel error and, where there are labels, the accuracy of a linear probe; null for
-            1,000 at 32×32 and fewer at higher resolutions, 0 for no such metrics
-        fid_images: samples, and training images, for an FID among them; 0 for none. Of a few thousand it is too high,
-            and good for comparing with itself only
-        weights: folder with Inception's weights, which FID needs; null to have them downloaded
+        every: interval between log lines: means of all training metrics, to the terminal, metrics.jsonl and TensorBoard
+        grids_every: interval between PNG grids of reconstructions, samples and interpolations
+        checkpoint_every: interval between checkpoints
+        keep: number of newest checkpoints to keep, at least 2
+        metrics_every: interval between held-out metrics, to metrics.jsonl and TensorBoard; null for log.grids_every
+        held_out: number of held-out images for these metrics (pixel error and, if there are labels, accuracy of a
+            linear probe); null for 1,000 at 32×32 and fewer at higher resolutions, 0 for no held-out metrics
+        fid_images: number of samples, and of training images, for FID as a held-out metric; 0 for no FID. FID of a few
+            thousand images is biased upwards: compare only values with the same log.fid_images
+        weights: folder with Inception's weights for FID; null to download them
     """
 
     every: int = setting(64_000, least=1, may_change=True)
@@ -357,13 +367,13 @@ class LogConfig(_Section):
     def __post_init__(self):
         super().__post_init__()
         fid_images = self.fid_images
-        _check("log.fid_images", fid_images, fid_images == 0 or fid_images >= 2, "0, or at least 2")
-        _check("log.fid_images", fid_images, fid_images == 0 or self.held_out != 0, "0 where log.held_out is")
+        _check("log.fid_images", fid_images, fid_images == 0 or fid_images >= 2, "0 or at least 2")
+        _check("log.fid_images", fid_images, fid_images == 0 or self.held_out != 0, "0 if log.held_out is 0")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run."""
+    """All settings of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -379,40 +389,36 @@ class Config:
         layers = ("low", "final") if model.grows else ("b1", "b2", "b3", "b4", "final")
         if model.resolution < 16:
             layers = ("final",)
-        wrong = [layer for layer in contrast.layers if layer not in layers]
-        wanted = f"among {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
-        _check("contrast.layers", contrast.layers, not wrong, wanted)
+        expected = f"a subset of {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
+        _check("contrast.layers", contrast.layers, set(contrast.layers) <= set(layers), expected)
         train = self.train
-        if not model.grows:  # batch normalisation sees the whole batch
+        if not model.grows:  # batch normalisation needs the whole batch
             _check("train.micro_batch", train.micro_batch, train.micro_batch is None, "null for autogan")
-            saving = train.checkpoint_activations
-            _check("train.checkpoint_activations", saving, not saving, "false for autogan")
+            enabled = train.checkpoint_activations
+            _check("train.checkpoint_activations", enabled, not enabled, "false for autogan")
             return
-        # Samples and reconstructions share a batch, and must not share statistics of it.
+        # Samples and reconstructions are scored in one batch, which minibatch statistics cut into equal parts.
         _check("train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null for progressive")
         local = contrast.local_start_images
         _check("contrast.local_start_images", local, local is None, "null for progressive")
         starts = [4 * 2**i for i in range(9) if 4 * 2**i <= model.resolution]
         _check("growth.start", growth.start, growth.start in starts, f"one of {starts}")
         if growth.start < 16 and self.loss.instance != "pixel":
-            _check(
-                "contrast.layers",
-                contrast.layers,
-                "final" in contrast.layers,
-                "with final: low begins at 16×16",
-            )
+            expected = "a list with final if growth.start is below 16: low exists only from 16×16 on"
+            _check("contrast.layers", contrast.layers, "final" in contrast.layers, expected)
         reached = [resolution for resolution in starts if growth.start <= resolution]
         missing = [resolution for resolution in reached if resolution not in growth.batch]
-        _check("growth.batch", growth.batch, not missing, f"given for {', '.join(map(str, missing))} too")
-        _check("growth.lr", growth.lr, set(growth.lr) <= set(reached), f"for resolutions among {reached}")
-        if (micro := train.micro_batch) is not None:  # statistics are of four neighbours
+        _check("growth.batch", growth.batch, not missing, f"set for {', '.join(map(str, missing))} too")
+        _check("growth.lr", growth.lr, set(growth.lr) <= set(reached), f"set for resolutions among {reached} only")
+        if (micro := train.micro_batch) is not None:  # four neighbours share minibatch statistics
             for batch in (growth.batch[resolution] for resolution in reached):
-                same = batch <= micro or batch % 4 == micro % 4 == 0
-                _check("train.micro_batch", micro, same, f"a multiple of 4, as the batch of {batch}, which it cuts")
+                unchanged = batch <= micro or batch % 4 == micro % 4 == 0
+                expected = f"at least the batch, {batch}, unless both are multiples of 4"
+                _check("train.micro_batch", micro, unchanged, expected)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A (section of a) configuration as plain values, as JSON and YAML hold them."""
+    """Convert a configuration, or a section of one, to plain values for JSON and YAML."""
     return {
         name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
         for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
@@ -420,17 +426,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
-    """What `new` would compute differently from the stored `old`: for each setting its name, `section.name`, and both
-    values.
+    """Return the settings that differ between the stored `old` and `new`: `section.name`, old value, new value.
 
-    Settings that alter only how long a run goes on, where it runs and what it writes do not count.
+    Settings declared with `may_change` are ignored: they affect only the length, place and output of a run.
     """
-    found = []
+    differences = []
     for section in dataclasses.fields(new):
         values, stored = getattr(new, section.name), old.get(section.name)
-        stored, wanted = stored if isinstance(stored, dict) else {}, to_dict(values)
+        stored, current = stored if isinstance(stored, dict) else {}, to_dict(values)
         for setting in dataclasses.fields(values):
-            was, now = stored.get(setting.name, "not set"), wanted[setting.name]
-            if was != now and not setting.metadata.get("may_change"):
-                found.append((f"{section.name}.{setting.name}", was, now))
-    return found
+            old_value, new_value = stored.get(setting.name, "not set"), current[setting.name]
+            if old_value != new_value and not setting.metadata.get("may_change"):
+                differences.append((f"{section.name}.{setting.name}", old_value, new_value))
+    return differences

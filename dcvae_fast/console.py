@@ -1,4 +1,4 @@
-"""Messages of the command line, through `logging`: INFO of this package to stdout, warnings and errors to stderr."""
+"""Logging for the command line: INFO of this package to stdout, warnings and errors to stderr."""
 
 import logging
 import os
@@ -20,9 +20,11 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging() -> None:
-    """Print INFO of `dcvae_fast` to stdout as it is, and warnings and errors of all packages to stderr with their
-    level in front. Calling it again changes nothing. If the caller has configured the root logger to print INFO, it
-    prints these messages too."""
+    """Print INFO messages of `dcvae_fast` to stdout, and warnings and errors of all packages to stderr.
+
+    Warnings and errors are prefixed with their level. Further calls have no effect. A root logger that the caller has
+    configured to print INFO prints these messages too.
+    """
     package = logging.getLogger("dcvae_fast")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
@@ -36,15 +38,15 @@ def configure_logging() -> None:
 
 
 def print_line(line: str, name: Stream) -> None:
-    """Print a line to the current `sys.stdout` or `sys.stderr` without damaging a progress bar.
+    """Print a line to the current `sys.stdout` or `sys.stderr` without breaking a progress bar.
 
-    A stream that cannot be written is not used again: long work must not stop for a message whose reader has gone, as
-    in `dcvae train … | head`, or whose disk is full.
+    A stream that cannot be written is replaced by `os.devnull`: training must not stop because of a closed pipe, as in
+    `dcvae train … | head`, or a full disk.
     """
     stream = getattr(sys, name)
     if stream is None:  # closed before Python started
         return
-    encoding = stream.encoding or "utf-8"  # not every encoding has ×
+    encoding = stream.encoding or "utf-8"  # some encodings lack ×
     line = line.encode(encoding, "backslashreplace").decode(encoding)
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
@@ -54,6 +56,6 @@ def print_line(line: str, name: Stream) -> None:
             tqdm.write(line, file=stream)
         stream.flush()
     except OSError as error:
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open until the end
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, stays open until exit
         if name == "stdout" and not isinstance(error, BrokenPipeError):
             print_line(f"WARNING: stdout cannot be written ({error.strerror}); its messages are lost", "stderr")

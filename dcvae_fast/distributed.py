@@ -1,6 +1,6 @@
-"""The processes that train together, one per GPU: ranks, collectives, device choice.
+"""Data-parallel processes, one per GPU: ranks, collectives, device choice.
 
-`torchrun` and `deepspeed` start the processes and describe them in the environment.
+`torchrun` and `deepspeed` start the processes and describe them in environment variables.
 """
 
 import logging
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. All methods but `shard` are collectives: all ranks must call them.
+    """Rank of this process and its collectives. All methods but `shard` are collectives: all ranks must call them.
 
     Attributes:
-        rank: number of this process
+        rank: index of this process
         world_size: number of processes
-        local_rank: number of this process on its machine
-        local_world_size: number of processes on this machine
+        local_rank: index of this process on its machine
+        local_world_size: number of processes on its machine
     """
 
     rank: int = 0
@@ -38,11 +38,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that writes files and logs."""
+        """Whether this rank writes files and logs."""
         return self.rank == 0
 
     def all_reduce_max(self, status: int) -> int:
-        """Return the maximum over all ranks. Does not wait for GPUs."""
+        """Return the maximum over all ranks, without waiting for GPUs."""
         if self.world_size == 1:
             return status
         statuses = torch.tensor(status)
@@ -50,7 +50,7 @@ class Ranks:
         return int(statuses)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank."""
+        """Return the values of all ranks, in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -58,7 +58,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Return the first rank's value."""
+        """Return the value of rank 0."""
         if self.world_size == 1:
             return value
         values: list[Any] = [value]
@@ -69,7 +69,7 @@ class Ranks:
         """Check that named values are the same on all ranks.
 
         Raises:
-            ConfigError: a value differs between this rank and the first.
+            ConfigError: a value differs between this rank and rank 0.
             RankError: a value differs on another rank.
         """
         expected = self.broadcast(values)
@@ -79,7 +79,7 @@ class Ranks:
                     raise ConfigError(f"{name} is {value!r} on rank {self.rank}, but {expected[name]!r} on rank 0.")
 
     def all_reduce_sum_(self, tensors: Sequence[Tensor], divisor: int = 1) -> None:
-        """Replace tensors of one dtype by their sums over all ranks, divided by `divisor`; one collective."""
+        """Replace tensors of one dtype by their sums over all ranks divided by `divisor`, in one collective."""
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([x.reshape(-1) for x in tensors])
@@ -89,11 +89,11 @@ class Ranks:
             x.copy_(total.view(x.shape))
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype by their means over all ranks; one collective."""
+        """Replace tensors of one dtype by their means over all ranks, in one collective."""
         self.all_reduce_sum_(tensors, self.world_size)
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Concatenate the tensors of all ranks, of one shape, along `dim` by rank. No gradient."""
+        """Concatenate the tensors of all ranks along `dim` in rank order; all must have the same shape. No gradient."""
         if self.world_size == 1:
             return x
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
@@ -101,40 +101,40 @@ class Ranks:
         return torch.cat(parts, dim)
 
     def shard(self, x: Tensor) -> Tensor:
-        """Return this rank's part of a tensor that all ranks hold: the inverse of `all_gather`."""
+        """Return this rank's part of a tensor that is the same on all ranks: the inverse of `all_gather`."""
         return x.chunk(self.world_size)[self.rank]
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Let each rank run the block by itself; if one of them fails, raise on all of them.
+        """Context manager whose block each rank runs by itself; if a rank fails, all ranks raise at its end.
 
         Raises:
-            Exception: the exception of the lowest rank that failed, on that rank.
-            RankError: another rank failed.
+            Exception: on the lowest rank that failed, its own exception.
+            RankError: on all other ranks.
         """
-        problem = None
+        own_error = None
         try:
             yield
         except Exception as error:
             if self.world_size == 1:
                 raise
-            problem = error
-        failed = [rank for rank, has_failed in enumerate(self.all_gather_object(problem is not None)) if has_failed]
+            own_error = error
+        failed = [rank for rank, has_failed in enumerate(self.all_gather_object(own_error is not None)) if has_failed]
         if not failed:
             return
-        if problem is not None and self.rank == failed[0]:
-            raise problem
-        raise RankError(f"rank {failed[0]} has failed.") from problem
+        if own_error is not None and self.rank == failed[0]:
+            raise own_error
+        raise RankError(f"rank {failed[0]} has failed.") from own_error
 
 
 SINGLE = Ranks()
 
 
 def init_distributed() -> Ranks:
-    """Connect to the other ranks if a launcher started this process as one of several. Ranks > 0 log warnings only.
+    """Connect to the other ranks if a launcher has started several. Ranks > 0 log warnings only.
 
     Raises:
-        ConfigError: the environment is incomplete, or the other ranks cannot be reached.
+        ConfigError: environment variables are missing, or the other ranks cannot be reached.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return SINGLE
@@ -144,8 +144,8 @@ def init_distributed() -> Ranks:
         ranks = Ranks(*(int(os.environ[name]) for name in names))
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"WORLD_SIZE asks for several processes, but the rest of the environment is not as torchrun or deepspeed"
-            f" set it ({error})."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(names)} are not all set to integers ({error});"
+            " start the processes with torchrun or deepspeed."
         ) from error
     if not ranks.is_first:
         logging.getLogger("dcvae_fast").setLevel(logging.WARNING)
@@ -156,7 +156,7 @@ def init_distributed() -> Ranks:
             init_process_group()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"rank {ranks.rank} of {ranks.world_size} could not connect to the others ({error})."
+            f"rank {ranks.rank} of {ranks.world_size} could not connect to the other ranks ({error})."
         ) from error
     return ranks
 
@@ -167,12 +167,12 @@ def init_process_group(**kwargs: Any) -> None:
 
 
 def is_distributed() -> bool:
-    """Return whether this process has a process group, with other ranks or for DeepSpeed alone."""
+    """Return whether this process has a process group; a single process has one if it uses DeepSpeed."""
     return dist.is_initialized()
 
 
 def exit_process(code: int) -> None:
-    """End this process at once if it has a process group: its threads sometimes abort an ordinary exit."""
+    """End this process without cleanup if it has a process group, whose threads sometimes abort a normal exit."""
     if is_distributed():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -180,19 +180,19 @@ def exit_process(code: int) -> None:
 
 
 def pick_device(name: str, ranks: Ranks = SINGLE) -> torch.device:
-    """Return the device that `auto`, `cpu`, `cuda`, `cuda:1` … names; with several ranks, each has its own GPU.
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:1` etc.; with several ranks, each has its own GPU.
 
     Raises:
-        ConfigError: the device is not there, or the ranks cannot each have one.
+        ConfigError: the device is not available, or there are fewer GPUs than ranks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.world_size > 1 and name.startswith("cuda"):
         if name != "cuda":
             raise ConfigError(
-                f"the device is {name!r}, but of {ranks.world_size} ranks each takes its own: --train.device cuda."
+                f"the device is {name!r}, but each of {ranks.world_size} ranks needs its own: use --train.device cuda."
             )
-        # Slurm may show each process its own GPU only.
+        # Slurm can restrict each process to its own GPU.
         sees_own_only = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
         if ranks.local_world_size > torch.cuda.device_count() and not sees_own_only:
             raise ConfigError(
@@ -205,7 +205,7 @@ def pick_device(name: str, ranks: Ranks = SINGLE) -> torch.device:
             raise RuntimeError("neither")
         torch.empty(0, device=device)
         if device.index is not None:
-            torch.cuda.set_device(device)  # or libraries would take the first
+            torch.cuda.set_device(device)  # some libraries use the current device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device is {name!r}, which cannot be used here; auto and cpu always can.") from error
+        raise ConfigError(f"the device is {name!r}, which is not available here; use auto or cpu.") from error
     return device

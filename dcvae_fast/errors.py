@@ -1,31 +1,31 @@
-"""Errors that a user can mend: one clear sentence, which the command line prints without a traceback."""
+"""Errors that a user can fix: one clear sentence, which the command line prints without a traceback."""
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done as asked; the message names the setting, file or argument."""
+    """A request that cannot be carried out; the message names the setting, file or argument."""
 
 
 class ConfigError(UserError):
-    """A setting has no meaning, or contradicts another one."""
+    """An invalid setting, or settings that contradict each other."""
 
 
 class RunError(UserError):
-    """A run folder cannot be used as asked: no checkpoint, another configuration, a full disk."""
+    """A run folder that cannot be used: no checkpoint, another configuration, a full disk."""
 
 
 class EvaluationError(UserError):
-    """A measurement cannot be made as asked: a metric that is none, too few images, weights that are missing."""
+    """A measurement that is not possible: an unknown metric, too few images, missing weights."""
 
 
 class DivergedError(UserError):
-    """A loss or a weight is no longer a finite number."""
+    """A loss or a weight that is no longer finite."""
 
 
 class RankError(UserError):
-    """Another process of the same run has failed; it says why itself."""
+    """A failure of another process of the same run, which reports the reason itself."""
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Tensors of images → bytes, grids and PNG files."""
+"""Conversion of image tensors to bytes, grids and PNG files."""
 
 import io
 
@@ -7,14 +7,16 @@ from torch import Tensor
 
 
 def to_bytes(images: Tensor, *, rounded: bool = True) -> Tensor:
-    """Images in [-1, 1] → uint8, rounded to the nearest value or, as the authors' code does, down."""
+    """Convert images in [-1, 1] to uint8, rounded to nearest or, as in the authors' code, down."""
     pixels = images.detach().float().add(1).mul(127.5)
     return (pixels.round() if rounded else pixels).clamp(0, 255).to(torch.uint8)
 
 
 def make_grid(tiles: Tensor, columns: int) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1] → a grid uint8 [3, H', W'] on the CPU, row by row; small images are enlarged to
-    64 pixels."""
+    """Arrange images [N, C, H, W] in [-1, 1] row by row in a grid, uint8 [3, H', W'] on the CPU.
+
+    Small images are enlarged by an integer factor, to 64 pixels at most.
+    """
     from torchvision import utils
 
     scale = max(1, 64 // tiles.shape[-1])
@@ -23,7 +25,7 @@ def make_grid(tiles: Tensor, columns: int) -> Tensor:
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """uint8 [C, H, W], one channel or three → the content of a PNG file."""
+    """Encode an image, uint8 [C, H, W] with one or three channels, as PNG."""
     from PIL import Image
 
     file = io.BytesIO()

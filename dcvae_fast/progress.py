@@ -1,6 +1,6 @@
-"""Progress of long work, on stderr: a tqdm bar on a terminal; in a file or pipe, a line every tenth of the way.
+"""Progress on stderr: a tqdm bar on a terminal; in a file or pipe, a line after every tenth of the work.
 
-Shows nothing while INFO messages of the package are disabled, as they are by default and on ranks > 0.
+Nothing is shown if INFO messages of the package are disabled, as they are by default and on ranks > 0.
 """
 
 import logging
@@ -20,18 +20,18 @@ logger = logging.getLogger(__name__)
 def progress_bar(
     description: str, total: int, initial: int = 0, lines: bool = True
 ) -> Iterator[Callable[[int], object]]:
-    """Show how much is done, and the time left, until the context ends.
+    """Context manager that shows the progress of a task and the remaining time.
 
-    Messages may be logged meanwhile: the handlers of `console.py` keep the bar whole.
+    Messages can be logged inside the context: the handlers of `console.py` do not break the bar.
 
     Args:
-        description: what is counted, such as "images".
+        description: name of the counted items, such as "images".
         total: count at the end.
-        initial: count at the start, where work continues; the time left is estimated from what is done beyond it.
-        lines: whether to print lines where stderr is not a terminal.
+        initial: count at the start; the remaining time is estimated from the items after it.
+        lines: whether to print lines if stderr is not a terminal.
 
     Yields:
-        A function to call with the number of items done since its last call.
+        A function to call with the number of items done since the last call.
     """
     if sys.stderr is None or not logger.isEnabledFor(logging.INFO):
         yield lambda count: None
@@ -60,7 +60,7 @@ def progress_bar(
 
 
 def _size() -> dict[str, Any]:
-    """Return tqdm's options for the size of the terminal, which some terminals report as 0."""
+    """Return tqdm's options for the size of the terminal; some terminals report a size of 0."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
     except OSError:
@@ -70,11 +70,11 @@ def _size() -> dict[str, Any]:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show the progress of several things, one after the other.
+    """Context manager that shows the progress of several tasks, one after the other.
 
     Yields:
-        A function `report(description, done, total)`, the callback of `evaluate`. Another description, or a smaller
-        `done`, begins another bar.
+        A function `report(description, done, total)`, the callback of `evaluate`. A new description or a smaller `done`
+        starts a new bar.
     """
     with ExitStack() as bar:
         current: str | None = None

@@ -1,8 +1,7 @@
-"""Every experiment of the paper, and two small ones, in one table: one row per experiment. Imports no torch.
+"""All experiments of the paper and two small ones, in one table with one row per experiment. Imports no torch.
 
-A row lists the settings in which an experiment differs from the one that it is based on, or, if it is based on none,
-from the defaults in `config.py`. `dcvae train --recipe NAME --print_config` prints all settings of a row as YAML, to
-start a recipe of one's own from: `--recipe my.yaml`.
+A row lists the settings that differ from the base recipe or, without a base, from the defaults in `config.py`. To write
+a recipe, start from the output of `dcvae train --recipe NAME --print_config`, and train with `--recipe my.yaml`.
 """
 
 import json
@@ -19,8 +18,8 @@ class Recipe(NamedTuple):
     """An experiment.
 
     Attributes:
-        base: name of the recipe that it is based on; None for the defaults
-        settings: what differs from it, by `section.name`
+        base: name of the base recipe; None for the defaults
+        settings: settings that differ from the base, by `section.name`
     """
 
     base: str | None
@@ -29,8 +28,8 @@ class Recipe(NamedTuple):
 
 # fmt: off
 
-# Networks that grow. In the paper's experiments the growth is Progressive GAN's: 600,000 images to fade in each
-# resolution and 600,000 to stabilise it, in batches of 16 on each GPU, 14 at 256×256 and 6 at 512×512.
+# Progressive networks. The paper's experiments grow as Progressive GAN: 600,000 images to fade in each resolution and
+# 600,000 to stabilise it; the batch per GPU is 16, 14 at 256×256 and 6 at 512×512.
 _PROGRESSIVE = {
     "model.architecture": "progressive",
     "loss.adversarial": "wgan_gp",
@@ -44,25 +43,25 @@ _LARGE = {
     "train.batch_per_rank": True, "train.precision": "bfloat16",
     "log.every": 32_000, "log.grids_every": 150_000, "log.checkpoint_every": 150_000,
 }
-# 50 epochs, and a point of the curve after each.
+# 50 epochs, with a point of the curve after each.
 _FIGURE7 = {"train.images": 2_500_000, "log.held_out": 10_000, "log.metrics_every": 50_000}
 
 RECIPES = {
-    # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. Every setting not named here is at its default, the paper's.
+    # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. All other settings have their defaults, which are the paper's.
     "cifar10":                Recipe(None,          {"data.name": "cifar10", "train.images": 40_000_000}),
-    # STL-10 shrunk to 32×32, with and without labels (Table 2): the settings and number of images of CIFAR-10.
+    # STL-10 resized to 32×32, labelled and unlabelled (Table 2): settings and number of images as for CIFAR-10.
     "stl10":                  Recipe("cifar10",     {"data.name": "stl10"}),
-    # MNIST padded to 32×32 (Table 6), 100 epochs. The paper has latents of 16, 32 and 64.
+    # MNIST padded to 32×32 (Table 6), 100 epochs. The paper's latent dimensions are 16, 32 and 64.
     "mnist":                  Recipe(None,          {"data.name": "mnist", "train.images": 6_000_000,
                                                      "model.image_channels": 1, "model.latent_dim": 16}),
-    # The authors' public code, setting for setting, also where it departs from the paper: 800 epochs of 781 batches.
+    # All settings of the authors' public code, including those that differ from the paper: 800 epochs of 781 batches.
     "cifar10-official":       Recipe("cifar10",     {"data.drop_last": True, "train.images": 39_987_200,
                                                      "model.sample_clamp": 1.0, "model.reconstruct_from": "sample",
                                                      "contrast.layers": ("b1", "final"), "contrast.negatives": 8192,
                                                      "contrast.queue_start": "noise",
                                                      "contrast.exclude_same_image": False, "train.seed": 123}),
 
-    # CelebA: the 128×128 pixels around the face (Table 5), or these shrunk to 64×64.
+    # CelebA: the 128×128 pixels around the face (Table 5), or these resized to 64×64.
     "celeba128":              Recipe(None, _LARGE | {"data.name": "celeba", "data.mirror": True,
                                                      "model.resolution": 128, "train.images": 6_600_000}),
     "celeba64":               Recipe("celeba128",   {"model.resolution":  64, "train.images": 5_400_000}),
@@ -94,9 +93,9 @@ RECIPES = {
     "figure7/k1024":          Recipe("cifar10",     {"contrast.negatives": 1024} | _FIGURE7),
     "figure7/k8096":          Recipe("cifar10",     {"contrast.negatives": 8096} | _FIGURE7),
 
-    # scikit-learn's 1,797 digits with narrow networks: minutes on two CPU cores, no download. A step of the autoencoder
-    # for each of the discriminator, small batches and a heavier KL make up for the few images; a short queue keeps its
-    # keys from growing stale while the networks change fast.
+    # scikit-learn's 1,797 digits with narrow networks: trains in minutes on two CPU cores, without a download. One
+    # discriminator step per autoencoder step, small batches and a larger KL weight compensate for the few images. A
+    # short queue avoids stale keys while the networks change fast.
     "digits": Recipe(None, {
         "data.name": "digits",
         "model.image_channels": 1, "model.latent_dim": 16,
@@ -108,8 +107,8 @@ RECIPES = {
         "train.ema_decay": 0.99,
         "log.every": 2_800, "log.grids_every": 14_000, "log.checkpoint_every": 5_600,
     }),
-    # Any folder of faces, or of anything else, with narrow networks that grow from 4×4 to 32×32: minutes on two CPU
-    # cores. `--data.root DIR` names the folder.
+    # Any folder of images, such as faces, with narrow networks that grow from 4×4 to 32×32: trains in minutes on two
+    # CPU cores. `--data.root DIR` sets the folder.
     "faces-small": Recipe(None, _PROGRESSIVE | {
         "data.name": "folder", "data.mirror": True, "data.resident": True,
         "model.resolution": 32, "model.latent_dim": 32, "model.base_channels": 512, "model.max_channels": 32,
@@ -124,14 +123,14 @@ RECIPES = {
 
 
 def recipe_names() -> list[str]:
-    """Return the names of all recipes of the table, sorted."""
+    """Return the sorted names of all recipes of the table."""
     return sorted(RECIPES)
 
 
 def known_recipes() -> str:
-    """Return in words which recipes there are; the runs of `dcvae reproduce` by an example."""
+    """Describe the available recipes in words, with one example for the runs of `dcvae reproduce`."""
     names = ", ".join(name for name in recipe_names() if "/" not in name)
-    return f"{names}, the runs of dcvae reproduce such as table1/vae-gan, or a path to a .yaml file"
+    return f"{names}, the runs of dcvae reproduce such as table1/vae-gan, or the path of a .yaml file"
 
 
 def recipe_config(name: str) -> Config:
@@ -142,10 +141,10 @@ def recipe_config(name: str) -> Config:
 
 
 def recipe_argument(name: str) -> str:
-    """Return what jsonargparse's `ActionConfigFile` takes: the path of a YAML file, or a recipe's settings as JSON.
+    """Return the argument for jsonargparse's `ActionConfigFile`: path of a YAML file, or a recipe's settings as JSON.
 
     Args:
-        name: a recipe of the table, or a path that ends in .yaml or .yml.
+        name: recipe of the table, or path that ends in .yaml or .yml.
 
     Raises:
         ConfigError: the recipe is unknown (the message lists the recipes), or the file does not exist.
@@ -153,14 +152,14 @@ def recipe_argument(name: str) -> str:
     if name in RECIPES:
         return json.dumps(_by_section(name))
     if not name.endswith((".yaml", ".yml")):
-        raise ConfigError(f"--recipe {name}: no such recipe; the recipes are {known_recipes()}.")
+        raise ConfigError(f"--recipe {name}: no such recipe; choose from {known_recipes()}.")
     if not Path(name).is_file():
         raise ConfigError(f"--recipe {name}: no such file.")
     return _with_current_names(Path(name)) or name
 
 
 def _with_current_names(path: Path) -> str | None:
-    """Return a YAML file that uses old names of settings as JSON with the current ones; None for any other file."""
+    """Return the settings of a YAML file as JSON with their current names; None if the file uses no old names."""
     import yaml
 
     try:
@@ -173,7 +172,7 @@ def _with_current_names(path: Path) -> str | None:
 
 
 def _by_section(name: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of a recipe, including those of the recipes that it is based on, by section."""
+    """Return the settings of a recipe, including those of its base recipes, by section."""
     base, settings = RECIPES[name]
     sections = {} if base is None else _by_section(base)
     for setting, value in settings.items():

@@ -1,4 +1,4 @@
-"""Old names of settings and networks, so that files of earlier versions still load. Imports no torch."""
+"""Old names of settings and networks, with which files of earlier versions still load. Imports no torch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ NETWORKS = {"decoder_average": "decoder_ema"}
 
 
 def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration, as in config.yaml, with the current names of its settings."""
+    """Return a stored configuration, as in config.yaml, with the current names of settings."""
     config = {name: dict(values) if isinstance(values, dict) else values for name, values in config.items()}
     for old, new in SETTINGS.items():
         section, option = old.split(".")
@@ -33,7 +33,7 @@ def check_names(arguments: Iterable[str]) -> None:
     """Check that a command line uses the current names of settings.
 
     Raises:
-        ConfigError: it uses an old name; the message gives the current one.
+        ConfigError: an old name is used; the message gives the current one.
     """
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")

@@ -1,9 +1,9 @@
-"""The run folder: its layout, and checkpoints that survive a kill, a full disk and a damaged file.
+"""The run folder: its layout, and checkpoints that survive a kill, a full disk or a damaged file.
 
-RUN/config.yaml                    what is trained
-RUN/checkpoints/000000640000.pt    everything that resuming needs, after so many images
+RUN/config.yaml                    configuration of the run
+RUN/checkpoints/000000640000.pt    all state needed to resume, after this many images shown
 RUN/metrics.jsonl, RUN/tensorboard, RUN/grids, RUN/profile
-RUN/.lock                          held by the process that trains
+RUN/.lock                          held by the training process
 """
 
 import json
@@ -30,15 +30,15 @@ CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 GRIDS = "grids"
-FORMAT = 3  # of a checkpoint's contents
+FORMAT = 3  # version of the checkpoint format
 
 
 def prepare_run(folder: Path, config: Config) -> None:
-    """Make the run folder, or make sure that the one there was made with this configuration.
+    """Create the run folder or, if it exists, check that its run has this configuration.
 
     Raises:
-        RunError: it was made with another configuration (the message shows the differences), it holds something else,
-            or it cannot be written.
+        RunError: the run has another configuration (the message lists the differences), the folder is not a run, or
+            it cannot be written.
     """
     import yaml
 
@@ -50,16 +50,16 @@ def prepare_run(folder: Path, config: Config) -> None:
             raise RunError(
                 f"{path} cannot be read ({error}); restore it, or choose another folder with --run."
             ) from error
-        if found := changes(rename_settings(stored) if isinstance(stored, dict) else {}, config):
+        if differences := changes(rename_settings(stored) if isinstance(stored, dict) else {}, config):
             raise RunError(
-                f"{folder} was made with another configuration (there → asked for):\n  "
-                + "\n  ".join(f"{setting}: {was} → {now}" for setting, was, now in found)
-                + "\nChoose another folder, or ask for the settings it was made with."
+                f"{folder} was created with another configuration (stored → requested):\n  "
+                + "\n  ".join(f"{setting}: {old} → {new}" for setting, old, new in differences)
+                + "\nChoose another folder, or use the stored settings."
             )
         return
-    # Files that a killed start has left do not count.
-    begun = {folder / CHECKPOINTS, *find_unfinished(folder)}
-    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - begun or _newest_first(folder)):
+    # A start that was killed can leave these.
+    leftovers = {folder / CHECKPOINTS, *find_unfinished(folder)}
+    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - leftovers or _newest_first(folder)):
         raise RunError(
             f"{folder} exists and is not a run folder ({CONFIG_FILE} is missing); choose another with --run."
         )
@@ -67,15 +67,15 @@ def prepare_run(folder: Path, config: Config) -> None:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         atomic_write(path, yaml.safe_dump(to_dict(config), sort_keys=False))
     except OSError as error:
-        raise RunError(f"{folder}: the run folder cannot be made ({error}).") from error
+        raise RunError(f"{folder}: the run folder cannot be created ({error}).") from error
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process can train in this run folder.
+    """Context manager that holds the lock of a run folder, and removes unfinished files of training.
 
     Raises:
-        RunError: another one does.
+        RunError: another process holds the lock.
     """
     try:
         lock = FileLock(folder / LOCK_FILE).acquire(blocking=False)
@@ -84,32 +84,32 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is being trained by another process; if it is not, delete {folder / LOCK_FILE}."
         ) from error
     with lock:
-        for part in (folder / CHECKPOINTS, folder / GRIDS):  # only training writes there
-            for file in find_unfinished(part):
+        for subfolder in (folder / CHECKPOINTS, folder / GRIDS):  # only training writes to them
+            for file in find_unfinished(subfolder):
                 file.unlink()
         yield
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is a run folder."""
+    """Return whether this is a run folder."""
     return (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir()
 
 
 def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint aside, rename it into place, then delete all but the newest `keep`.
+    """Write a checkpoint atomically, then delete all but the newest `keep`.
 
     Raises:
-        RunError: it could not be written, for lack of space say; what was there is still there.
+        RunError: it could not be written, for example because the disk is full; older checkpoints are kept.
     """
     path = folder / CHECKPOINTS / f"{images:012d}.pt"
     try:
         with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # torch's zip writer may turn the former into the latter
-        held = _newest_first(folder)
-        still = f"the newest one is {held[0]}" if held else "there is none yet"
+    except (OSError, RuntimeError) as error:  # torch's zip writer can turn the former into the latter
+        existing = _newest_first(folder)
+        newest = f"the newest checkpoint is {existing[0]}" if existing else "there is no checkpoint yet"
         raise RunError(
-            f"{path}: the checkpoint could not be written ({reason(error.__context__ or error)}); {still}."
+            f"{path}: the checkpoint could not be written ({reason(error.__context__ or error)}); {newest}."
         ) from error
     for old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
@@ -117,17 +117,17 @@ def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest intact checkpoint of a run, on the CPU; None where there is none yet.
+    """Load the newest intact checkpoint of a run to the CPU; None if the run has no checkpoint.
 
-    Damaged ones are named in a warning and passed over.
+    A damaged checkpoint is skipped with a warning.
 
     Raises:
-        RunError: there are checkpoints, and all are damaged.
+        RunError: all checkpoints are damaged, or the newest intact one has another format.
     """
     damaged = []
     for path in _newest_first(folder):
         try:
-            # torch does not compare checksums when it reads, and a flipped bit would go unnoticed.
+            # torch does not check checksums when it reads, so that a flipped bit would go unnoticed.
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
@@ -137,10 +137,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             state["step"]["networks"] = rename_networks(state["step"]["networks"])
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)
-            logger.warning("%s is damaged and passed over (%s)", path, reason(error))
+            logger.warning("%s is damaged and skipped (%s)", path, reason(error))
             continue
         if version != FORMAT:
-            raise RunError(f"{path} was written by another version (format {version}, this one reads {FORMAT}).")
+            raise RunError(
+                f"{path} was written by another version of dcvae_fast (format {version}; this version reads {FORMAT})."
+            )
         return state
     if damaged:
         raise RunError(f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}).")
@@ -148,20 +150,21 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def images_shown(folder: Path) -> int:
-    """By the newest checkpoint of a run, judged by its name alone; 0 where there is none."""
+    """Return the number of images shown up to a run's newest checkpoint, from its file name; 0 without checkpoint."""
     return next((int(path.stem) for path in _newest_first(folder)), 0)
 
 
 def quarantine_newer(folder: Path, images: int) -> None:
-    """Rename checkpoints beyond `images`, which are damaged: they must not count among those that are kept."""
+    """Rename the damaged checkpoints after `images`, so that they do not count as checkpoints to keep."""
     for path in _newest_first(folder):
         if path.name > f"{images:012d}.pt":
             path.rename(path.with_suffix(".damaged"))
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights for a `DCVAE` from a run's newest intact checkpoint: encoder and averaged decoder. The
-    configuration is that of the point to which the networks have grown.
+    """Return configuration and weights for a `DCVAE` from a run's newest intact checkpoint: encoder and EMA decoder.
+
+    The configuration has the resolution and fade that the networks have reached.
 
     Raises:
         RunError: the run has no checkpoint yet, or only damaged ones.
@@ -179,7 +182,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl, if there is one yet, without lines that a kill has cut short."""
+    """Return the records of a run's metrics.jsonl, without lines cut short by a kill; [] if the file is missing."""
     path, records = folder / METRICS_FILE, []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:

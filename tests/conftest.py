@@ -1,4 +1,4 @@
-"""For all tests: what a GPU is needed for skips itself without one, and Triton interprets; the real images, if any."""
+"""Shared fixtures. Without a GPU, `gpu` tests are skipped and Triton kernels run in its interpreter."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are first imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -22,16 +22,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder `shared/data` beside the checkout; the test skips where it is absent."""
+    """The folder `../shared/data` next to the checkout; without it, the test is skipped."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("the real images, ../shared/data beside the checkout, are absent")
+        pytest.skip("the folder of real images, ../shared/data next to the checkout, is missing")
     return folder
 
 
 @pytest.fixture(scope="session")
 def torchvision_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that holds MNIST and CIFAR-10 as torchvision lays them out; 235 MB, removed after the session."""
+    """MNIST and CIFAR-10 in torchvision's layout; 235 MB, removed after the session."""
     root = tmp_path_factory.mktemp("torchvision")
     subprocess.run([sys.executable, real_data / "unpack.py", root], check=True, capture_output=True)
     yield root
@@ -40,7 +40,7 @@ def torchvision_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the end of a run: train the linear probe for 20 steps only, and write no grids."""
+    """Shorten the end of a run: train the linear probe for 20 steps, and write no grids."""
     from dcvae_fast.evaluation import probe
     from dcvae_fast.training import loop
 
@@ -49,11 +49,11 @@ def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Rows(nn.Module):
-    """Stands in for Inception: the mean of each of four bands of rows."""
+    """Replacement for Inception: the mean of each of four bands of rows."""
 
     def __init__(self):
         super().__init__()
-        self.none = nn.Parameter(torch.zeros(1), requires_grad=False)  # is on a device
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)  # its device is that of the network
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         return (images.float().mean(1).unflatten(1, (4, -1)).mean((2, 3)),)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, what it writes, how it refuses."""
+"""The command line: output, written files and error messages."""
 
 import subprocess
 import sys
@@ -71,35 +71,35 @@ def test_help_of_every_command_imports_no_torch():
     subprocess.run([sys.executable, "-c", HELP, str(ROOT / "train.py")], check=True)
 
 
-def test_train_ends_with_its_last_held_out_metrics_and_then_says_that_it_is_done(tmp_path, capsys):
+def test_train_prints_its_last_held_out_metrics_also_when_it_is_complete(tmp_path, capsys):
     folder = tmp_path / "run"
     command = ["train", *TINY, "--train.images", "16", "--log.held_out", "40", "--run", str(folder)]
     assert main(command) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     measured = read_metrics(folder)[-1]
     assert last == (
-        f"On held-out images: pixel error {measured['held_out/pixel_mse']:.4f}, accuracy of a linear probe"
-        f" {measured['held_out/probe_accuracy']:.1%}. Look at {folder / 'grids'}."
+        f"On held-out images: pixel error {measured['held_out/pixel_mse']:.4f}, linear probe accuracy"
+        f" {measured['held_out/probe_accuracy']:.1%}. Image grids are in {folder / 'grids'}."
     )
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"images": 16, "held_out/pix')  # as a kill may leave it
+        file.write('{"images": 16, "held_out/pix')  # as left by a kill
     assert main(command) == 0
-    again = capsys.readouterr().out
-    assert "is done: 16 images shown, 16 asked for" in again
-    assert again.strip().splitlines()[-1] == last
+    output = capsys.readouterr().out
+    assert "is complete: 16 images shown, train.images is 16." in output
+    assert output.strip().splitlines()[-1] == last
 
     assert main([*command, "--train.images", "24", "--log.held_out", "0"]) == 0
-    assert capsys.readouterr().out.strip().splitlines()[-1] == f"Look at {folder / 'grids'}."
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"Image grids are in {folder / 'grids'}."
 
 
-def test_a_mistake_does_not_bind_the_folder(tmp_path, capsys):
+def test_a_failed_start_leaves_the_folder_usable(tmp_path, capsys):
     command = ["train", *TINY, "--train.images", "16", "--run", str(tmp_path / "run")]
     assert main([*command, "--data.drop_last", "true", "--train.batch", "5000"]) == 1
     assert "batch" in capsys.readouterr().err
     assert main(command) == 0
 
 
-def test_what_is_not_installed_is_named(monkeypatch, saved, capsys):
+def test_error_for_a_package_that_is_not_installed(monkeypatch, saved, capsys):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["sample", str(saved)]) == 1
     assert "pip install 'dcvae_fast[train]'" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_a_closed_pipe_does_not_stop_training(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "000000000048.pt").exists()
 
 
-def test_dry_run_plans_without_writing(tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
         main(["train", "--recipe", "digits", "--dry-run", "--model.decoder_width", "256", "--train.images", "14370"])
@@ -151,10 +151,9 @@ def test_sample_reconstruct_interpolate_export(saved, picture, tmp_path, capsys)
     assert main(["interpolate", str(saved), str(picture), str(picture), "--steps", "5", "--out", str(out)]) == 0
     assert size(out) == tiles(7, 1)
     assert main(["export", str(saved), "--out", str(tmp_path / "copy")]) == 0
-    for mine, theirs in zip(
-        DCVAE.from_pretrained(saved).parameters(), DCVAE.from_pretrained(tmp_path / "copy").parameters(), strict=True
-    ):
-        assert torch.equal(mine, theirs)
+    original, exported = (DCVAE.from_pretrained(folder).parameters() for folder in (saved, tmp_path / "copy"))
+    for parameter, expected in zip(exported, original, strict=True):
+        assert torch.equal(parameter, expected)
     assert main(["export", str(saved), "--out", str(tmp_path / "copy")]) == 1
     assert "exists and is not empty" in capsys.readouterr().err
 
@@ -192,7 +191,7 @@ def test_a_mistake_gives_one_line_and_exit_code_1(argv, message, tmp_path, monke
 
 
 @pytest.mark.multiprocess
-def test_every_way_in(tmp_path):
+def test_entry_points(tmp_path):
     for command in ([str(ROOT / "train.py"), "--print_config"], ["-m", "dcvae_fast.cli", "train", "--print_config"]):
         argv = [sys.executable, *command, "--recipe", "mnist"]
         result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -201,20 +200,20 @@ def test_every_way_in(tmp_path):
     assert result.returncode == 2 and "usage: dcvae" in result.stderr
 
 
-def test_data_shows_what_the_networks_would_see(tmp_path, capsys):
+def test_data_writes_the_images_that_training_uses(tmp_path, capsys):
     write_noise(tmp_path / "images", 12, 32, 32, 3)
-    out = tmp_path / "seen" / "data.png"
+    out = tmp_path / "grids" / "data.png"
     settings = ["--data.name", "folder", "--data.root", str(tmp_path / "images"), "--data.mirror", "true"]
     assert main(["data", "cifar10", "--n", "10", "--out", str(out), *settings]) == 0
     assert capsys.readouterr().out.strip() == str(out)
-    with Image.open(out) as sheet:
-        assert sheet.size == tiles(8, 2)
-        seen = np.array(sheet)
+    with Image.open(out) as image:
+        assert image.size == tiles(8, 2)
+        grid = np.array(image)
     source = load_dataset("folder", tmp_path / "images")
     batch = next(iter(make_source(source, resolution=32, batch=64, seed=0, mirror=True)))
     for i in range(10):
         top, left = 2 + 66 * (i // 8), 2 + 66 * (i % 8)
-        tile = torch.from_numpy(seen[top : top + 64 : 2, left : left + 64 : 2]).permute(2, 0, 1)
+        tile = torch.from_numpy(grid[top : top + 64 : 2, left : left + 64 : 2]).permute(2, 0, 1)
         assert torch.equal(tile.float(), ((batch.images[i] + 1) * 127.5).round())
 
     assert main(["data", "cifar10", "--n", "0"]) == 1
@@ -225,7 +224,7 @@ def test_data_shows_what_the_networks_would_see(tmp_path, capsys):
     assert "--recipe nothing: no such recipe" in capsys.readouterr().err
 
 
-def test_prepare_reports_by_name_and_what_it_made_can_be_trained_on(tmp_path, capsys):
+def test_prepare_reports_images_by_name_and_its_shards_can_be_used(tmp_path, capsys):
     source, target = write_noise(tmp_path / "images", 6, 40, 50, 3), tmp_path / "shards"
     Image.new("L", (64, 64)).save(source / "grey.png")
     (source / "broken.jpg").write_bytes(b"not an image")
@@ -238,14 +237,14 @@ def test_prepare_reports_by_name_and_what_it_made_can_be_trained_on(tmp_path, ca
         "greyscale: 1 (1 converted, 0 left out)",
         "    grey.png",
     ]
-    assert "6 as they were, 1 converted, 1 left out." in lines[4]
+    assert "6 unchanged, 1 converted, 1 left out." in lines[4]
     assert lines[5] == f"Train on them with --data.name shards --data.root {target}"
     assert printed.err.splitlines()[-1].startswith("8 / 8 images, ")
 
-    sheet = tmp_path / "data.png"
+    grid = tmp_path / "data.png"
     settings = ["--data.name", "shards", "--data.root", str(target)]
-    assert main(["data", "cifar10", "-n", "4", "--out", str(sheet), *settings]) == 0
-    assert size(sheet) == tiles(4, 1)
+    assert main(["data", "cifar10", "-n", "4", "--out", str(grid), *settings]) == 0
+    assert size(grid) == tiles(4, 1)
 
     assert main(["prepare", str(source), str(target), "--resolution", "32"]) == 1
     assert "holds shards made with resolution null, not 32; choose another folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Recipes, overrides and what may change when a run is resumed."""
+"""Recipes, overrides, and settings that can change when a run is resumed."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def parsed(*argv: str) -> Config:
     return parse_config(argv)[0]
 
 
-def test_the_paper_is_the_default():
+def test_defaults_are_the_papers():
     config = parsed("--recipe", "cifar10")
     assert config == Config()
     assert (config.contrast.negatives, config.contrast.layers, config.contrast.temperature) == (
@@ -27,7 +27,7 @@ def test_the_paper_is_the_default():
     assert (config.contrast.queue_start, config.model.sample_clamp) == ("empty", None)
 
 
-def test_the_official_recipe_is_their_code():
+def test_settings_of_the_official_recipe():
     ours, official = to_dict(Config()), to_dict(parsed("--recipe", "cifar10-official"))
     changed = {
         f"{section}.{name}": official[section][name]
@@ -57,7 +57,7 @@ def test_every_recipe_parses(recipe):
     assert config.model.image_channels == (1 if config.data.name in ("digits", "mnist") else 3)
 
 
-def test_a_message_lists_recipes_without_all_runs_of_reproduce():
+def test_known_recipes_list_one_run_of_reproduce_as_an_example():
     assert known_recipes().startswith("celeba128, celeba64, ") and known_recipes().count("/") == 1
 
 
@@ -80,7 +80,7 @@ def test_overrides(tmp_path):
     [
         (
             ["--recipe", "cifar11"],
-            "--recipe cifar11: no such recipe; the recipes are celeba128, ",
+            "--recipe cifar11: no such recipe; choose from celeba128, ",
         ),
         ([], "--recipe is missing"),
         (["--recipe", "digits", "--optim.learning_rate", "1"], "--optim.learning_rate"),
@@ -96,35 +96,35 @@ def test_overrides(tmp_path):
         (["--recipe", "digits", "--log.keep", "1"], "log.keep is 1; it must be at least 2"),
         (["--recipe", "digits", "--log.held_out", "-1"], "log.held_out is -1; it must be null, or 0 or more"),
         (["--recipe", "digits", "--train.sampled_batch", "0"], "it must be null or at least 1"),
-        (["--recipe", "mnist", "--log.fid_images", "1"], "log.fid_images is 1; it must be 0, or at least 2"),
+        (["--recipe", "mnist", "--log.fid_images", "1"], "log.fid_images is 1; it must be 0 or at least 2"),
         (
             ["--recipe", "mnist", "--log.held_out", "0", "--log.fid_images", "9"],
-            "log.fid_images is 9; it must be 0 where log.held_out is",
+            "log.fid_images is 9; it must be 0 if log.held_out is 0",
         ),
         (["--recipe", "digits", "--optim.betas", "[0.5, 1]"], "optim.betas[1] is 1.0; it must be in [0, 1)"),
         (["--recipe", "digits", "--growth.batch", "{16: 0}"], "growth.batch[16] is 0; it must be at least 1"),
     ],
 )
-def test_a_wrong_setting_is_named(argv, message):
+def test_errors_name_the_wrong_setting(argv, message):
     with pytest.raises(ConfigError) as error:
         parse_config(argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_command_line_overrides_the_recipe_wherever_it_stands():
+def test_the_command_line_overrides_the_recipe_in_any_order():
     assert parsed("--optim.lr", "0.5", "--recipe", "digits").optim.lr == 0.5
     assert parsed("--optim.lr", "0.5", "--recipe=digits", "--data.mirror", "true").optim.lr == 0.5
 
 
 @pytest.mark.parametrize("content", [b"model: 3\n", b"model: null\n", b"recipe: m.yaml\n", b"\xff\xfe\x00", b"[1, 2]"])
-def test_a_malformed_recipe_is_refused(content, tmp_path):
+def test_a_malformed_recipe_is_rejected(content, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match="mine"):
         parse_config(["--recipe", str(tmp_path / "mine.yaml")])
 
 
-def test_a_wrong_setting_in_a_recipe_is_named(tmp_path):
+def test_errors_name_the_wrong_setting_of_a_recipe(tmp_path):
     own = tmp_path / "mine.yaml"
     own.write_text("optim: {speed: 3}\n")
     with pytest.raises(ConfigError, match="speed"):
@@ -134,7 +134,7 @@ def test_a_wrong_setting_in_a_recipe_is_named(tmp_path):
         parse_config(["--recipe", str(own)])
 
 
-def test_print_config_shows_every_setting(capsys):
+def test_print_config_prints_every_setting(capsys):
     with pytest.raises(SystemExit) as end:
         parse_config(["--recipe", "cifar10-official", "--optim.lr", "1e-3", "--print_config"])
     assert end.value.code == 0
@@ -146,15 +146,15 @@ def test_print_config_shows_every_setting(capsys):
     assert set(printed) >= set(to_dict(Config()))
 
 
-def test_changes_are_what_would_be_computed_otherwise():
+def test_changes_lists_only_settings_that_affect_the_result():
     old, cifar10 = to_dict(Config()), ("--recipe", "cifar10")
     assert changes(old, parsed(*cifar10, "--train.images", "5", "--data.root", "x", "--log.every", "7")) == []
-    found = changes(old, parsed(*cifar10, "--optim.lr", "1e-3", "--train.seed", "4"))
-    assert found == [("optim.lr", 2e-4, 1e-3), ("train.seed", 0, 4)]
+    differences = changes(old, parsed(*cifar10, "--optim.lr", "1e-3", "--train.seed", "4"))
+    assert differences == [("optim.lr", 2e-4, 1e-3), ("train.seed", 0, 4)]
     del old["model"]["latent_dim"]
     assert changes(old, Config()) == [("model.latent_dim", "not set", 128)]
 
 
-def test_sections_are_checked_without_a_command_line_too():
+def test_sections_are_checked_when_constructed_in_python():
     with pytest.raises(ConfigError, match=r"model\.sample_clamp is -1"):
         ModelConfig(sample_clamp=-1)

@@ -1,4 +1,4 @@
-"""What the command line writes while it works: messages by `logging`, and progress on a terminal and elsewhere."""
+"""Console output: messages through `logging`, and progress on a terminal or in a file."""
 
 import io
 import logging
@@ -29,7 +29,7 @@ def configured() -> None:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time in seconds."""
+    """Replace the clock; the entry is the time in seconds."""
     seconds = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: seconds[0])
     return seconds
@@ -43,7 +43,7 @@ def test_messages_are_printed_once_and_other_packages_stay_quiet(capsys):
     assert capsys.readouterr().out == "16 images\n"
 
 
-def test_a_rank_that_logs_warnings_only_stays_so(monkeypatch):
+def test_configure_logging_keeps_the_level_of_other_ranks(monkeypatch):
     package = logging.getLogger("dcvae_fast")
     monkeypatch.setattr(package, "level", logging.WARNING)
     configure_logging()
@@ -67,12 +67,12 @@ logging.getLogger("dcvae_pipelines.loader").warning("left out: %s", "1.png")
     assert result.stderr == "WARNING: a checkpoint is damaged\nWARNING: left out: 1.png\n"
 
 
-def test_lines_every_tenth_of_the_way_with_the_time_left(now, capsys):
+def test_a_line_every_tenth_with_the_remaining_time(now, capsys):
     with progress_bars() as report:
         for done in range(1, 101):
             now[0] += 2
             report("images", done, 100)
-        report("images", 30, 30)  # others with the same description
+        report("images", 30, 30)  # another task with the same description
         report("samples", 3, 4)
         report("pixels", 1, 2)
     lines = capsys.readouterr().err.splitlines()
@@ -80,13 +80,13 @@ def test_lines_every_tenth_of_the_way_with_the_time_left(now, capsys):
     assert lines[10:] == ["100 / 100 images, 198 s", "30 / 30 images, 0 s", "3 / 4 samples, 0 s", "1 / 2 pixels, 0 s"]
 
 
-def test_no_lines_where_a_log_has_them_already(capsys):
+def test_lines_can_be_disabled(capsys):
     with progress_bar("images", 10, lines=False) as update:
         update(10)
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_on_a_terminal_continues_stays_whole_and_ends_with_an_interrupt():
+def test_a_bar_starts_at_its_initial_count_and_survives_messages_and_an_interrupt():
     configure_logging()
     terminal = Terminal()
     with redirect_stdout(terminal), redirect_stderr(terminal):
@@ -110,7 +110,7 @@ configure_logging()
 with progress_bar("images", 10) as update:
     update(10)
 """
-    terminal, stderr = pty.openpty()  # of 0 rows and columns
+    terminal, stderr = pty.openpty()  # its size is 0 rows and columns
     subprocess.run([sys.executable, "-c", code], stderr=stderr, check=True)
     os.close(stderr)
     shown = os.read(terminal, 65536).decode()
@@ -127,7 +127,7 @@ def test_characters_that_a_stream_cannot_print_are_escaped():
 
 @pytest.mark.parametrize("streams", ["1>&-", "2>&-", "1>/dev/full", "2>/dev/full"])
 @pytest.mark.multiprocess
-def test_streams_that_cannot_be_written_stop_nothing(streams, tmp_path):
+def test_streams_that_cannot_be_written_do_not_stop_training(streams, tmp_path):
     code = f"""
 import logging, pathlib
 from dcvae_fast.console import configure_logging

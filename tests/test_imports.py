@@ -1,4 +1,4 @@
-"""What importing costs: the packages must not load what only a part of their users needs."""
+"""Import cost: importing a package must not load modules that only some users need."""
 
 import subprocess
 import sys
@@ -6,9 +6,9 @@ import sys
 import pytest
 
 HEAVY = ["deepspeed", "nvidia.dali", "torchvision", "torch_fidelity", "sklearn", "PIL", "jsonargparse", "tensorboard"]
-# `dcvae sample`, `evaluate` and `export` need these.
+# Modules that `dcvae sample`, `evaluate` and `export` need.
 WITHOUT_TRAINING = ["commands.latent", "distributed", "evaluation.latent", "images", "models.dcvae", "run_folder"]
-HEAVY += ["torch._dynamo"]  # seconds, which only those who compile need
+HEAVY += ["torch._dynamo"]  # takes seconds to import; needed only for torch.compile
 
 
 @pytest.mark.multiprocess

@@ -27,7 +27,7 @@ def test_every_current_name_is_a_setting():
         assert option in config[section]
 
 
-def test_a_run_folder_with_old_names_is_continued(tmp_path):
+def test_a_run_folder_with_old_names_resumes(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     stored = old_config()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
@@ -60,6 +60,6 @@ def test_a_recipe_file_with_old_names_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--train.average", "0.9"], ["--train.average=0.9"]])
-def test_an_old_name_on_the_command_line_is_refused(arguments):
+def test_an_old_name_on_the_command_line_is_rejected(arguments):
     with pytest.raises(ConfigError, match=r"--train\.average has been renamed; use --train\.ema_decay\."):
         parse_config(["--recipe", "digits", *arguments])

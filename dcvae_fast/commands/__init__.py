@@ -1,5 +1,5 @@
-"""The commands of `dcvae`, a module for each group.
+"""The commands of `dcvae`, one module per group.
 
-`add_commands` of a module adds their parsers, each with the function that runs the command as `run_command`. Modules
-that import torch are imported inside these functions, so that `--help` answers at once.
+`add_commands` of each module adds the parsers and sets `run_command`, the function that runs the command. These
+functions import torch themselves, so that `--help` does not wait for it.
 """

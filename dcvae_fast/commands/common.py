@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they are used."""
+"""Options that several commands share, and functions that use them."""
 
 import argparse
 from pathlib import Path
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN", help="a run folder, a saved model, or a name on the Hugging Face hub")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+    parser.add_argument("model", metavar="RUN", help="run folder, saved model, or name on the Hugging Face hub")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto (default: cuda if available)")
 
 
-def add_out(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--out", type=Path, default=Path(default), help="what to write (default: %(default)s)")
+def add_out(parser: argparse.ArgumentParser, default: str, kind: str = "PNG file") -> None:
+    parser.add_argument("--out", type=Path, default=Path(default), help=f"{kind} to write (default: %(default)s)")
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """Add how many images a model is measured on, and the folders of weights and features."""
-    text = "samples, and test images at most (default: 50,000); ppl takes twice as many pairs"
+    """Add the options for the number of images and for the folders of weights and features."""
+    text = "number of samples, and maximum number of test images (default: 50,000); ppl draws twice as many pairs"
     parser.add_argument("-n", "--images", type=int, default=50_000, help=text)
-    text = "folder with the weights of Inception, VGG16 and LPIPS"
+    text = "folder with the weights of Inception, VGG16 and LPIPS (default: downloaded)"
     parser.add_argument("--weights", type=Path, metavar="DIR", help=text)
-    text = "folder for features of training images (default: %(default)s)"
+    text = "folder that caches features of training images (default: %(default)s)"
     parser.add_argument("--cache", type=Path, metavar="DIR", default=Path("~/.cache/dcvae_fast"), help=text)
 
 
@@ -35,14 +35,14 @@ def check_weights(folder: Path | None) -> None:
     """Check the folder of `--weights`, if it is given.
 
     Raises:
-        UserError: it is not a folder.
+        UserError: the path is not a folder.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--weights {folder} is not a folder.")
 
 
 def load_model(arguments: argparse.Namespace) -> "DCVAE":
-    """Load the model that `add_model`'s arguments name, on their device."""
+    """Load the model given by the arguments of `add_model`, on the given device."""
     from dcvae_fast.distributed import pick_device
     from dcvae_fast.models.dcvae import DCVAE
 

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add evaluate to argparse's subparsers."""
-    text = "Measure a model as the paper does: a table, and RUN/evaluation.json."
+    text = "Measure a model as the paper does, print a table and write RUN/evaluation.json."
     parser = commands.add_parser("evaluate", help=text, description=text)
     add_model(parser)
     metrics = "fid, is (Inception score), kid, prc (precision, recall), pixel, perceptual, ppl (path length), probe"
-    text = f"comma-separated, of {metrics} (default: %(default)s)"
+    text = f"comma-separated list of {metrics} (default: %(default)s)"
     parser.add_argument("--metrics", default="fid,is,pixel,perceptual", help=text)
-    text = "paper (default), or official: clamped samples, reconstructions from draws, as in the authors' code"
+    text = "paper (default), or official (authors' code: clamped latents, reconstructions from posterior samples)"
     parser.add_argument("--protocol", default="paper", help=text)
     parser.add_argument("--data.name", dest="data_name", metavar="NAME", help="data set (default: the run's)")
-    parser.add_argument("--data.root", dest="data_root", metavar="DIR", help="its folder (default: the run's)")
+    parser.add_argument("--data.root", dest="data_root", metavar="DIR", help="folder of the data (default: the run's)")
     add_measuring(parser)
-    parser.add_argument("--batch", type=int, help="images at once (default: what needs little memory)")
+    parser.add_argument("--batch", type=int, help="images per forward pass (default: fewer at higher resolution)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="what to write (default: evaluation.json in RUN)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write (default: evaluation.json in RUN)")
     parser.set_defaults(run_command=run)
 
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_weights(arguments.weights)
     folder = Path(arguments.model)
     out = arguments.out or (folder if folder.is_dir() else Path()) / EVALUATION_FILE
-    read(out)  # refuses a file of another kind now, not after hours
+    read(out)  # reject any other kind of file now, not after hours
     model = load_model(arguments)
     data, images = _data_of(arguments, needed=metrics != ["ppl"])
     head = describe(model, images)
@@ -69,8 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _data_of(arguments: argparse.Namespace, needed: bool) -> "tuple[Splits | None, int | None]":
-    """Return the data set that the options or the run's own settings name, if it is needed, and how many images the
-    run has shown, if it is a run."""
+    """Return the data set and the number of images shown in training.
+
+    The data set comes from the options or the run's settings; None if `needed` is false. The number is None if the
+    model is not a run.
+    """
     from dcvae_fast.evaluation import Splits
     from dcvae_fast.run_folder import is_run, load_checkpoint
     from dcvae_pipelines import load_dataset
@@ -84,7 +87,7 @@ def _data_of(arguments: argparse.Namespace, needed: bool) -> "tuple[Splits | Non
     if not needed:
         return None, images
     if data is None:
-        raise UserError(f"--data.name is missing: {folder} is not a run folder, which would name its data set.")
+        raise UserError(f"--data.name is missing; only a run folder stores its data set, and {folder} is not one.")
     if root is not None:
         data = replace(data, root=root)
     train, test = (load_dataset(data.name, data.root, split, data.download) for split in ("train", "test"))

@@ -1,4 +1,4 @@
-"""`dcvae export` and `dcvae import-official`: models as safetensors."""
+"""`dcvae export` and `dcvae import-official`: save models as safetensors."""
 
 import argparse
 from pathlib import Path
@@ -9,16 +9,16 @@ from dcvae_fast.errors import RunError
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add export and import-official to argparse's subparsers."""
-    text = "Save a run's model as safetensors, config.json and a model card."
+    text = "Save a run's model as a folder with safetensors weights, config.json and a model card."
     parser = commands.add_parser("export", help=text, description=text)
     add_model(parser)
-    add_out(parser, "exported")
+    add_out(parser, "exported", kind="folder")
     parser.set_defaults(run_command=run_export)
 
-    text = "Save a checkpoint of the authors' code as a model of ours."
+    text = "Convert a checkpoint of the authors' code to a saved model."
     parser = commands.add_parser("import-official", help=text, description=text)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder with {epoch}_encoder.sd and the like")
-    parser.add_argument("--epoch", type=int, required=True)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder with {epoch}_encoder.sd etc.")
+    parser.add_argument("--epoch", type=int, required=True, help="epoch number in the file names")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.set_defaults(run_command=run_import)
 
@@ -40,10 +40,10 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def _check_empty(folder: Path) -> None:
-    """Check that nothing is overwritten.
+    """Check that nothing would be overwritten.
 
     Raises:
-        RunError: the folder holds something, or is a file.
+        RunError: the folder is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"--out {folder} exists and is not empty; choose another folder.")

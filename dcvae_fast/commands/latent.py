@@ -1,4 +1,4 @@
-"""`dcvae sample`, `reconstruct` and `interpolate`: images of a trained model."""
+"""`dcvae sample`, `reconstruct` and `interpolate`: images from a trained model."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add sample, reconstruct and interpolate to argparse's subparsers."""
-    text = "Draw images from the prior."
+    text = "Sample images from the prior."
     parser = commands.add_parser("sample", help=text, description=text)
     add_model(parser)
-    parser.add_argument("-n", type=int, default=64, help="how many images (default: 64)")
+    parser.add_argument("-n", type=int, default=64, help="number of images (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the latents (default: 0)")
     add_out(parser, "samples.png")
     parser.set_defaults(run_command=run_sample)
 
-    text = "Reconstruct image files."
+    text = "Reconstruct image files; each reconstruction is written to the right of its image."
     parser = commands.add_parser("reconstruct", help=text, description=text)
     add_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file")
     add_out(parser, "reconstructions.png")
     parser.set_defaults(run_command=run_reconstruct)
 
-    text = "Walk from one image to another."
+    text = "Interpolate between two images."
     parser = commands.add_parser("interpolate", help=text, description=text)
     add_model(parser)
-    parser.add_argument("start", metavar="IMAGE1", type=Path)
-    parser.add_argument("end", metavar="IMAGE2", type=Path)
-    parser.add_argument("--steps", type=int, default=8, help="decoded images, both ends included (default: 8)")
+    parser.add_argument("start", metavar="IMAGE1", type=Path, help="first image file")
+    parser.add_argument("end", metavar="IMAGE2", type=Path, help="last image file")
+    parser.add_argument("--steps", type=int, default=8, help="decoded images, including both ends (default: 8)")
     add_out(parser, "interpolation.png")
     parser.set_defaults(run_command=run_interpolate)
 
@@ -45,15 +45,15 @@ def run_sample(arguments: argparse.Namespace) -> int:
     if arguments.n < 1:
         raise UserError(f"-n is {arguments.n}; it must be at least 1.")
     if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}; it must be from 0 to 2⁶³ − 1.")
+        raise UserError(f"--seed is {arguments.seed}; it must be between 0 and 2⁶³ − 1.")
     import torch
 
     from dcvae_fast.evaluation.perceptual import images_at_once
 
     model, generator = load_model(arguments), torch.Generator().manual_seed(arguments.seed)
-    at_once = images_at_once(model.config.resolution)
-    parts = [min(at_once, arguments.n - start) for start in range(0, arguments.n, at_once)]
-    samples = torch.cat([model.sample(part, generator=generator).cpu() for part in parts])
+    batch = images_at_once(model.config.resolution)
+    sizes = [min(batch, arguments.n - start) for start in range(0, arguments.n, batch)]
+    samples = torch.cat([model.sample(size, generator=generator).cpu() for size in sizes])
     write_grid(arguments.out, samples, columns=min(8, arguments.n))
     return 0
 
@@ -80,7 +80,7 @@ def run_interpolate(arguments: argparse.Namespace) -> int:
 
 
 def _load_images(model: "DCVAE", paths: Sequence[Path]) -> "Tensor":
-    """Load image files as the model takes them: [N, C, R, R] in [-1, 1], on its device."""
+    """Load image files in the model's shape, [N, C, R, R] in [-1, 1], on its device."""
     import torch
 
     from dcvae_pipelines import load_image

@@ -1,4 +1,4 @@
-"""`dcvae prepare` and `dcvae data`: images before training."""
+"""`dcvae prepare` and `dcvae data`: prepare and look at training images."""
 
 import argparse
 from functools import partial
@@ -17,38 +17,35 @@ if TYPE_CHECKING:
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add prepare and data to argparse's subparsers."""
-    text = "Check all images of a data set, convert what needs it, pack them into shards."
+    text = "Check all images of a data set, convert those that need it, and pack them into shards."
     parser = commands.add_parser("prepare", help=text, description=text)
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder of the data set; never modified")
     parser.add_argument(
-        "source", metavar="SRC", type=Path, help="folder of the data set; nothing is ever written there"
+        "target", metavar="DST", type=Path, help="folder for the shards; train with --data.name shards --data.root DST"
     )
     parser.add_argument(
-        "target", metavar="DST", type=Path, help="folder for the shards: --data.name shards --data.root DST"
+        "--name", default="folder", help="kind of data set, as in --data.name of dcvae train (default: folder)"
     )
-    parser.add_argument(
-        "--name", default="folder", help="name of the data set, as data.name in a recipe (default: folder)"
-    )
-    text = "crop to squares and resize to this many pixels; default: leave it"
+    text = "crop images to squares and resize them to this many pixels (default: keep their size)"
     parser.add_argument("--resolution", type=int, help=text)
-    text = "format of resized images: jpeg (default), png or webp, both lossless"
+    text = "format of resized images: jpeg (default), png (lossless) or webp (lossless)"
     parser.add_argument("--format", default="jpeg", help=text)
     kinds = "corrupt, tiny, greyscale, cmyk, rotated, 16-bit"
-    parser.add_argument(
-        "--skip", default="corrupt,tiny", help=f"kinds to leave out, of {kinds} (default: corrupt,tiny)"
-    )
-    parser.add_argument("--per-shard", type=int, default=1000, help="source images per shard (default: 1000)")
-    parser.add_argument("--workers", type=int, help="images processed at once (default: one per core)")
+    text = f"kinds of images to leave out, comma-separated, of {kinds} (default: %(default)s)"
+    parser.add_argument("--skip", default="corrupt,tiny", help=text)
+    parser.add_argument("--per-shard", type=int, default=1000, help="number of source images per shard (default: 1000)")
+    parser.add_argument("--workers", type=int, help="images processed in parallel (default: one per core)")
     parser.set_defaults(run_command=run_prepare)
 
     parser = commands.add_parser(
         "data",
-        help="Write a grid of what a recipe's networks would see: dcvae data RECIPE [-n 64] [--data.root DIR …].",
-        description="Write a grid of what a recipe's networks would see, from its first batches on.",
-        epilog="All settings of `dcvae train` can be given too, such as --data.root.",
+        help="Write a PNG grid of the first training images of a recipe, as the networks see them.",
+        description="Write a PNG grid of the first training images of a recipe, as the networks see them.",
+        epilog="Also accepts all settings of `dcvae train`, such as --data.root.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help=known_recipes())
-    parser.add_argument("-n", "--n", type=int, default=64, help="how many images (default: 64)")
+    parser.add_argument("-n", "--n", type=int, default=64, help="number of images (default: 64)")
     add_out(parser, "data.png")
     parser.set_defaults(run_command=run_data, takes_settings=True)
 
@@ -73,17 +70,17 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 
 def _print_summary(summary: "Summary", target: Path) -> None:
-    for kind, found in summary.kinds.items():
-        if found.names:
-            print(f"{kind}: {len(found.names):,} ({found.converted:,} converted, {found.skipped:,} left out)")
-            for name in found.names[:20]:
+    for kind, images in summary.kinds.items():
+        if images.names:
+            print(f"{kind}: {len(images.names):,} ({images.converted:,} converted, {images.skipped:,} left out)")
+            for name in images.names[:20]:
                 print(f"    {name}")
-            if len(found.names) > 20:
-                print(f"    and {len(found.names) - 20:,} more, in {target / 'manifest.json'}")
+            if len(images.names) > 20:
+                print(f"    and {len(images.names) - 20:,} more, in {target / 'manifest.json'}")
     packed = " and ".join(f"{count:,} for {split}" for split, count in summary.packed.items())
     size = sum(shard["bytes"] for shard in summary.shards) / 2**20
     print(
-        f"Packed {packed}, {size:,.1f} MiB in {len(summary.shards):,} shards; {summary.kept:,} as they were,"
+        f"Packed {packed}, {size:,.1f} MiB in {len(summary.shards):,} shards; {summary.kept:,} unchanged,"
         f" {summary.converted:,} converted, {summary.skipped:,} left out."
     )
     print(f"Train on them with --data.name shards --data.root {target}")
@@ -99,11 +96,11 @@ def run_data(arguments: argparse.Namespace) -> int:
     from dcvae_fast.training.data import open_source, training_images
 
     source = open_source(config, training_images(config), pick_device(config.train.device))
-    source.set_resolution(config.model.resolution)  # the one the networks grow to
-    shown = []
+    source.set_resolution(config.model.resolution)  # the final one
+    images = []
     for batch in source:
-        shown += batch.images.cpu()
-        if len(shown) >= arguments.n:
+        images += batch.images.cpu()
+        if len(images) >= arguments.n:
             break
-    write_grid(arguments.out, torch.stack(shown[: arguments.n]), columns=8)
+    write_grid(arguments.out, torch.stack(images[: arguments.n]), columns=8)
     return 0

@@ -1,4 +1,4 @@
-"""`dcvae reproduce`: train and measure what a table of the paper shows."""
+"""`dcvae reproduce`: train and measure the models of a table of the paper."""
 
 import argparse
 from pathlib import Path
@@ -13,16 +13,18 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add reproduce to argparse's subparsers."""
     parser = commands.add_parser(
         "reproduce",
-        help="Train and measure what a table of the paper shows: see `dcvae reproduce --help`.",
-        description="Train what a table of the paper needs, measure it, and write it beside the paper's numbers. To"
-        " resume, run the same command again.",
-        epilog="All settings of `dcvae train` can be given too, such as --data.root, --train.device, or narrower"
-        " networks; each number is listed with its departures from the paper.",
+        help="Train and measure the models of a table of the paper: see `dcvae reproduce --help`.",
+        description="Train and measure the models of a table of the paper, and write the results next to the paper's"
+        " numbers. To resume, run the same command again.",
+        epilog="Also accepts all settings of `dcvae train`, such as --data.root, --train.device, or narrower networks;"
+        " the tables list how each run differs from the paper's.",
         allow_abbrev=False,
     )
     parser.add_argument("table", metavar="TABLE", help="table1 to table8, or figure7")
-    parser.add_argument("--budget", type=int, metavar="IMAGES", help="shorten every training to this many images")
-    parser.add_argument("--dry-run", action="store_true", help="show what is there and what the rest costs, then stop")
+    parser.add_argument("--budget", type=int, metavar="IMAGES", help="shorten every run to this many images shown")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show progress and remaining cost of all runs, then exit"
+    )
     text = "folder for runs and tables (default: %(default)s)"
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help=text)
     add_measuring(parser)

@@ -1,1 +1,1 @@
-"""The networks, and `DCVAE`, what users hold."""
+"""The networks, and the public model `DCVAE`."""

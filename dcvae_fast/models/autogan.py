@@ -1,6 +1,6 @@
-"""The networks at 32×32 (Figure 15 of the paper), after AutoGAN's search result.
+"""The networks for 32×32 (Figure 15 of the paper), based on AutoGAN.
 
-Shapes: B batch, C image channels, W width, Z latent size, D contrastive dimension.
+Shapes: B batch, C image channels, W width, Z latent dimension, D contrastive dimension.
 Images are [B, C, 32, 32] in [-1, 1].
 """
 
@@ -15,13 +15,13 @@ from dcvae_kernels import spectral_norm
 
 BOTTOM = 4  # height and width of the decoder's first feature map
 
-# Positions in the feature map after each residual block, for images of 32×32.
+# Number of positions of the feature map after each residual block.
 POSITIONS = {"b1": 16 * 16, "b2": 8 * 8, "b3": 8 * 8, "b4": 8 * 8}
 LAYERS = (*POSITIONS, "final")
 
 
 class Cell(nn.Module):
-    """Doubles the resolution; takes the first-convolution outputs of the cells before it and offers its own."""
+    """AutoGAN cell: doubles the resolution, and adds skip connections from the first convolutions of earlier cells."""
 
     def __init__(self, width: int, mode: str, skips: int, shortcut: bool):
         super().__init__()
@@ -32,7 +32,12 @@ class Cell(nn.Module):
         self.skips = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(skips))
 
     def forward(self, x: Tensor, earlier: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """x [B, W, H, H], earlier cells' outputs → (output [B, W, 2H, 2H], what later cells take [B, W, 2H, 2H])."""
+        """Return the output and the skip features for later cells, each [B, W, 2H, 2H].
+
+        Args:
+            x: [B, W, H, H].
+            earlier: skip features of the earlier cells, in order.
+        """
         size = 2 * x.shape[-1]
         h = self.conv1(upsample(F.relu(x), size, self.mode))
         for conv, feature in zip(self.skips, earlier, strict=True):
@@ -44,7 +49,7 @@ class Cell(nn.Module):
 
 
 class Decoder(nn.Module):
-    """G: latents [B, Z] → images [B, C, 32, 32]."""
+    """Decoder G: latents [B, Z] → images [B, C, 32, 32]."""
 
     def __init__(self, latent_dim: int = 128, width: int = 256, image_channels: int = 3):
         super().__init__()
@@ -66,7 +71,7 @@ class Decoder(nn.Module):
 
 
 class FirstBlock(nn.Module):
-    """The residual block that sees the image: no activation before it; halves the resolution."""
+    """First residual block, on the image: no activation at the input; halves the resolution."""
 
     def __init__(self, image_channels: int, width: int):
         super().__init__()
@@ -80,7 +85,7 @@ class FirstBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-activation residual block; with `down` it halves the resolution and its shortcut is learned."""
+    """Pre-activation residual block; with `down` it halves the resolution and has a learned shortcut."""
 
     def __init__(self, width: int, down: bool):
         super().__init__()
@@ -96,7 +101,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What encoder and discriminator share in kind: four residual blocks, a sum over positions, a linear layer."""
+    """Architecture of encoder and discriminator: four residual blocks, a sum over positions, a linear layer."""
 
     def __init__(self, image_channels: int, width: int, out_features: int):
         super().__init__()
@@ -108,8 +113,10 @@ class Trunk(nn.Module):
         init_weights(self)
 
     def forward(self, images: Tensor, layers: Sequence[str] = LAYERS) -> dict[str, Tensor]:
-        """Of these layers: feature maps `b1` [B, W, 16, 16], `b2` … `b4` [B, W, 8, 8], and `final` [B, out_features].
-        What lies beyond them is not computed."""
+        """Return the features of the given layers; later layers are not computed.
+
+        Feature maps are `b1` [B, W, 16, 16] and `b2` to `b4` [B, W, 8, 8]; `final` is [B, out_features].
+        """
         features, h = {}, images
         for name in LAYERS[: 1 + max(map(LAYERS.index, layers))]:
             h = self.linear(F.relu(h).sum((2, 3))) if name == "final" else self.get_submodule(name)(h)
@@ -118,7 +125,7 @@ class Trunk(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E: images → mean and log-variance of the posterior q(z|x), each [B, Z]."""
+    """Encoder E: images → mean and log-variance of the posterior q(z|x), each [B, Z]."""
 
     def __init__(self, latent_dim: int = 128, width: int = 128, image_channels: int = 3):
         super().__init__()
@@ -130,7 +137,7 @@ class Encoder(nn.Module):
 
 
 class Critic(nn.Module):
-    """The spectrally normalised part of the discriminator: trunk and score head, one group."""
+    """Spectrally normalised part of the discriminator: trunk and score head, normalised as one group."""
 
     def __init__(self, image_channels: int, width: int, contrast_dim: int):
         super().__init__()
@@ -144,7 +151,7 @@ class Critic(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """C, the "dual encoder": a real/fake score, and embeddings for contrast at several depths.
+    """Discriminator C, the "dual encoder": a real/fake score, and embeddings for contrast at several depths.
 
     `critic.trunk`, `critic.score` and `heads` are trained in different steps; only `critic` is spectrally normalised.
     """
@@ -160,13 +167,13 @@ class Discriminator(nn.Module):
         """
         Args:
             images: [B, C, 32, 32].
-            stddev_parts: for the networks that grow; these have no statistics of the minibatch.
-            layers: whose features are wanted.
-            scored: whether the score is.
+            stddev_parts: ignored; only progressive networks use minibatch statistics.
+            layers: layers whose features are returned.
+            scored: whether to compute the score.
         """
         return self.critic(images, layers, scored)
 
     def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
-        """Queries or keys [S, B, D] of S layers: block outputs through their heads, `final` as it is."""
+        """Return queries or keys [S, B, D] of S layers: block features through their heads, `final` unchanged."""
         f = critique.features
         return torch.stack([f["final"] if name == "final" else self.heads[name](f[name]) for name in layers])

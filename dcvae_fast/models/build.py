@@ -1,4 +1,4 @@
-"""The networks that a configuration describes."""
+"""Construction of the networks from a configuration."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Autoencoder(NamedTuple):
 
 
 def build_autoencoder(config: ModelConfig) -> Autoencoder:
-    """Encoder and decoder; of those that grow, at the resolution and fade of the configuration."""
+    """Return encoder and decoder; progressive networks are set to the configured resolution and fade."""
     latent, channels = config.latent_dim, config.image_channels
     if not config.grows:
         return Autoencoder(
@@ -23,13 +23,13 @@ def build_autoencoder(config: ModelConfig) -> Autoencoder:
             autogan.Decoder(latent, config.decoder_width, channels),
         )
     widths = Widths(config.base_channels, config.max_channels)
-    built = Autoencoder(
+    autoencoder = Autoencoder(
         progressive.Encoder(config.resolution, latent, widths, channels),
         progressive.Generator(config.resolution, latent, widths, channels),
     )
-    for network in built:
+    for network in autoencoder:
         set_phase(network, Phase(config.resolution, config.alpha))
-    return built
+    return autoencoder
 
 
 def build_discriminator(config: ModelConfig) -> autogan.Discriminator | progressive.Discriminator:
@@ -40,6 +40,6 @@ def build_discriminator(config: ModelConfig) -> autogan.Discriminator | progress
 
 
 def learning_rate_scales(network: nn.Module) -> dict[Tensor, float]:
-    """For each weight with equalised learning rate its c; see `EqualizedConv2d`."""
+    """Return the scale c of each weight with equalised learning rate; see `EqualizedConv2d`."""
     layers = (progressive.EqualizedConv2d, progressive.EqualizedLinear)
     return {layer.weight: layer.scale for layer in network.modules() if isinstance(layer, layers)}

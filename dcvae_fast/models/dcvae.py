@@ -1,4 +1,4 @@
-"""DCVAE: a trained encoder and decoder, to encode, decode, reconstruct and sample with, to save and to load."""
+"""The public model `DCVAE`: encode, decode, reconstruct, sample, save and load."""
 
 import dataclasses
 import json
@@ -18,25 +18,30 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "READ
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(z|x), a Gaussian with independent coordinates: mean and log-variance, each [B, Z]."""
+    """Posterior q(z|x), a Gaussian with diagonal covariance.
+
+    Attributes:
+        mean: [B, Z]
+        logvar: log-variance [B, Z]
+    """
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z = mean + exp(logvar / 2) · noise, [B, Z]; differentiable in mean and logvar."""
+        """Draw z = mean + exp(logvar / 2) · noise, [B, Z], with gradients for mean and logvar."""
         noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.at(noise)
 
     def at(self, noise: Tensor) -> Tensor:
-        """The z that this draw from N(0, I) gives; [B, Z]."""
+        """Return z = mean + exp(logvar / 2) · noise, [B, Z], for noise [B, Z] from N(0, I)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class DCVAE(nn.Module):
-    """Encoder and decoder of a DC-VAE; the decoder holds the moving average of the trained weights.
+    """Encoder and decoder of a DC-VAE; the decoder has the EMA of the trained weights.
 
-    Images are [B, C, R, R] floating-point tensors in [-1, 1], R being `config.resolution`; latents [B, Z].
+    Images are floating-point tensors [B, C, R, R] in [-1, 1] with R = `config.resolution`; latents are [B, Z].
     """
 
     def __init__(self, config: ModelConfig):
@@ -49,43 +54,46 @@ class DCVAE(nn.Module):
         return next(self.parameters()).device
 
     def encode(self, images: Tensor) -> Posterior:
-        """The posterior of images [B, C, R, R] in [-1, 1].
+        """Return the posterior of images [B, C, R, R] in [-1, 1].
 
         Raises:
-            ValueError: images have another shape, or are no floating-point numbers.
+            ValueError: images have another shape, or are not floating-point.
         """
         channels, size = self.config.image_channels, self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (channels, size, size):
             raise ValueError(
-                f"images have shape {list(images.shape)}; this model takes [B, {channels}, {size}, {size}]."
+                f"images have shape {list(images.shape)}; this model expects [B, {channels}, {size}, {size}]."
             )
         if not images.is_floating_point():
-            raise ValueError(f"images have dtype {images.dtype}; give floating-point values in [-1, 1].")
+            raise ValueError(f"images have dtype {images.dtype}; this model expects floating-point values in [-1, 1].")
         return Posterior(*self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, C, R, R], about [-1, 1], of latents [B, Z].
+        """Decode latents [B, Z] to images [B, C, R, R], approximately in [-1, 1].
 
         Raises:
             ValueError: latents have another shape.
         """
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(
-                f"latents have shape {list(latents.shape)}; this model takes [B, {self.config.latent_dim}]."
+                f"latents have shape {list(latents.shape)}; this model expects [B, {self.config.latent_dim}]."
             )
         return self.decoder(latents)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images → reconstructions from the posterior mean; differentiable."""
+        """Return reconstructions from the posterior mean, with gradients."""
         return self.decode(self.encode(images).mean)
 
     @torch.no_grad()
     def reconstruct(
         self, images: Tensor, *, sample_posterior: bool | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Images → what the decoder makes of their posterior mean, or of a draw from it.
+        """Return reconstructions of images from the posterior mean, or from a sample of the posterior.
 
-        sample_posterior decides which; None leaves it to the configuration's `reconstruct_from`.
+        Args:
+            images: [B, C, R, R] in [-1, 1].
+            sample_posterior: whether to decode a sample of the posterior; None follows `config.reconstruct_from`.
+            generator: random generator for the sample.
         """
         if sample_posterior is None:
             sample_posterior = self.config.reconstruct_from == "sample"
@@ -94,9 +102,9 @@ class DCVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """n images [n, C, R, R] decoded from the prior N(0, I), clamped where the configuration says so.
+        """Return n images [n, C, R, R] decoded from the prior N(0, I); `config.sample_clamp` clamps the latents.
 
-        The noise is drawn on the generator's device, so one seed gives the same latents on every device.
+        Latents are drawn on the generator's device, so that a seed gives the same latents on every device.
         """
         device = self.device if generator is None else generator.device
         latents = torch.randn(n, self.config.latent_dim, generator=generator, device=device).to(self.device)
@@ -105,7 +113,7 @@ class DCVAE(nn.Module):
         return self.decode(latents)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json, model.safetensors and a model card README.md into the folder `path`."""
+        """Write config.json, model.safetensors and a model card, README.md, to the folder `path`."""
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -118,10 +126,11 @@ class DCVAE(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, *, device: str | torch.device = "cpu") -> "DCVAE":
         """Load a model in evaluation mode from a run folder, a folder of `save_pretrained`, or the Hugging Face hub.
 
-        A run folder gives its newest intact checkpoint, with the averaged decoder.
+        From a run folder, the newest intact checkpoint is loaded, with the EMA decoder.
 
         Raises:
-            RunError: there is no model at that place, or its files are damaged.
+            RunError: no model is found, or its files are damaged.
+            ConfigError: the model has settings that are unknown or invalid.
         """
         from dcvae_fast.run_folder import is_run, load_weights
 
@@ -133,30 +142,28 @@ class DCVAE(nn.Module):
                 folder = _download(str(name_or_path))
             stored, weights = _read_pretrained(folder)
         model = cls(_model_config(stored, folder))
-        if model.config.grows:  # what it has not grown to is left out
+        if model.config.grows:  # drop layers of resolutions not reached yet
             weights = {name: weights[name] for name in model.state_dict() if name in weights}
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise RunError(
-                f"{folder}: the weights do not fit the configuration beside them ({reason(error)})."
-            ) from error
+            raise RunError(f"{folder}: the weights do not fit the stored configuration ({reason(error)}).") from error
         return model.to(device).eval()
 
 
 def _model_config(config: Any, folder: Path) -> ModelConfig:
     stored = config.get("model") if isinstance(config, dict) else None
     if not isinstance(stored, dict):
-        raise RunError(f"{folder}: {CONFIG_FILE} describes no DC-VAE of this project.")
+        raise RunError(f"{folder}: {CONFIG_FILE} is not the configuration of a dcvae_fast model.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(set(stored) - known):
         raise ConfigError(
-            f"{folder}: made by another version, for these model settings are unknown: {', '.join(unknown)}."
+            f"{folder}: saved by another version of dcvae_fast; these model settings are unknown: {', '.join(unknown)}."
         )
     try:
         return ModelConfig(**stored)
     except TypeError as error:
-        raise ConfigError(f"{folder}: a model setting in {CONFIG_FILE} is of the wrong type ({error}).") from error
+        raise ConfigError(f"{folder}: a model setting in {CONFIG_FILE} has the wrong type ({error}).") from error
 
 
 def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -179,8 +186,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = reason(error)
-        raise RunError(f"{name}: no such folder, and not to be had from the Hugging Face hub ({why}).") from error
+        raise RunError(
+            f"{name}: no such folder, and it could not be downloaded from the Hugging Face hub ({reason(error)})."
+        ) from error
 
 
 def _model_card(config: ModelConfig) -> str:
@@ -191,7 +199,7 @@ pipeline_tag: unconditional-image-generation
 tags: [vae, gan, contrastive, dc-vae]
 ---
 
-# DC-VAE, {size}×{size}, {channels} channel{"s" if channels > 1 else ""}, latent size {config.latent_dim}
+# DC-VAE, {size}×{size}, {channels} channel{"s" if channels > 1 else ""}, latent dimension {config.latent_dim}
 
 A *Dual Contradistinctive Generative Autoencoder* (Parmar, Li, Lee, Tu; CVPR 2021) trained with dcvae_fast. It encodes,
 reconstructs and samples images [B, {channels}, {size}, {size}] in [-1, 1].
@@ -205,5 +213,5 @@ images = model.decode(posterior.mean)
 images = model.sample(64)
 ```
 
-Not to be confused with diffusers' `AutoencoderDC` (Deep Compression), another method.
+Not to be confused with diffusers' `AutoencoderDC` (Deep Compression), which is another method.
 """

@@ -1,4 +1,4 @@
-"""What the networks are built from."""
+"""Layers and helpers that the networks share."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,14 +11,19 @@ from torch.autograd.function import once_differentiable
 
 
 class Critique(NamedTuple):
-    """What the discriminator makes of a batch."""
+    """Output of the discriminator.
 
-    score: Tensor  # [B]: high for real; [0] where it was not asked for
-    features: dict[str, Tensor]  # by layer, those asked for: feature maps [B, W, H, H], and `final` [B, …]
+    Attributes:
+        score: [B], high for real images; [0] if it was not computed
+        features: by layer: feature maps [B, W, H, H], and `final` [B, …]
+    """
+
+    score: Tensor
+    features: dict[str, Tensor]
 
 
 def init_weights(network: nn.Module) -> None:
-    """As AutoGAN: Xavier uniform convolutions, BatchNorm scales N(1, 0.02); linear layers keep torch's own."""
+    """Initialise as AutoGAN: convolutions Xavier uniform, BatchNorm scales N(1, 0.02), linear layers as in torch."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
@@ -28,7 +33,7 @@ def init_weights(network: nn.Module) -> None:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks that train together; its gradient is that of the sum of their losses."""
+    """Sum of a tensor over all ranks, whose backward pass sums the gradients over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -45,29 +50,29 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Over the batch of all ranks that train together; on one rank, torch's own."""
+    """Batch normalisation with statistics of all ranks; with a single rank, torch's implementation."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        ranks, wide = dist.get_world_size(), upcast(input)
-        own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        mean = SumOverRanks.apply(own_mean) / ranks
-        var = SumOverRanks.apply(own_var + (own_mean - mean).square()) / ranks
+        world_size, x = dist.get_world_size(), upcast(input)
+        local_var, local_mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        mean = SumOverRanks.apply(local_mean) / world_size
+        var = SumOverRanks.apply(local_var + (local_mean - mean).square()) / world_size
         with torch.no_grad():
-            count = ranks * input.numel() / input.shape[1]
+            count = world_size * input.numel() / input.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(var + self.eps)
         shift = self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(input.dtype)
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(input.dtype)
 
 
 class ContrastHead(nn.Module):
-    """A feature map [B, W, H, H] → queries or keys [B, D]: 1×1 convolution to one channel, linear layer (§4.2)."""
+    """Contrastive head: feature map [B, W, H, H] → 1×1 convolution to one channel → linear → [B, D] (§4.2)."""
 
     def __init__(self, width: int, positions: int, contrast_dim: int):
         super().__init__()
@@ -80,18 +85,18 @@ class ContrastHead(nn.Module):
 
 
 def upcast(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Convert to float32, unless the dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, autocast is off."""
+    """Disable autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Inside, gradients pass through `network` to its input but none is computed for its parameters."""
+    """Context manager that passes gradients through `network` to its input, but not to its parameters."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -103,18 +108,18 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · network, in place, parameters only."""
-    torch._foreach_lerp_(tuple(average.parameters()), tuple(network.parameters()), 1 - decay)
+def update_ema(ema: nn.Module, network: nn.Module, decay: float) -> None:
+    """ema ← decay · ema + (1 − decay) · network, in place, for parameters only."""
+    torch._foreach_lerp_(tuple(ema.parameters()), tuple(network.parameters()), 1 - decay)
 
 
 @torch.no_grad()
 def copy_buffers(target: nn.Module, network: nn.Module) -> None:
-    """Give `target` the buffers (batch statistics) of `network`."""
-    for mine, theirs in zip(target.buffers(), network.buffers(), strict=True):
-        mine.copy_(theirs)
+    """Copy the buffers (batch statistics) of `network` to `target`."""
+    for destination, source in zip(target.buffers(), network.buffers(), strict=True):
+        destination.copy_(source)
 
 
 def upsample(x: Tensor, size: int, mode: str) -> Tensor:
-    """[B, C, H, W] → [B, C, size, size] by `nearest` or `bilinear` interpolation."""
+    """Resize [B, C, H, W] to [B, C, size, size] by `nearest` or `bilinear` interpolation."""
     return nn.functional.interpolate(x, size=(size, size), mode=mode)

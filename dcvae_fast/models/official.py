@@ -1,8 +1,8 @@
-"""Checkpoints of the authors' code (github.com/mlpc-ucsd/DC-VAE), read into our networks.
+"""Import of checkpoints of the authors' code (github.com/mlpc-ucsd/DC-VAE).
 
 A folder holds `{epoch}_encoder.sd`, `{epoch}_decoder.sd`, `{epoch}_decoder_avg.sd`, `{epoch}_dual_encoder.sd` and, for
 each contrasted layer, `{epoch}_{layer}_queue.sd`. Parameters were saved from `DataParallel` modules with torch's older
-spectral norm.
+implementation of spectral norm.
 """
 
 import re
@@ -18,7 +18,7 @@ from dcvae_fast.errors import RunError, reason
 from dcvae_fast.models.autogan import Decoder, Discriminator
 from dcvae_fast.models.dcvae import DCVAE
 
-# Their module names → ours; the first pattern that matches the start of a key is replaced.
+# The authors' module names → ours; the first pattern that matches the start of a key is replaced.
 _CONVOLUTIONS = [(r"c1\.", "conv1."), (r"c2\.", "conv2."), (r"c_sc\.", "shortcut."), (r"skip_in_ops\.", "skips.")]
 _ENCODER = [(r"block(\d)\.", r"trunk.b\1."), (r"l5\.", "trunk.linear.")]
 _DISCRIMINATOR = [
@@ -33,14 +33,14 @@ _DECODER = [(r"l1\.", "linear."), (r"to_rgb\.0\.", "norm."), (r"to_rgb\.2\.", "t
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What the authors' code saved after an epoch.
+    """Checkpoint of the authors' code after an epoch.
 
     Attributes:
-        model: encoder and averaged decoder, in evaluation mode; samples are clamped to [-1, 1] and
-            reconstructions made from draws of the posterior, as theirs are for FID
-        decoder: the decoder that was being trained
-        discriminator: their "dual encoder"
-        queues: for each contrasted layer its keys [K, D]
+        model: encoder and EMA decoder in evaluation mode; latents are clamped to [-1, 1] for samples, and
+            reconstructions decode samples of the posterior, as for the authors' FID
+        decoder: trained decoder, without EMA
+        discriminator: the "dual encoder"
+        queues: keys [K, D] of each contrasted layer
     """
 
     model: DCVAE
@@ -50,20 +50,20 @@ class OfficialCheckpoint:
 
 
 def load_official(folder: Path, epoch: int) -> OfficialCheckpoint:
-    """Read the checkpoint of one epoch; widths and sizes are taken from the weights.
+    """Read the checkpoint of one epoch; widths and sizes are derived from the weights.
 
     Raises:
-        RunError: a file is missing, unreadable or holds other networks.
+        RunError: a file is missing, cannot be read or holds other networks.
     """
     folder = Path(folder)
-    encoder, decoder, average, discriminator = (
+    encoder, decoder, decoder_ema, discriminator = (
         _read(folder, epoch, name) for name in ("encoder", "decoder", "decoder_avg", "dual_encoder")
     )
     try:
         config = ModelConfig(
-            image_channels=average["to_rgb.2.weight"].shape[0],
-            latent_dim=average["l1.weight"].shape[1],
-            decoder_width=average["cell1.c1.weight"].shape[0],
+            image_channels=decoder_ema["to_rgb.2.weight"].shape[0],
+            latent_dim=decoder_ema["l1.weight"].shape[1],
+            decoder_width=decoder_ema["cell1.c1.weight"].shape[0],
             encoder_width=encoder["block1.c1.weight_orig"].shape[0],
             discriminator_width=discriminator["block1.c1.weight_orig"].shape[0],
             contrast_dim=discriminator["l5.weight_orig"].shape[0],
@@ -72,7 +72,7 @@ def load_official(folder: Path, epoch: int) -> OfficialCheckpoint:
         )
     except KeyError as error:
         raise RunError(
-            f"{folder}: epoch {epoch} holds other networks than the authors' ({error} is missing)."
+            f"{folder}: the networks of epoch {epoch} are not those of the authors' code ({error} is missing)."
         ) from error
     checkpoint = OfficialCheckpoint(
         model=DCVAE(config),
@@ -85,7 +85,7 @@ def load_official(folder: Path, epoch: int) -> OfficialCheckpoint:
     )
     for network, weights, names in (
         (checkpoint.model.encoder, encoder, _ENCODER),
-        (checkpoint.model.decoder, average, _DECODER),
+        (checkpoint.model.decoder, decoder_ema, _DECODER),
         (checkpoint.decoder, decoder, _DECODER),
         (checkpoint.discriminator, discriminator, _DISCRIMINATOR),
     ):
@@ -115,8 +115,8 @@ def _read(folder: Path, epoch: int, name: str) -> dict[str, Tensor]:
     path = folder / f"{epoch}_{name}.sd"
     if not path.is_file():
         epochs = sorted({int(match[1]) for file in folder.glob("*.sd") if (match := re.match(r"(\d+)_", file.name))})
-        there = f"there are epochs {', '.join(map(str, epochs))}" if epochs else "there is no {epoch}_*.sd file at all"
-        raise RunError(f"{path} is missing; in {folder} {there}.")
+        available = f"has epochs {', '.join(map(str, epochs))}" if epochs else "has no {epoch}_*.sd files"
+        raise RunError(f"{path} is missing; the folder {available}.")
     weights = _load(path)
     if not isinstance(weights, dict):
         raise RunError(f"{path} holds a {type(weights).__name__}, not the weights of a network.")

@@ -1,10 +1,10 @@
-"""The networks that grow from 4×4 to 1024×1024 pixels (after Progressive GAN; the paper has them from 64×64 on).
+"""Networks that grow from 4×4 to 1024×1024 pixels, after Progressive GAN; the paper uses them from 64×64 on.
 
-All layers up to the final resolution are there from the start. `Phase` says at which resolution the networks work, and
-how far its layers are faded in; layers of later resolutions are not used and stay as they were initialised.
+All layers up to the final resolution exist from the start. `Phase` sets the current resolution and the fade of its
+layers; layers of higher resolutions are not used and keep their initial values.
 
-Shapes: B batch, C image channels, Z latent size, D contrastive dimension, R a resolution.
-Images are [B, C, R, R], real ones in [-1, 1].
+Shapes: B batch, C image channels, Z latent dimension, D contrastive dimension, R resolution.
+Images are [B, C, R, R]; real images are in [-1, 1].
 """
 
 import math
@@ -19,18 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from dcvae_fast.models.layers import ContrastHead, Critique, no_autocast, upcast
 
-BOTTOM = 4  # the lowest resolution
-LOW = 16  # of the feature map that the contrastive head `low` sees: fixed, so that it survives growth
-SLOPE = 0.2  # of the leaky ReLUs
+BOTTOM = 4  # lowest resolution
+LOW = 16  # resolution of the input of the contrastive head `low`: fixed, so that the head is kept during growth
+SLOPE = 0.2  # negative slope of the leaky ReLUs
 
 
 class Phase(NamedTuple):
-    """What the networks compute at a point of their growth."""
+    """Point in the growth of the networks.
+
+    Attributes:
+        resolution: current resolution
+        alpha: blending weight of this resolution's layers against those of half the resolution; a tensor of shape []
+            can change without a new phase
+    """
 
     resolution: int
     alpha: float | Tensor = 1.0
-    """share of this resolution's layers in the blend with those of half of it; a tensor, of shape [], may change
-    without a new phase"""
 
     @property
     def fades(self) -> bool:
@@ -38,28 +42,28 @@ class Phase(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Channels at each resolution: min(base / R, most)."""
+    """Number of channels at each resolution R: min(base / R, maximum)."""
 
     base: int = 16384
-    most: int = 512
+    maximum: int = 512
 
     def at(self, resolution: int) -> int:
-        return max(1, min(self.base // resolution, self.most))
+        return max(1, min(self.base // resolution, self.maximum))
 
 
 PAPER_WIDTHS = Widths()
 
 
 def resolutions(last: int, first: int = BOTTOM) -> list[int]:
-    """first, 2·first, … last."""
+    """Return [first, 2·first, …, last]."""
     return [2**i for i in range(first.bit_length() - 1, last.bit_length())]
 
 
 class EqualizedConv2d(nn.Conv2d):
-    """A convolution with equalised learning rate, folded into its weight and Adam.
+    """Convolution with equalised learning rate, by scaling Adam's settings instead of the weight.
 
-    Progressive GAN keeps a weight of N(0, 1) and multiplies it by c = gain / √fan-in each time. Here the product is the
-    weight. Its steps are the same if Adam takes lr · c and adds ε / c to the root of the second moment: see `scale`.
+    Progressive GAN stores a weight from N(0, 1) and multiplies it by c = gain / √fan-in in every forward pass. This
+    layer stores the product. Adam's steps are equivalent with lr · c and ε / c, where c is `scale`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float = math.sqrt(2)):
@@ -73,12 +77,12 @@ class EqualizedConv2d(nn.Conv2d):
 
 
 class EqualizedLinear(nn.Linear):
-    """The same of a linear layer; with `wide`, in float32 under autocast too."""
+    """Linear layer with equalised learning rate; with `no_cast`, in float32 under autocast too."""
 
     def __init__(
-        self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, wide: bool = False
+        self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, no_cast: bool = False
     ):
-        self.scale, self.wide = gain / math.sqrt(in_features), wide
+        self.scale, self.no_cast = gain / math.sqrt(in_features), no_cast
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -87,14 +91,14 @@ class EqualizedLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        with no_autocast(input.device) if self.wide else nullcontext():
-            return super().forward(upcast(input) if self.wide else input)
+        with no_autocast(input.device) if self.no_cast else nullcontext():
+            return super().forward(upcast(input) if self.no_cast else input)
 
 
 class UpConv2d(EqualizedConv2d):
-    """Nearest upsampling by 2, then the convolution, in one: [B, C, R, R] → [B, C', 2R, 2R].
+    """Nearest-neighbour upsampling by 2 fused with the convolution: [B, C, R, R] → [B, C', 2R, 2R].
 
-    Four of the nine products fall on one input pixel each; their weights are summed first.
+    Taps of the 3×3 kernel that read the same input pixel are summed first.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class UpConv2d(EqualizedConv2d):
 
 
 class DownConv2d(EqualizedConv2d):
-    """The convolution, then the mean of each 2×2 pixels, in one: [B, C, 2R, 2R] → [B, C', R, R]."""
+    """Convolution fused with 2×2 average pooling: [B, C, 2R, 2R] → [B, C', R, R]."""
 
     def forward(self, input: Tensor) -> Tensor:
         w = F.pad(self.weight, (1, 1, 1, 1)) / 4
@@ -116,26 +120,26 @@ def act(x: Tensor) -> Tensor:
     return F.leaky_relu(x, SLOPE)
 
 
-def blend(coarse: Tensor, own: Tensor, alpha: float | Tensor) -> Tensor:
-    """(1 − alpha) · coarse + alpha · own."""
-    return torch.lerp(coarse, own, alpha.to(own.dtype) if isinstance(alpha, Tensor) else alpha)
+def blend(coarse: Tensor, fine: Tensor, alpha: float | Tensor) -> Tensor:
+    """Return (1 − alpha) · coarse + alpha · fine."""
+    return torch.lerp(coarse, fine, alpha.to(fine.dtype) if isinstance(alpha, Tensor) else alpha)
 
 
 def pixel_norm(x: Tensor) -> Tensor:
-    """Each position's vector of channels (dim 1) divided by its root mean square; computed in float32 at least."""
-    wide = upcast(x)
-    return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
+    """Divide the channels (dim 1) of each position by their root mean square, computed in at least float32."""
+    h = upcast(x)
+    return (h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
 
 
 def stddev_group(images: int) -> int:
-    """How many neighbours of so many images share a minibatch standard deviation: 4, or fewer where 4 is no divisor."""
+    """Return the group size of the minibatch standard deviation: the largest of 4, 3, 2, 1 that divides `images`."""
     return next(n for n in (4, 3, 2, 1) if images % n == 0)
 
 
 def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
-    """[B, C, H, W] → [B, 1, H, W]: how much the images of a group differ, one number a group, from float32 on.
+    """Return the mean standard deviation over each group of images, [B, C, H, W] → [B, 1, H, W], in at least float32.
 
-    Groups are of 4 neighbours, or of the largest smaller number that divides the part; the batch's parts do not mix.
+    The batch is cut into `parts`, and each part into groups of `stddev_group` neighbours.
     """
     size = stddev_group(len(x) // parts)
     groups = upcast(x).unflatten(0, (-1, size))
@@ -145,13 +149,13 @@ def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
 
 
 class Generator(nn.Module):
-    """G: latents [B, Z] → images [B, C, R, R]."""
+    """Decoder G: latents [B, Z] → images [B, C, R, R]."""
 
     def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
         super().__init__()
         self.phase, self.checkpoints_activations = Phase(resolution), False
         self.bottom_width = widths.at(BOTTOM)
-        # The bias is one a channel, as after a convolution.
+        # One bias per channel, as after a convolution.
         self.linear = EqualizedLinear(latent_dim, self.bottom_width * BOTTOM**2, gain=math.sqrt(2) / 4, bias=False)
         self.linear_bias = nn.Parameter(torch.zeros(self.bottom_width))
         self.conv = EqualizedConv2d(self.bottom_width, self.bottom_width, 3)
@@ -183,7 +187,7 @@ class Generator(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What discriminator and encoder share in kind: images [B, C, R, R] → features of 16×16 and of the last layer."""
+    """Architecture of discriminator and encoder: images [B, C, R, R] → features at 16×16 and of the last layer."""
 
     def __init__(self, resolution: int, widths: Widths, image_channels: int, stddev: bool):
         super().__init__()
@@ -204,11 +208,11 @@ class Trunk(nn.Module):
         """
         Args:
             images: [B, C, R, R].
-            stddev_parts: into how many the batch is cut for the minibatch standard deviation; 0 puts zeros there.
-            layers: some of those there are: `low`, from 16×16 on, and `final`. What lies beyond is not computed.
+            stddev_parts: number of parts of the batch for the minibatch standard deviation; 0 replaces it by zeros.
+            layers: `low` (from 16×16 on) or `final` or both; later layers are not computed.
 
         Returns:
-            By layer: `low` [B, W, 16, 16], `final` [B, W].
+            Features by layer: `low` [B, W, 16, 16], `final` [B, W].
         """
         resolution = self.phase.resolution
         x = act(self.from_images[str(resolution)](images))
@@ -225,8 +229,8 @@ class Trunk(nn.Module):
                 coarse = act(self.from_images[str(r // 2)](F.avg_pool2d(images, 2)))
                 x = blend(coarse, x, self.phase.alpha)
         if self.stddev:
-            extra = minibatch_stddev(x, stddev_parts) if stddev_parts else torch.zeros_like(x[:, :1])
-            x = torch.cat([x, extra], dim=1)
+            stddev = minibatch_stddev(x, stddev_parts) if stddev_parts else torch.zeros_like(x[:, :1])
+            x = torch.cat([x, stddev], dim=1)
         features["final"] = act(self.linear(act(self.conv(x)).flatten(1)))
         return features
 
@@ -235,12 +239,12 @@ class Trunk(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E: images [B, C, R, R] → mean and log-variance of the posterior q(z|x), each [B, Z]."""
+    """Encoder E: images [B, C, R, R] → mean and log-variance of the posterior q(z|x), each [B, Z]."""
 
     def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
         super().__init__()
         self.trunk = Trunk(resolution, widths, image_channels, stddev=False)
-        self.linear = EqualizedLinear(widths.at(BOTTOM), 2 * latent_dim, gain=1, wide=True)
+        self.linear = EqualizedLinear(widths.at(BOTTOM), 2 * latent_dim, gain=1, no_cast=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self.linear(self.trunk(images)["final"]).chunk(2, dim=1)
@@ -248,12 +252,12 @@ class Encoder(nn.Module):
 
 
 class Critic(nn.Module):
-    """The part of the discriminator that the adversarial loss trains: trunk and score head."""
+    """Part of the discriminator that the adversarial loss trains: trunk and score head."""
 
     def __init__(self, resolution: int, widths: Widths, image_channels: int):
         super().__init__()
         self.trunk = Trunk(resolution, widths, image_channels, stddev=True)
-        self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, wide=True)
+        self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, no_cast=True)
 
     def forward(self, images: Tensor, stddev_parts: int, layers: tuple[str, ...], scored: bool) -> Critique:
         features = self.trunk(images, stddev_parts, (*layers, "final") if scored else layers)
@@ -262,7 +266,7 @@ class Critic(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """C, the "dual encoder": a real/fake score, and embeddings for contrast at two depths.
+    """Discriminator C, the "dual encoder": a real/fake score, and embeddings for contrast at two depths.
 
     `critic.trunk`, `critic.score` and `heads` are trained in different steps.
     """
@@ -282,34 +286,34 @@ class Discriminator(nn.Module):
         """
         Args:
             images: [B, C, R, R].
-            stddev_parts: into how many the batch is cut for the minibatch standard deviation. 0 puts zeros there: for
-                contrast, since statistics of the batch tell which reconstruction belongs to which image.
-            layers: whose features are wanted: `low`, from 16×16 on, and `final`; None for all there are.
-            scored: whether the score is wanted.
+            stddev_parts: number of parts of the batch for the minibatch standard deviation. 0 replaces it by zeros, for
+                contrast: statistics of the batch would reveal which reconstruction belongs to which image.
+            layers: layers whose features are returned, `low` (from 16×16 on) or `final` or both; None for all.
+            scored: whether to compute the score.
         """
         if layers is None:
             layers = ("low", "final") if self.critic.trunk.phase.resolution >= LOW else ("final",)
         return self.critic(images, stddev_parts, layers, scored)
 
     def embed(self, critique: Critique, layers: Sequence[str]) -> Tensor:
-        """Queries or keys [S, B, D] of S layers through their heads."""
+        """Return queries or keys [S, B, D]: the features of S layers through their heads."""
         return torch.stack([self.heads[name](critique.features[name]) for name in layers])
 
 
 def checkpointed(block: Callable[[Tensor, int], Tensor], x: Tensor, r: int) -> Tensor:
-    """What the block makes of x, its activations computed again when the backward pass needs them."""
+    """Run the block with activation checkpointing."""
     return checkpoint(block, x, r, use_reentrant=False, preserve_rng_state=False)
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Lets all parts of a network keep the inputs of their blocks only: less memory, more arithmetic."""
+    """Enable activation checkpointing in all blocks of a network."""
     for module in network.modules():
         if isinstance(module, Generator | Trunk):
             module.checkpoints_activations = True
 
 
 def set_phase(network: nn.Module, phase: Phase) -> None:
-    """Lets all parts of a network work at a point of its growth."""
+    """Set the phase of all parts of a network."""
     for module in network.modules():
         if isinstance(module, Generator | Trunk):
             module.phase = phase

@@ -1,6 +1,6 @@
-"""The paper's tables: the numbers that it prints and quotes, and which of our measurements stand beside them.
+"""The paper's tables: its own and its quoted numbers, and the measurements that reproduce them.
 
-A column is a metric, a row a method. A row of the paper's own method names the recipe, or recipes, that reproduce it.
+Columns are metrics and rows are methods. A row that can be reproduced names its recipes.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dcvae_fast.evaluation.measurement import Subject
 
 
 class Key(NamedTuple):
-    """Identifies a measurement of a run."""
+    """Key of a measurement within a run."""
 
     metric: str
     of: Subject
@@ -19,12 +19,12 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A metric.
+    """Metric of a table.
 
     Attributes:
-        heading: name and unit, and an arrow that says whether lower or higher is better
-        metric, of, protocol: identify the `Measurement`; `of` is None if the rows say it
-        note: why this metric, if the paper leaves it open
+        heading: name, unit, and an arrow towards better values
+        metric, of, protocol: key of the `Measurement`; `of` is None if the rows set it
+        note: reason for the metric, if the paper leaves it open
     """
 
     heading: str
@@ -36,13 +36,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A method.
+    """Method of a table.
 
     Attributes:
-        method: its name in the paper
-        paper: the paper's numbers as printed, one a column; "" for none
-        runs: recipes whose runs are measured, one a column; "" for none; empty if the paper only quotes the method
-        of: what is measured, if the columns leave it open
+        method: name in the paper
+        paper: the paper's numbers as printed, one per column; "" for none
+        runs: recipes of the measured runs, one per column; "" for none; empty for methods that the paper quotes
+        of: subject of the measurements, if the columns do not set it
     """
 
     method: str
@@ -53,13 +53,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, or Figure 7.
+    """Table of the paper, or Figure 7.
 
     Attributes:
         name: argument of `dcvae reproduce`
         title: heading, with the data set
-        columns, rows: each row has as many numbers as there are columns
-        note: a remark on the whole table
+        columns, rows: each row has one number per column
+        note: remark on the whole table
     """
 
     name: str
@@ -70,7 +70,7 @@ class Table:
 
     @property
     def column_notes(self) -> list[str]:
-        """Notes of the columns, each once."""
+        """Notes of the columns, without duplicates."""
         return list(dict.fromkeys(column.note for column in self.columns if column.note))
 
     def needed(self) -> dict[str, list[Key]]:
@@ -80,27 +80,27 @@ class Table:
             for column, run in enumerate(row.runs):
                 if run:
                     keys.setdefault(run, {})[self.key(row, column)] = None
-        return {run: list(of_run) for run, of_run in keys.items()}
+        return {run: list(run_keys) for run, run_keys in keys.items()}
 
     def key(self, row: Row, column: int) -> Key:
         metric = self.columns[column]
         of = metric.of or row.of
-        assert of is not None, f"{self.name}: {row.method} does not say of what {metric.heading} is"
+        assert of is not None, f"{self.name}: neither {metric.heading} nor {row.method} sets `of`"
         return Key(metric.metric, of, metric.protocol)
 
 
-# Several of our columns stand beside one of the paper's where it states no unit.
+# Where the paper states no unit, its value is repeated in each column that it could belong to.
 PIXEL_UNIT = (
-    "The paper states no unit. Its values here fit an image's sum of squares on [0, 1], the mean over images, and as"
-    " well the root of the mean square on 0–255, and stand beside both; the mean square on [-1, 1] fits Table 8."
+    "The paper states no unit. Its values in this table fit both the sum of squared errors on [0, 1], averaged over"
+    " images, and the RMSE on 0–255, and are shown for both. Its values in Table 8 fit the MSE on [-1, 1]."
 )
 PIXEL_UNIT_8 = (
-    "The paper states no unit. Its values here fit the mean square on [-1, 1], and stand beside it; the others are what"
-    " Table 1 fits."
+    "The paper states no unit. Its values in this table fit the MSE on [-1, 1] and are shown for it. Its values in"
+    " Table 1 fit the other two units."
 )
 PERCEPTUAL_SCALE = (
-    "Mean square of the difference of VGG16's relu4_3. The paper does not say how images are scaled for it: its values"
-    " stand beside both, ImageNet's mean and standard deviation, and Caffe's 0–255 less the mean."
+    "Mean squared difference of VGG16's relu4_3 features. The paper does not state how images are scaled; its values"
+    " are shown for both ImageNet scaling (mean and standard deviation) and Caffe scaling (0–255 minus the mean)."
 )
 PERCEPTUAL = (
     Column("perceptual, ImageNet scaling ↓", "perceptual_imagenet", "reconstructions", note=PERCEPTUAL_SCALE),
@@ -228,7 +228,7 @@ TABLE6 = Table(
         Row("Guided-β-TCVAE", ("1.47±0.12", "1.10±0.03", "1.31±0.06")),
         Row("DC-VAE", ("1.30±0.035", "1.27±0.037", "1.29±0.034"), ("table6/z16", "table6/z32", "table6/z64")),
     ),
-    note="± is half of a 95 % confidence interval over 5 trials.",
+    note="± is the half-width of a 95 % confidence interval over 5 trials.",
 )
 
 TABLE7 = Table(
@@ -236,9 +236,9 @@ TABLE7 = Table(
     "Table 7: perceptual path length, CelebA-HQ at 512×512",
     (Column("PPL, full ↓", "ppl", "samples"),),
     (
-        Row("StyleALAE, of StyleGAN", ("33.29",)),
+        Row("StyleALAE (StyleGAN)", ("33.29",)),
         Row("ProGAN", ("40.71",)),
-        Row("DC-VAE, of ProGAN", ("24.66",), ("table8/dc-vae",)),
+        Row("DC-VAE (ProGAN)", ("24.66",), ("table8/dc-vae",)),
     ),
     note="The run is that of Table 8. The paper does not state the resolution.",
 )
@@ -248,8 +248,8 @@ TABLE8 = Table(
     "Table 8: reconstruction of held-out images, CelebA-HQ at 512×512",
     (*_pixel(PIXEL_UNIT_8), *PERCEPTUAL),
     (
-        Row("StyleALAE, of StyleGAN", ("", "", "0.117", "40.40", "40.40")),
-        Row("DC-VAE, of ProGAN", ("", "", "0.072", "38.63", "38.63"), ("table8/dc-vae",) * 5),
+        Row("StyleALAE (StyleGAN)", ("", "", "0.117", "40.40", "40.40")),
+        Row("DC-VAE (ProGAN)", ("", "", "0.072", "38.63", "38.63"), ("table8/dc-vae",) * 5),
     ),
 )
 
@@ -257,10 +257,10 @@ NEGATIVES = (128, 256, 512, 1024, 8096)
 
 FIGURE7 = Table(
     "figure7",
-    "Figure 7: pixel error by negatives K, CIFAR-10's test images, after 50 epochs",
-    _pixel("The paper draws curves, on an axis from 2.0 to 5.0 without a unit, and prints no numbers."),
+    "Figure 7: pixel error on CIFAR-10 test images after 50 epochs, by number of negatives K",
+    _pixel("The paper plots curves on an axis from 2.0 to 5.0 without a unit, and gives no numbers."),
     tuple(Row(f"DC-VAE, K = {k}", ("", "", ""), (f"figure7/k{k}",) * 3) for k in NEGATIVES),
-    note="The paper's finding is that more negatives reconstruct better.",
+    note="The paper's finding is that more negatives give a lower error.",
 )
 
 TABLES = {table.name: table for table in (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, TABLE7, TABLE8, FIGURE7)}

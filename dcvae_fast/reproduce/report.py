@@ -1,4 +1,4 @@
-"""The pages of a table: Markdown and JSON, and Figure 7's plot."""
+"""Pages of a table: Markdown, JSON, and the plot of Figure 7."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +10,16 @@ from dcvae_fast.evaluation.measurement import Measurement
 from dcvae_fast.reproduce.paper import Key, Table
 from dcvae_pipelines.atomic import atomic_write, replacing
 
-NONE = "–"
+MISSING = "–"
 
 
 class Curve(NamedTuple):
-    """Error of held-out images over a run's training.
+    """Reconstruction error on held-out images during the training of a run.
 
     Attributes:
         label: name in the plot
-        epochs, errors: the points; errors are mean squares on [-1, 1]
-        images: how many were measured for each point
+        epochs, errors: coordinates of the points; errors are MSE on [-1, 1]
+        images: number of images measured for each point
     """
 
     label: str
@@ -30,14 +30,14 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of a run so far.
+    """Measurements of a run so far.
 
     Attributes:
-        remarks: how the run differs from the paper's
-        measured: its numbers
-        missing: reasons for numbers that are missing
-        model: the measured model, as `describe` returns it
-        curve: for Figure 7
+        remarks: differences from the paper's run
+        measured: measurements
+        missing: reasons for missing measurements
+        model: description of the measured model, from `describe`
+        curve: curve for Figure 7
     """
 
     remarks: tuple[str, ...] = ()
@@ -54,12 +54,12 @@ def write_pages(table: Table, results: Mapping[str, Result], out: Path) -> None:
     content = json.dumps(as_json(table, results), indent=2, ensure_ascii=False) + "\n"
     atomic_write(out / f"{table.name}.json", content)
     if curves := [result.curve for result in results.values() if result.curve is not None]:
-        title = "Figure 7: reconstruction of CIFAR-10's test images by negatives K"
+        title = "Figure 7: pixel error on CIFAR-10 test images, by number of negatives K"
         plot_curves(out / f"{table.name}.png", curves, title="\n".join([title, *all_remarks(results.values())]))
 
 
 def plot_curves(path: Path, curves: Sequence[Curve], *, title: str) -> None:
-    """Draw curves into a PNG file, with a dot at the end of each and colours from dark to light in their order."""
+    """Plot curves to a PNG file, in colours from dark to light, with a dot at the end of each."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], *, title: str) -> None:
         axes.plot(curve.epochs, curve.errors, label=curve.label, color=colour, linewidth=2, marker="o", markevery=end)
     axes.set_title(title, wrap=True)
     axes.set_xlabel("training epochs")
-    axes.set_ylabel(f"pixel error of {curves[-1].images:,} images: mean square on [-1, 1]")
+    axes.set_ylabel(f"pixel MSE on [-1, 1], {curves[-1].images:,} images")
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as file:
@@ -79,10 +79,10 @@ def plot_curves(path: Path, curves: Sequence[Curve], *, title: str) -> None:
 
 
 def markdown(table: Table, results: Mapping[str, Result]) -> str:
-    """Return a heading, the table, notes, and reasons for missing numbers. Each line of ours ends in its remarks.
+    """Return a page: heading, table, notes, and reasons for missing numbers. Each reproduced row ends in its remarks.
 
     Args:
-        results: by run; a run that is absent has not been trained yet.
+        results: by run; a missing run has not been trained yet.
     """
     notes = table.column_notes
     headings = [
@@ -104,21 +104,21 @@ def markdown(table: Table, results: Mapping[str, Result]) -> str:
             measurement = _measurement(table.key(row, number), results.get(run))
             if isinstance(measurement, str):
                 missing.setdefault(measurement, []).append(f"{row.method}, {table.columns[number].heading}")
-            cells.append(NONE if isinstance(measurement, str) else _value(measurement))
+            cells.append(MISSING if isinstance(measurement, str) else _value(measurement))
         lines.append([row.method, "ours", *cells, "; ".join(_remarks(row.runs, results))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]
     page = [_title(table, results), ""]
     for line in (lines[0], rule, *lines[1:]):
         page.append("| " + " | ".join(map(str.ljust, line, widths)) + " |")
-    below = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    below += [table.note] if table.note else []
-    below += [f"{NONE} {'; '.join(cells)}: {reason}" for reason, cells in missing.items()]
-    return "\n".join([*page, *(line for paragraph in below for line in ("", paragraph))]) + "\n"
+    footer = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
+    footer += [table.note] if table.note else []
+    footer += [f"{MISSING} {'; '.join(cells)}: {reason}" for reason, cells in missing.items()]
+    return "\n".join([*page, *(line for paragraph in footer for line in ("", paragraph))]) + "\n"
 
 
 def as_json(table: Table, results: Mapping[str, Result]) -> dict[str, Any]:
-    """Return the same as plain values: each of our numbers with its measurement, its run and its remarks."""
+    """Return the table as plain values: each reproduced number with its measurement, run and remarks."""
     rows = []
     for row in table.rows:
         cells = []
@@ -140,7 +140,7 @@ def as_json(table: Table, results: Mapping[str, Result]) -> dict[str, Any]:
 
 
 def all_remarks(results: Iterable[Result]) -> list[str]:
-    """Return the remarks of all results, each once."""
+    """Return the remarks of all results, without duplicates."""
     return list(dict.fromkeys(remark for result in results for remark in result.remarks))
 
 
@@ -161,6 +161,6 @@ def _measurement(key: Key, result: Result | None) -> Measurement | str:
 
 
 def _value(measurement: Measurement) -> str:
-    """Return four digits, and the spread if the paper prints one: for linear probes."""
+    """Format a value with four digits; for linear probes with the spread, as in the paper."""
     spread = measurement.spread if measurement.metric == "probe_error" else None
     return f"{measurement.value:.4g}" + (f" ± {spread:.2g}" if spread else "")

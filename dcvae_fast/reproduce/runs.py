@@ -1,4 +1,4 @@
-"""The runs of a table: budgets, plans, training and measuring. To resume, call `reproduce` again."""
+"""Runs of a table: budgets, plans, training and measuring. Calling `reproduce` again resumes."""
 
 import gc
 import logging
@@ -31,26 +31,26 @@ from dcvae_fast.training.schedule import stages
 
 logger = logging.getLogger(__name__)
 
-# Speed that a plan's hours assume; the plan says so.
+# Speed assumed for the hours of a plan; the plan states it.
 FLOPS_PER_SECOND = 320e12
 
-# Images that the paper's protocol measures.
+# Number of images in the paper's protocol.
 IMAGES = 50_000
 
-# Held-out images for each point of the curve of a shortened run; more would take longer than training.
+# Held-out images per point of the curve of a shortened run; more would take longer than training.
 SHORT_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of a table, as the user asks for it.
+    """Run of a table with the user's settings.
 
     Attributes:
-        name: of the recipe
-        folder: of the run
-        config: the recipe with the user's changes, shortened to the budget
-        full: images that the paper's training shows
-        changed: settings that the user has changed, with their values
+        name: name of the recipe
+        folder: run folder
+        config: recipe with the user's settings, shortened to the budget
+        full: images shown in the paper's training
+        changed: settings changed by the user, with their values
         needed: measurements that the table needs
     """
 
@@ -62,14 +62,14 @@ class Training:
     needed: tuple[Key, ...]
 
     def remarks(self, shown: int, images: int) -> tuple[str, ...]:
-        """Return how the run differs from the paper's after `shown` images, measured on `images` images."""
+        """Return the differences from the paper's run after `shown` images, if measured on `images` images."""
         remarks = []
         if shown < self.full:
-            in_proportion = ", its growth in proportion" if self.config.model.grows else ""
+            in_proportion = ", growth in proportion" if self.config.model.grows else ""
             remarks.append(f"shortened: {shown:,} of {self.full:,} images{in_proportion}")
         if self.changed:
             remarks.append(f"changed: {', '.join(self.changed)}")
-        if images != IMAGES and any(key.of != "latents" for key in self.needed):  # of latents, all are measured
+        if images != IMAGES and any(key.of != "latents" for key in self.needed):  # latents of all images are used
             remarks.append(f"measured on {images:,} images, not {IMAGES:,}")
         return tuple(remarks)
 
@@ -85,23 +85,23 @@ def trainings(
 
     Args:
         out: folder of all runs.
-        settings: options of `dcvae train`, as given on the command line.
-        budget: images to which each run is shortened; None for the paper's.
+        settings: options of `dcvae train`, as on the command line.
+        budget: maximum number of images shown per run; None for the paper's.
         configure: parses a command line of `dcvae train`.
 
     Raises:
-        ConfigError: a setting is unknown, or its value has no meaning.
-        UserError: a setting is what the table's rows differ in, or the budget is too small.
+        ConfigError: a setting is unknown, or its value is invalid.
+        UserError: a setting defines the rows of the table and cannot be changed, or the budget is too small.
     """
     names = {token.split("=")[0].removeprefix("--") for token in settings if token.startswith("--")}
-    if strange := sorted(name for name in names if "." not in name):
-        raise UserError(f"--{strange[0]} is neither an option of reproduce nor a setting of dcvae train.")
+    if unknown := sorted(name for name in names if "." not in name):
+        raise UserError(f"--{unknown[0]} is neither an option of reproduce nor a setting of dcvae train.")
     if "train.images" in names:
-        raise UserError("--train.images is the paper's; --budget IMAGES shortens every training.")
+        raise UserError("--train.images cannot be changed here; use --budget IMAGES to shorten every run.")
     runs = []
     for name, needed in table.needed().items():
         if fixed := sorted(name for name in names & RECIPES[name].settings.keys() if not name.startswith("log.")):
-            raise UserError(f"--{fixed[0]} is what defines the runs of {table.name}; it cannot be changed.")
+            raise UserError(f"--{fixed[0]} cannot be changed here; it defines the runs of {table.name}.")
         base, config = recipe_config(name), configure(["--recipe", name, *settings])
         changed = tuple(f"{setting} {now}" for setting, _, now in changes(to_dict(base), config))
         full = base.train.images
@@ -112,11 +112,11 @@ def trainings(
 
 
 def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Config:
-    """Return the configuration with at most `budget` images, and with growth shortened in proportion.
+    """Shorten a configuration to at most `budget` images shown, and its growth in proportion.
 
     Args:
-        full: images that the paper's training shows.
-        keep_points: whether a curve keeps its number of points: they are measured more often, on fewer images.
+        full: images shown in the paper's training.
+        keep_points: whether to keep the number of points of a curve, by measuring more often and on fewer images.
     """
     images = min(budget, full)
     growth, log, steps = config.growth, config.log, stages(config)
@@ -126,31 +126,33 @@ def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Con
     if config.model.grows:
         least = len(steps) * max(growth.batch[stage.resolution] for stage in steps)
         if images < least:
-            raise UserError(f"--budget is {budget:,}; to grow to {config.model.resolution} takes {least:,} or more.")
+            raise UserError(
+                f"--budget is {budget:,}; to grow to {config.model.resolution}, it must be at least {least:,}."
+            )
         fade, stable = growth.fade_images * images // full, growth.stable_images * images // full
         growth = replace(growth, fade_images=fade, stable_images=stable)
     return replace(config, growth=growth, log=log, train=replace(config.train, images=images))
 
 
 def plan(table: Table, runs: Sequence[Training], images: int) -> str:
-    """Return what is done and what is left, in images, PFLOP and GPU-hours; each line with its run's remarks."""
+    """Describe progress and remaining cost in images, PFLOP and GPU-hours, one line per run with its remarks."""
     lines = [("run", "recipe", "images", "shown so far", "numbers so far", "PFLOP left", "GPU-hours left", "remarks")]
-    total, seen = 0.0, {}
+    total, all_run_remarks = 0.0, {}
     for run in runs:
-        asked, shown = run.config.train.images, images_shown(run.folder)
-        flops = training_flops(run.config, shown) if shown < asked else 0.0
+        target, shown = run.config.train.images, images_shown(run.folder)
+        flops = training_flops(run.config, shown) if shown < target else 0.0
         total += flops
-        done = shown >= asked and read(run.folder / EVALUATION_FILE).get("images") == shown
-        there = len(set(run.needed) & set(_stored(run.folder))) if done else 0
-        remarks = "; ".join(run.remarks(max(shown, asked), images))
-        seen[remarks] = None
-        of_run = (f"{asked:,}", f"{shown:,}", f"{there} of {len(run.needed)}", *_cost(flops), remarks)
-        lines.append((run.name, RECIPES[run.name].base or run.name, *of_run))
-    lines.append(("in all", "", "", "", "", *_cost(total), "; ".join(filter(None, seen))))
+        done = shown >= target and read(run.folder / EVALUATION_FILE).get("images") == shown
+        measured = len(set(run.needed) & set(_stored(run.folder))) if done else 0
+        remarks = "; ".join(run.remarks(max(shown, target), images))
+        all_run_remarks[remarks] = None
+        progress = (f"{target:,}", f"{shown:,}", f"{measured} of {len(run.needed)}", *_cost(flops), remarks)
+        lines.append((run.name, RECIPES[run.name].base or run.name, *progress))
+    lines.append(("total", "", "", "", "", *_cost(total), "; ".join(filter(None, all_run_remarks))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    rate = f"{FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s, which is an assumption"
-    return "\n".join([table.title, "", *rows, "", f"GPU-hours of training, at {rate}; measuring comes on top."])
+    rate = f"{FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s"
+    return "\n".join([table.title, "", *rows, "", f"GPU-hours: training at an assumed {rate}, without measuring."])
 
 
 def _cost(flops: float) -> tuple[str, str]:
@@ -165,22 +167,23 @@ def reproduce(
     images: int = IMAGES,
     weights: Path | None = None,
     cache: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda description, done, total: None,
 ) -> int:
-    """Train what is missing, measure what is missing, and write OUT/TABLE.md and .json, and for Figure 7 .png, after
-    each run.
+    """Complete the training and measurements of a table, and write its pages after each run.
+
+    The pages are OUT/TABLE.md, OUT/TABLE.json and, for Figure 7, OUT/TABLE.png.
 
     Args:
-        runs: the table's, from `trainings`.
+        runs: runs of the table, from `trainings`.
         out: folder for the pages.
         images, weights, cache, progress: as in `evaluate`.
 
     Returns:
-        0, or 128 + the signal that stopped a training.
+        0, or 128 + the signal that stopped training.
 
     Raises:
         EvaluationError: some numbers are missing; all others were measured and written.
-        UserError, DataError: as in `train`; but a run that diverges is left out.
+        UserError, DataError: as in `train`; a run that diverges is skipped.
     """
     _check(table, runs, images)
     if cache is not None:
@@ -189,16 +192,16 @@ def reproduce(
     measure = partial(evaluate, images=images, weights=weights, cache=cache, progress=progress)
     results: dict[str, Result] = {}
     for run in runs:
-        data, asked = splits[run.config.data], run.config.train.images
-        logger.info(_line(f"{run.name}: {asked:,} images", run.remarks(asked, images)))
+        data, target = splits[run.config.data], run.config.train.images
+        logger.info(_line(f"{run.name}: {target:,} images", run.remarks(target, images)))
         try:
             outcome = _train(run)
         except DivergedError as error:
-            result = Result(run.remarks(asked, images), missing=dict.fromkeys(run.needed, str(error)))
+            result = Result(run.remarks(target, images), missing=dict.fromkeys(run.needed, str(error)))
         else:
             if outcome.signal:
-                stopped = f"stopped after {outcome.images:,} of {asked:,} images, run the same command to resume"
-                logger.info(_line(f"{run.name}: {stopped}", run.remarks(asked, images)))
+                stopped = f"stopped after {outcome.images:,} of {target:,} images, run the same command to resume"
+                logger.info(_line(f"{run.name}: {stopped}", run.remarks(target, images)))
                 return 128 + outcome.signal
             result = _measure(run, data, outcome.images, images, measure)
         if table.name == "figure7":
@@ -210,12 +213,14 @@ def reproduce(
     logger.info(_line(str(out / f"{table.name}.md"), all_remarks(results.values())))
     if reasons := list(dict.fromkeys(reason for result in results.values() for reason in result.missing.values())):
         count = sum(len(result.missing) for result in results.values())
-        raise EvaluationError(f"{count} numbers of {table.name} are missing, all others are kept: {' '.join(reasons)}")
+        raise EvaluationError(
+            f"{count} numbers of {table.name} are missing, all others were saved: {' '.join(reasons)}"
+        )
     return 0
 
 
 def _check(table: Table, runs: Sequence[Training], images: int) -> None:
-    """Fail early, not after hours of training: check the number of images, packages and files of measurements."""
+    """Check the number of images, packages and measurement files, to fail early, not after hours of training."""
     if images < FEWEST:
         raise UserError(f"--images is {images}; it must be at least {FEWEST}.")
     for package in _packages(table):
@@ -225,7 +230,7 @@ def _check(table: Table, runs: Sequence[Training], images: int) -> None:
 
 
 def _packages(table: Table) -> list[str]:
-    """Return the packages that measuring needs and training does not."""
+    """Return the packages that only measuring needs."""
     metrics = {key.metric for keys in table.needed().values() for key in keys}
     packages = ["scipy"] if metrics & {"fid", "probe_error"} else []
     packages += ["torch_fidelity"] if metrics & {"fid", "is", "ppl"} else []
@@ -233,7 +238,7 @@ def _packages(table: Table) -> list[str]:
 
 
 def _open_data(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
-    """Open the data sets of all runs, each once."""
+    """Open each data set of the runs once."""
     configs = {run.config.data: run.config for run in runs}
     return {
         data: Splits(open_data(config, "train"), open_data(config, "test"), data.on_corrupt)
@@ -242,7 +247,7 @@ def _open_data(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
 
 
 def _train(run: Training) -> Outcome:
-    """Train, then free the memory of the networks and of what was compiled of them: they refer to each other."""
+    """Train, then free the memory of the networks and their compiled code, which form reference cycles."""
     try:
         return train(run.config, run.folder)
     finally:
@@ -257,13 +262,13 @@ def _line(text: str, remarks: Sequence[str]) -> str:
 
 
 def _measure(run: Training, data: Splits, shown: int, images: int, measure: Callable[..., list[Measurement]]) -> Result:
-    """Take the run's stored measurements of the present weights and images, and measure and store what they lack."""
+    """Reuse the stored measurements of the current weights and images; measure and store the missing ones."""
     model = DCVAE.from_pretrained(run.folder, device=pick_device(run.config.train.device))
     path, head = run.folder / EVALUATION_FILE, describe(model, shown)
     content, measured = read(path), {}
     if all(content.get(name) == head[name] for name in ("images", "weights")):
         stored = _stored(run.folder)
-        measured = {key: stored[key] for key in run.needed if key in stored and _is_of(stored[key], data, images)}
+        measured = {key: stored[key] for key in run.needed if key in stored and _is_current(stored[key], data, images)}
     missing: dict[Key, str] = {}
 
     def report(measurement: Measurement) -> None:
@@ -272,17 +277,17 @@ def _measure(run: Training, data: Splits, shown: int, images: int, measure: Call
         if key in run.needed:
             measured[key] = measurement
 
-    for metrics, protocol in _together([key for key in run.needed if key not in measured]):
+    for metrics, protocol in _group([key for key in run.needed if key not in measured]):
         try:
             measure(model, data, metrics, protocol=protocol, report=report)
         except EvaluationError as error:
-            wanted = [key for key in run.needed if _metric(key) in metrics and key.protocol == protocol]
-            missing |= {key: str(error) for key in wanted if key not in measured}
+            failed = [key for key in run.needed if _metric(key) in metrics and key.protocol == protocol]
+            missing |= {key: str(error) for key in failed if key not in measured}
     return Result(run.remarks(shown, images) + _too_few(measured), measured, missing, head)
 
 
 def _too_few(measured: dict[Key, Measurement]) -> tuple[str, ...]:
-    """Return a remark for each FID and IS of fewer images than the paper's: the score depends on how many they are."""
+    """Return a remark for each FID and IS of fewer images than the paper's: both depend on the number of images."""
     remarks = {
         f"FID and IS of {measurement.of} on {measurement.count:,} images, not {IMAGES:,}"
         for key, measurement in measured.items()
@@ -292,12 +297,12 @@ def _too_few(measured: dict[Key, Measurement]) -> tuple[str, ...]:
 
 
 def _metric(key: Key) -> str:
-    """Return the name of a metric in `evaluate`, such as pixel for pixel_mse."""
+    """Return the metric's name in `evaluate`, such as pixel for pixel_mse."""
     return key.metric.split("_")[0]
 
 
-def _together(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
-    """Group metrics by the network that they need, and by protocol: weights that are missing fail one group only."""
+def _group(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
+    """Group metrics by protocol and required network, so that missing weights fail only one group."""
     groups: dict[tuple[str, str], dict[str, None]] = {}
     for key in keys:
         network = "inception" if _metric(key) in ("fid", "is") else _metric(key)
@@ -306,21 +311,21 @@ def _together(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _stored(folder: Path) -> dict[Key, Measurement]:
-    """Return the measurements in a run's file, except those written by versions with other fields."""
+    """Return a run's stored measurements, except those from versions with other fields."""
     names = Measurement.__dataclass_fields__
     measurements = [
         Measurement(**{name: stored[name] for name in names})
         for stored in read(folder / EVALUATION_FILE).get("measurements", [])
         if names.keys() <= stored.keys()
     ]
-    return {Key(each.metric, each.of, each.protocol): each for each in measurements}
+    return {Key(m.metric, m.of, m.protocol): m for m in measurements}
 
 
-def _is_of(measurement: Measurement, data: Splits, images: int) -> bool:
-    """Return whether it was measured on these images of this data set, on as many of them, with the usual noise."""
+def _is_current(measurement: Measurement, data: Splits, images: int) -> bool:
+    """Return whether a measurement has this data set, this number of images and the default seed."""
     if measurement.data != data_of(measurement.metric, measurement.of, data) or measurement.seed != 0:
         return False
-    if measurement.of == "latents":  # of all images that have labels
+    if measurement.of == "latents":  # uses all images that have labels
         return True
     if measurement.of == "reconstructions":
         return measurement.count == min(images, len(data.test))
@@ -328,9 +333,9 @@ def _is_of(measurement: Measurement, data: Splits, images: int) -> bool:
 
 
 def _curve(run: Training, data: Splits) -> Curve:
-    """Return the error of held-out images over training, from the run's log."""
-    lines = read_metrics(run.folder)
-    points = {line["images"]: line["held_out/pixel_mse"] for line in lines if "held_out/pixel_mse" in line}
+    """Return the held-out error during training, from the run's metrics."""
+    records = read_metrics(run.folder)
+    points = {record["images"]: record["held_out/pixel_mse"] for record in records if "held_out/pixel_mse" in record}
     epochs = [images / len(data.train) for images in points]
     held_out = min(held_out_images(run.config), len(data.test))
     return Curve(f"K = {run.config.contrast.negatives:,}", epochs, list(points.values()), held_out)

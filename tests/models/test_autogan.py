@@ -1,4 +1,4 @@
-"""The 32×32 networks: sizes, arithmetic, initialisation (the paper's figure, counted)."""
+"""The 32×32 networks: sizes, FLOPs and initialisation, compared with the paper's Figure 15."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_initialisation():
     assert original.abs().max() == pytest.approx((6 / (2 * 128 * 9)) ** 0.5, rel=1e-3)
 
 
-def test_frozen_passes_gradients_to_the_input_alone():
+def test_frozen_passes_gradients_to_the_input_only():
     discriminator = Discriminator(width=4)
     images = torch.randn(2, 3, 32, 32, requires_grad=True)
     with frozen(discriminator):
@@ -81,13 +81,13 @@ def test_frozen_passes_gradients_to_the_input_alone():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in discriminator.parameters())
 
 
-def test_averages():
-    average, network = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+def test_ema_of_parameters_and_copy_of_buffers():
+    ema, network = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(network.weight, 3.0)
-    assert average.running_mean is not None and network.running_mean is not None
+    assert ema.running_mean is not None and network.running_mean is not None
     network.running_mean.fill_(5.0)
-    update_ema(average, network, decay=0.75)
-    assert average.weight.tolist() == [1.5, 1.5]  # 0.75 · 1 + 0.25 · 3
-    assert average.running_mean.tolist() == [0, 0]
-    copy_buffers(average, network)
-    assert average.running_mean.tolist() == [5, 5]
+    update_ema(ema, network, decay=0.75)
+    assert ema.weight.tolist() == [1.5, 1.5]  # 0.75 · 1 + 0.25 · 3
+    assert ema.running_mean.tolist() == [0, 0]
+    copy_buffers(ema, network)
+    assert ema.running_mean.tolist() == [5, 5]

@@ -1,4 +1,4 @@
-"""What users hold: encode, decode, reconstruct, sample, save, load."""
+"""The public model: encode, decode, reconstruct, sample, save, load."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_encode_and_decode_are_differentiable(model, images):
     assert images.grad is not None and images.grad.abs().sum() > 0
 
 
-def test_sample_is_the_prior_and_may_be_clamped(model):
+def test_sample_decodes_the_prior_optionally_clamped(model):
     def seed():
         return torch.Generator().manual_seed(3)
 
@@ -59,7 +59,7 @@ def test_sample_is_the_prior_and_may_be_clamped(model):
     torch.testing.assert_close(clamped.sample(4, generator=seed()), model.decode(latents.clamp(-0.5, 0.5)))
 
 
-def test_saved_and_loaded_is_the_same(model, images, tmp_path):
+def test_a_saved_model_loads_unchanged(model, images, tmp_path):
     with torch.no_grad():
         model.decoder.norm.running_mean.add_(1)  # buffers too
     model.save_pretrained(tmp_path / "model")
@@ -69,21 +69,21 @@ def test_saved_and_loaded_is_the_same(model, images, tmp_path):
     assert loaded.config == SMALL
     assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
     card = (tmp_path / "model" / "README.md").read_text()
-    assert card.startswith("---\n") and "latent size 6" in card and "AutoencoderDC" in card
+    assert card.startswith("---\n") and "latent dimension 6" in card and "AutoencoderDC" in card
 
 
-def test_wrong_inputs_say_what_would_do(model, images):
-    with pytest.raises(ValueError, match=r"images have shape \[3, 1, 28, 28\]; this model takes \[B, 1, 32, 32\]"):
+def test_errors_for_wrong_inputs_state_the_expected_shape(model, images):
+    with pytest.raises(ValueError, match=r"images have shape \[3, 1, 28, 28\]; this model expects \[B, 1, 32, 32\]"):
         model.encode(images[..., :28, :28])
     with pytest.raises(ValueError, match=r"\[3, 3, 32, 32\]"):
         model.encode(images.expand(-1, 3, -1, -1))
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         model.encode(images.to(torch.uint8))
-    with pytest.raises(ValueError, match=r"latents have shape \[2, 5\]; this model takes \[B, 6\]"):
+    with pytest.raises(ValueError, match=r"latents have shape \[2, 5\]; this model expects \[B, 6\]"):
         model.decode(torch.zeros(2, 5))
 
 
-def test_what_cannot_be_loaded_is_named(model, tmp_path):
+def test_errors_for_models_that_cannot_be_loaded(model, tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         DCVAE.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -101,7 +101,7 @@ def test_what_cannot_be_loaded_is_named(model, tmp_path):
     with pytest.raises(UserError, match="unknown: depth"):
         DCVAE.from_pretrained(tmp_path)
     for text, message in (
-        ('{"architectures": ["Other"]}', "describes no DC-VAE"),
+        ('{"architectures": ["Other"]}', "is not the configuration of a dcvae_fast model"),
         ('{"model": {"latent_dim": "4"}}', "wrong type"),
         ("{", "damaged"),
     ):
@@ -110,10 +110,12 @@ def test_what_cannot_be_loaded_is_named(model, tmp_path):
             DCVAE.from_pretrained(tmp_path)
 
 
-def test_a_hub_name_that_cannot_be_had_is_named(monkeypatch, tmp_path):
+def test_error_for_a_model_missing_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nobody/nothing: no such folder, and not to be had from the Hugging Face hub"):
+    with pytest.raises(
+        UserError, match="nobody/nothing: no such folder, and it could not be downloaded from the Hugging Face hub"
+    ):
         DCVAE.from_pretrained("nobody/nothing")
     with pytest.raises(UserError, match="runs/nothing/here: no such folder"):
         DCVAE.from_pretrained("runs/nothing/here")

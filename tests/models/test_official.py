@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code: made here by their names and shapes, and evaluated by plain functions."""
+"""Import of checkpoints with the names and shapes of the authors' code, compared with plain functions."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def decode(weights: Weights, z: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder as their training leaves it, and what was put there."""
+    """A folder written as by the authors' training, and its weights."""
     folder = tmp_path_factory.mktemp("official")
     torch.manual_seed(0)
     networks = {
@@ -121,8 +121,8 @@ def saved(tmp_path_factory):
     return folder, networks
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+def close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -139,10 +139,10 @@ def test_networks_give_the_same_outputs(saved):
     close(ours.decoder(z), decode(networks["decoder"], z))
 
     dual = networks["dual_encoder"]
-    theirs = trunk(dual, x)
+    features = trunk(dual, x)
     critique = ours.discriminator(x)
-    close(critique.score, (theirs["final"] @ weight_of(dual, "head_disc").T + dual["head_disc.bias"])[:, 0])
-    for name, feature in theirs.items():
+    close(critique.score, (features["final"] @ weight_of(dual, "head_disc").T + dual["head_disc.bias"])[:, 0])
+    for name, feature in features.items():
         close(critique.features[name], feature)
         head = (
             feature
@@ -155,20 +155,20 @@ def test_networks_give_the_same_outputs(saved):
 
 
 @torch.no_grad()
-def test_import_writes_a_model_anyone_can_load(saved, tmp_path):
+def test_import_writes_a_model_that_loads(saved, tmp_path):
     folder, networks = saved
     assert main(["import-official", str(folder), "--epoch", "40", "--out", str(tmp_path / "model")]) == 0
     model = DCVAE.from_pretrained(tmp_path / "model")
-    assert model.config.sample_clamp == 1.0  # as theirs samples for FID
+    assert model.config.sample_clamp == 1.0  # as in the authors' sampling for FID
     z = torch.randn(2, Z)
     close(model.decode(z), decode(networks["decoder_avg"], z))
 
 
 def test_errors_name_the_file(saved, tmp_path):
     folder, networks = saved
-    with pytest.raises(UserError, match=r"41_encoder\.sd is missing; .* there are epochs 40\."):
+    with pytest.raises(UserError, match=r"41_encoder\.sd is missing; the folder has epochs 40\."):
         load_official(folder, 41)
-    with pytest.raises(UserError, match=r"no .* file at all"):
+    with pytest.raises(UserError, match=r"the folder has no .* files"):
         load_official(tmp_path, 40)
     for name, weights in networks.items():
         torch.save(weights, tmp_path / f"7_{name}.sd")

@@ -1,4 +1,4 @@
-"""The networks that grow, against Progressive GAN written out plainly."""
+"""The progressive networks, compared with a plain implementation of Progressive GAN."""
 
 import math
 from copy import deepcopy
@@ -43,7 +43,7 @@ def seed() -> None:
     ("resolution", "generator", "critic"),
     [(128, 22_933_394, 22_941_313), (256, 23_044_309, 23_052_353), (512, 23_072_120, 23_080_225)],
 )
-def test_parameters_are_progressive_gans(resolution: int, generator: int, critic: int):
+def test_parameter_counts_match_progressive_gan(resolution: int, generator: int, critic: int):
     with torch.device("meta"):
         assert count_parameters(Generator(resolution)) == generator
         assert count_parameters(Discriminator(resolution).critic) == critic
@@ -59,15 +59,15 @@ def test_flops_of_a_forward_pass(resolution: int, gflop: float):
             Discriminator(resolution): torch.empty(2, 3, resolution, resolution),
             Encoder(resolution): torch.empty(2, 3, resolution, resolution),
         }
-    for network, given in networks.items():
-        assert forward_flops(network, given) / 2 / 1e9 == pytest.approx(gflop, abs=0.06)
+    for network, inputs in networks.items():
+        assert forward_flops(network, inputs) / 2 / 1e9 == pytest.approx(gflop, abs=0.06)
 
 
 # --- layers ---
 
 
 @pytest.mark.parametrize("size", [4, 7])
-def test_up_and_downsampling_in_the_convolutions_are_exact(size: int):
+def test_fused_up_and_downsampling_are_exact(size: int):
     x = noise(2, 3, size, size, dtype=torch.float64)
     up: Any = UpConv2d(3, 5, 3).double()
     nn.init.normal_(up.bias)
@@ -92,14 +92,14 @@ def test_weights_are_standard_normal_times_their_scale():
     assert Generator(4, Z, NARROW).linear.scale == pytest.approx(math.sqrt(2) / 4 / math.sqrt(Z))
 
 
-def test_pixel_norm_leaves_unit_mean_square():
+def test_pixel_norm_gives_unit_mean_square():
     x = noise(2, 6, 3, 3) * 5
     torch.testing.assert_close(pixel_norm(x).square().mean(1), torch.ones(2, 3, 3))
     assert pixel_norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 def plain_stddev(x: Tensor, group: int) -> Tensor:
-    """Progressive GAN's, operation by operation, but that the images of a group are neighbours."""
+    """Progressive GAN's implementation, except that the images of a group are neighbours."""
     n, c, h, w = x.shape
     y = x.reshape(n // group, group, c, h, w).transpose(0, 1)
     y = y - y.mean(0, keepdim=True)
@@ -109,7 +109,7 @@ def plain_stddev(x: Tensor, group: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "group"), [(16, 4), (4, 4), (14, 2), (6, 3), (3, 3), (1, 1), (5, 1)])
-def test_minibatch_stddev_is_progressive_gans(n: int, group: int):
+def test_minibatch_stddev_matches_progressive_gan(n: int, group: int):
     x = noise(n, 3, 4, 4)
     torch.testing.assert_close(minibatch_stddev(x, 1), plain_stddev(x, group))
     parts = [x, 3 * x + 1, x.flip(0)]
@@ -121,7 +121,7 @@ def test_minibatch_stddev_is_progressive_gans(n: int, group: int):
 
 
 def equalized(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A layer as Progressive GAN computes it: a weight of N(0, 1) times the scale, each time."""
+    """Compute a layer as Progressive GAN does: a weight from N(0, 1), multiplied by the scale in the forward pass."""
     runtime = layer.weight / layer.scale
     bias = layer.bias if bias is None else bias
     if isinstance(layer, nn.Linear):
@@ -184,7 +184,7 @@ PHASES = [Phase(4), Phase(8), Phase(8, 0.3), Phase(16, 0.0), Phase(32, torch.ten
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_networks_are_progressive_gans_at_every_phase(phase: Phase):
+def test_networks_match_progressive_gan_in_every_phase(phase: Phase):
     g, c, e = Generator(32, Z, NARROW), Discriminator(32, NARROW, 3, D), Encoder(32, Z, NARROW)
     for network in (g, c, e):
         network.double()
@@ -206,27 +206,27 @@ def test_networks_are_progressive_gans_at_every_phase(phase: Phase):
     score = equalized(c.critic.score, plain_trunk(trunk, images, r, alpha, torch.empty(0))["final"]).squeeze(1)
     assert_equal(critique.score, score)
     mean, logvar = e(images)
-    both = equalized(e.linear, plain_trunk(e.trunk, images, r, alpha, None)["final"])
-    assert_equal(torch.cat([mean, logvar], 1), both)
+    expected = equalized(e.linear, plain_trunk(e.trunk, images, r, alpha, None)["final"])
+    assert_equal(torch.cat([mean, logvar], 1), expected)
 
 
 @pytest.mark.parametrize("resolution", [8, 16, 32])
-def test_a_network_that_has_just_grown_computes_what_it_did_before(resolution: int):
+def test_outputs_do_not_change_when_a_fade_starts(resolution: int):
     g, c, e = Generator(32, Z, NARROW), Discriminator(32, NARROW, 3, D), Encoder(32, Z, NARROW)
     before, after = Phase(resolution // 2), Phase(resolution, 0.0)
     z, images = noise(4, Z), noise(4, 3, resolution, resolution)
     coarse = F.avg_pool2d(images, 2)
     for network in (g, c, e):
         set_phase(network, before)
-    made, score, posterior = g(z), c(coarse).score, e(coarse)
+    generated, score, posterior = g(z), c(coarse).score, e(coarse)
     for network in (g, c, e):
         set_phase(network, after)
-    torch.testing.assert_close(g(z), F.interpolate(made, scale_factor=2))
+    torch.testing.assert_close(g(z), F.interpolate(generated, scale_factor=2))
     torch.testing.assert_close(c(images).score, score)
     torch.testing.assert_close(e(images), posterior)
 
 
-def test_contrast_sees_neither_the_batch_nor_the_adversarial_parts_each_other():
+def test_minibatch_statistics_do_not_cross_parts_and_are_off_for_contrast():
     c = Discriminator(16, NARROW, 3, D)
     images = noise(12, 3, 16, 16)
     alone, together = c.embed(c(images[:4], 0), ("low", "final")), c.embed(c(images, 0), ("low", "final"))
@@ -239,28 +239,28 @@ def test_contrast_sees_neither_the_batch_nor_the_adversarial_parts_each_other():
     assert not torch.allclose(c(changed, 1).score[:6], c(images, 1).score[:6])
 
 
-def test_layers_of_later_resolutions_get_no_gradient():
+def test_layers_of_higher_resolutions_get_no_gradient():
     g = Generator(32, Z, NARROW)
     set_phase(g, Phase(8, 0.5))
     g(noise(2, Z)).sum().backward()
-    untouched = {name for name, p in g.named_parameters() if p.grad is None}
-    assert untouched == {n for n, _ in g.named_parameters() if any(f".{r}." in n for r in ("16", "32"))}
+    without_gradient = {name for name, p in g.named_parameters() if p.grad is None}
+    assert without_gradient == {n for n, _ in g.named_parameters() if any(f".{r}." in n for r in ("16", "32"))}
 
 
-def test_low_is_where_there_is_a_map_of_16():
+def test_low_head_exists_from_16_on():
     assert set(Discriminator(8, NARROW, 3, D).heads) == {"final"}
     assert set(Discriminator(16, NARROW, 3, D).heads) == {"final", "low"}
     assert resolutions(64) == [4, 8, 16, 32, 64] and resolutions(4) == [4] and resolutions(32, first=8) == [8, 16, 32]
 
 
-def test_float32_stays_where_it_has_to_under_autocast():
+def test_score_and_posterior_stay_float32_under_autocast():
     g, c, e = Generator(16, Z, NARROW), Discriminator(16, NARROW, 3, D), Encoder(16, Z, NARROW)
     z, images = noise(8, Z), noise(8, 3, 16, 16)
-    seen: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            seen[name] = out.dtype
+            dtypes[name] = out.dtype
 
         return hook
 
@@ -269,17 +269,17 @@ def test_float32_stays_where_it_has_to_under_autocast():
     e.linear.register_forward_hook(record("posterior"))
     exact = deepcopy((g, c, e))
     with torch.autocast("cpu", torch.bfloat16):
-        made, critique, posterior = g(z), c(images), e(images)
-    assert seen == {"conv": torch.bfloat16, "score": torch.float32, "posterior": torch.float32}
-    assert made.dtype == torch.bfloat16 and critique.features["final"].dtype == torch.bfloat16
+        generated, critique, posterior = g(z), c(images), e(images)
+    assert dtypes == {"conv": torch.bfloat16, "score": torch.float32, "posterior": torch.float32}
+    assert generated.dtype == torch.bfloat16 and critique.features["final"].dtype == torch.bfloat16
     assert posterior[0].dtype == posterior[1].dtype == torch.float32
-    for ours, wide in (
-        (made, exact[0](z)),
+    for ours, expected in (
+        (generated, exact[0](z)),
         (critique.score, exact[1](images).score),
         (posterior[0], exact[2](images)[0]),
     ):
-        assert (ours - wide).abs().mean() < 0.02 * wide.abs().mean() + 0.01
-    # Sums of squares overflow nothing and lose nothing that float32 does not.
+        assert (ours - expected).abs().mean() < 0.02 * expected.abs().mean() + 0.01
+    # Sums of squares neither overflow nor lose more precision than in float32.
     large = torch.full((4, 8, 4, 4), 300.0, dtype=torch.bfloat16) + noise(4, 8, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert minibatch_stddev(large, 1).float()[0, 0, 0, 0].item() == pytest.approx(

@@ -1,4 +1,4 @@
-"""The paper's tables: its numbers, which of ours stand beside them, how the pages read."""
+"""The paper's tables: its numbers, the measurements that reproduce them, and the pages."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ from dcvae_fast.evaluation import METRICS, Measurement
 from dcvae_fast.reproduce.paper import NEGATIVES, TABLES, Key, Table
 from dcvae_fast.reproduce.report import Result, as_json, markdown
 
-# Column by column, from top to bottom, as the paper prints them.
+# By column, from top to bottom, as printed in the paper.
 PAPER = {
     "table1": """
         115.8 39.8 240.4 17.9 | 3.8 7.4 1.8 8.2 | 108.4 29.0 242 21.4 | 4.3 7.6 1.9 7.9
@@ -30,7 +30,7 @@ PAPER = {
     "figure7": "| |",
 }
 
-# What each run is measured by.
+# Number of measurements of each run.
 NEEDED = {
     "table1": {f"table1/{run}": 9 for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")},
     "table2": {"table1/vae": 2, "table1/vae-gan": 2, "table1/dc-vae": 4, "table2/dc-vae": 4},
@@ -45,13 +45,13 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_papers_numbers_are_as_printed(name):
+def test_numbers_are_those_printed_in_the_paper(name):
     columns = list(zip(*(row.paper for row in TABLES[name].rows), strict=True))
     assert [[x for x in column if x] for column in columns] == [part.split() for part in PAPER[name].split("|")]
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_each_run_is_measured_by_what_evaluate_knows(name):
+def test_needed_measurements_are_metrics_of_evaluate(name):
     table = TABLES[name]
     assert all(len(row.paper) == len(table.columns) == len(row.runs or row.paper) for row in table.rows)
     needed = table.needed()
@@ -59,13 +59,13 @@ def test_each_run_is_measured_by_what_evaluate_knows(name):
     assert {key.metric.split("_")[0] for keys in needed.values() for key in keys} <= set(METRICS)
 
 
-def test_where_the_paper_leaves_the_unit_open_a_note_says_what_stands_beside():
+def test_columns_whose_unit_the_paper_leaves_open_have_a_note():
     for name in ("table1", "table8"):
         for column in TABLES[name].columns:
             assert (column.note is not None) == column.metric.startswith(("pixel", "perceptual"))
     page = markdown(TABLES["table1"], {})
     assert "pixel, sum of squares on [0, 1] ↓ [1]" in page and "[1] The paper states no unit. " in page
-    assert "perceptual, Caffe scaling ↓ [2]" in page and "[2] Mean square of the difference of VGG16's" in page
+    assert "perceptual, Caffe scaling ↓ [2]" in page and "[2] Mean squared difference of VGG16's" in page
 
 
 def measurement(metric: str, of: str, value: float, spread: float | None = None) -> Measurement:
@@ -84,8 +84,8 @@ SHORT, CHANGED = "shortened: 20,000 of 6,000,000 images", "changed: model.decode
 
 
 @pytest.fixture
-def some() -> dict[str, Result]:
-    """Of Table 6, one number, one reason why there is none, and one run that is not made yet."""
+def results() -> dict[str, Result]:
+    """Results of Table 6: a number, a missing number, and a run that has not been trained."""
     key = Key("probe_error", "latents", "paper")
     first = Result((SHORT, CHANGED), {key: measurement(*key[:2], 1.2345678, 0.0456)}, {}, {"device": "cpu"})
     return {"table6/z16": first, "table6/z32": Result((SHORT,), missing={key: "it diverged."})}
@@ -95,8 +95,8 @@ def rows_of(page: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
 
 
-def test_a_page_has_ours_below_the_papers_with_remarks_and_reasons(some):
-    page = markdown(TABLES["table6"], some)
+def test_a_page_lists_our_numbers_below_the_papers_with_remarks_and_reasons(results):
+    page = markdown(TABLES["table6"], results)
     lines = page.splitlines()
     assert lines[0] == f"# Table 6: error of a linear classifier on latents, MNIST ({SHORT}; {CHANGED})"
     rows = rows_of(page)
@@ -117,8 +117,8 @@ def test_cells_without_a_run_stay_empty():
     assert ("NVAE sampling", "ours") not in rows and rows["NVAE sampling", "quoted"][2:4] == ["", "50.8"]
 
 
-def test_json_says_the_same(some):
-    content = json.loads(json.dumps(as_json(TABLES["table6"], some)))
+def test_json_has_the_same_numbers_and_remarks(results):
+    content = json.loads(json.dumps(as_json(TABLES["table6"], results)))
     assert content["table"] == "table6" and SHORT in content["title"]
     assert content["runs"]["table6/z16"] == {"remarks": [SHORT, CHANGED], "device": "cpu"}
     quoted, ours = content["rows"][0], content["rows"][-1]
@@ -129,14 +129,14 @@ def test_json_says_the_same(some):
     assert (third["missing"], third["run"], third["remarks"]) == ("not trained yet", "table6/z64", [])
 
 
-def test_figure_7_has_no_numbers_of_the_papers():
+def test_figure_7_has_no_numbers_of_the_paper():
     page = markdown(TABLES["figure7"], {})
     assert " paper " not in "".join(line for line in page.splitlines() if line[:1] == "|" and "method" not in line)
-    assert "an axis from 2.0 to 5.0 without a unit, and prints no numbers" in page
+    assert "an axis from 2.0 to 5.0 without a unit, and gives no numbers" in page
 
 
-def test_a_row_that_does_not_say_of_what_is_a_mistake():
+def test_a_row_without_a_subject_is_rejected():
     wrong = replace(TABLES["table5"].rows[-1], of=None)
     table = Table("table5", "", TABLES["table5"].columns, (wrong,))
-    with pytest.raises(AssertionError, match="does not say of what"):
+    with pytest.raises(AssertionError, match="sets `of`"):
         table.needed()

@@ -8,6 +8,8 @@ import gc
 import hashlib
 import os
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dcvae_fast.config import (
     Config,
@@ -178,6 +182,52 @@ def check_overflow(config: Config, ranks: Ranks) -> None:
     assert all(step(1.0))
 
 
+class CollectiveCounter(TorchDispatchMode):
+    """Record collectives by kind: the bytes of the tensor, or of the parts of all ranks together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: defaultdict[str, list[int]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.sizes[func._opname.strip("_")].append(max(nbytes(tree_leaves(argument)) for argument in args))
+        return func(*args, **(kwargs or {}))
+
+
+def nbytes(values: Iterable[Any]) -> int:
+    return sum(x.nbytes for x in values if isinstance(x, torch.Tensor))
+
+
+def check_collectives(step: TrainStep) -> None:
+    """Check the collectives of an iteration of FIXED with a step of the autoencoder, and of one without."""
+    config, groups, world_size = step.config, step.engine.groups, step.ranks.world_size
+    trunk, score = nbytes(groups["trunk"]), nbytes(groups["score"])
+    heads = nbytes(step.networks.discriminator.heads["b2"].parameters())
+    autoencoder = nbytes([*groups["encoder"], *groups["decoder"]])
+    batch, width = step.point.batch * world_size, config.model.discriminator_width
+    statistics = 4 * config.model.decoder_width
+    for _ in range(config.train.n_critic):
+        steps_autoencoder = step.iterations % config.train.n_critic == 0
+        with CollectiveCounter() as counter:
+            step.ranks.all_reduce_max(0)  # as the training loop does before each iteration
+            step(batch_of(step, step.iterations))
+        gradients, keys, passes = [(trunk, score)], [], 2
+        if steps_autoencoder:
+            gradients += [(autoencoder,), (autoencoder, trunk, heads)]
+            keys = [4 * 2 * batch * config.model.contrast_dim, 4 * batch * width, 8 * batch]  # with patches; ids
+            passes += 5  # of the decoder, backward ones included
+        if isinstance(step.engine, UnitEngine):  # one all-reduce per unit, else one per optimizer step
+            units = [unit for stepped in gradients for unit in stepped]
+        else:
+            units = [sum(stepped) for stepped in gradients]
+        expected = {"allreduce": [*units, *[statistics] * 2 * passes, 8], "allgather": keys}
+        if config.train.zero:  # weights, padded to two elements per rank
+            expected["allgather_base"] = [-(-size // (8 * world_size)) * 8 * world_size for size in units]
+        for kind in counter.sizes.keys() | expected.keys():
+            assert sorted(counter.sizes[kind]) == sorted(expected.get(kind, [])), (kind, config.train.zero)
+
+
 def main(folder: Path, engines: list[str]) -> None:
     """Train as a rank. Raises AssertionError where the state differs from the recorded one."""
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -193,6 +243,8 @@ def main(folder: Path, engines: list[str]) -> None:
             half = deepcopy(follow(step, states, HALF))
             adopt(step, states[HALF])
             follow(step, states)
+            if name == "fixed" and ranks.world_size > 1:
+                check_collectives(step)
             if engine == engines[-1]:  # one process continues from the state of several, and several from that of one
                 if ranks.is_first:
                     torch.save(half, folder / f"{name}-of-{ranks.world_size}.pt")

@@ -160,7 +160,7 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
         (json_file("half"), "communication_data_type is 'fp16', but the type of the gradients makes it 'fp32'"),
         ([*growing, "--growth.batch", "{4: 4, 8: 6}"], "growth.batch[4] leaves 2 images for each of 2 ranks, too few"),
         ([*growing, "--growth.batch", "{4: 8, 8: 12}", "--train.micro_batch", "4"], "growth.batch[8] leaves 6 images"),
-        ([*base, "--train.device", "cuda:0"], "the device is 'cuda:0', but of 2 ranks each takes its own"),
+        ([*base, "--train.device", "cuda:0"], "the device is 'cuda:0', but each of 2 ranks needs its own"),
     ]
 
 

@@ -1,0 +1,138 @@
+"""Links lead somewhere, Python snippets run, and commands parse, in all Markdown files."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcvae_fast import DCVAE, cli
+from dcvae_fast.commands.train import parse_config
+from dcvae_fast.config import ModelConfig
+from dcvae_kernels import InfoNCE
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels/README.md"])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def blocks(language: str) -> list[Any]:
+    """Code blocks of a language, with page and line as their ids."""
+    cases = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            if match[1] == language:
+                line = text[: match.start()].count("\n") + 1
+                cases.append(pytest.param(match[2], id=f"{name(page)}:{line}"))
+    return cases
+
+
+@pytest.fixture
+def namespace(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
+    """The variables that snippets use without defining them, in an empty working folder with a saved model."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = DCVAE(ModelConfig(image_channels=1, latent_dim=4, decoder_width=8, encoder_width=8)).eval()
+    model.save_pretrained("runs/digits")
+
+    def unit(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(shape), dim=-1).requires_grad_()
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield {
+        "torch": torch, "F": F, "nn": nn, "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+        "InfoNCE": InfoNCE, "model": model, "images": torch.rand(4, 1, 32, 32) * 2 - 1, "texts": torch.rand(4, 8),
+        "q": unit(4, 128), "k": unit(4, 128).detach(), "queue": unit(64, 128).detach(), "pointer": 0,
+        "ids": torch.arange(4), "a": unit(4, 16), "b": unit(4, 16), "logit_scale": torch.tensor(1 / 0.07).log(),
+        "image_features": unit(4, 16), "text_features": unit(4, 16),
+        "image_encoder": nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 16)), "text_encoder": nn.Linear(8, 16),
+        "discriminator": nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 1)),
+    }  # fmt: skip
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_snippets_run(code, namespace):
+    exec(compile(code, "snippet", "exec"), namespace)
+    if "# before" in code and "queue = KeyQueue" not in code:  # both compute the same loss
+        before, after = code.split("# after")
+        losses = []
+        for part in (before, after):
+            exec(compile("#" + part, "snippet", "exec"), namespace)
+            losses.append(namespace["loss"].detach())
+        torch.testing.assert_close(*losses, atol=2e-5, rtol=0)
+
+
+def commands(text: str) -> list[str]:
+    """Command lines of a block, without launchers, comments and variables of a shell."""
+    joined = text.replace("\\\n", " ")
+    return [
+        line for line in joined.splitlines() if re.search(r"(^|-- |deepspeed.* )(python )?(train\.py|dcvae) ", line)
+    ]
+
+
+@pytest.mark.parametrize("text", blocks(""))
+def test_commands_parse(text):
+    for line in commands(text):
+        words = shlex.split(line.replace("…", ""), comments=True)
+        start = next(i for i, word in enumerate(words) if word in ("train.py", "dcvae"))
+        arguments = words[start + 1 :]
+        if words[start] == "dcvae" and arguments[0] != "train":
+            cli._parse(arguments)
+            continue
+        arguments = arguments[1:] if words[start] == "dcvae" else arguments
+        if ">" in arguments:  # prints settings into a file, and a later line uses the file
+            arguments = arguments[: arguments.index(">")]
+        if "my.yaml" in arguments:
+            arguments[arguments.index("my.yaml")] = "cifar10"
+        if "--print_config" in arguments:
+            arguments.remove("--print_config")
+        parse_config(arguments)
+
+
+def test_the_readme_quotes_committed_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    folder = ROOT / "bench/results/nvidia-h100-80gb-hbm3"
+
+    def median(benchmark: str, row: str, peer: str, timing: str) -> float:
+        rows = json.loads((folder / f"{benchmark}.json").read_text(encoding="utf-8"))["rows"]
+        (cells,) = (entry["cells"] for entry in rows if entry["name"] == row)
+        return [cell for cell in cells if cell["peer"] == peer][-1][timing]["median_us"]
+
+    ours, baseline = (median("step", "cifar10-64", peer, "wall") for peer in ("ours", "baseline"))
+    assert f"{64e6 / ours:,.0f}, {baseline / ours:.3g} times the plain PyTorch baseline" in readme
+    assert f"take {40e6 / (64e6 / ours) / 3600:.1f} hours" in readme
+    fused, compiled = (median("info_nce", "dcvae", peer, "graph") for peer in ("ours", "torch.compile"))
+    assert f"take {fused:.0f} µs on an H100, and {compiled:.0f} µs" in " ".join(readme.split())
