@@ -53,15 +53,15 @@ gpu-step: .venv/.installed ## Benchmark training iterations on a GPU, in another
 	@$(VENV_PYTHON) bench/gpu.py --only step $(ARGS)
 
 .PHONY: gpu-switches
-gpu-switches: .venv/.installed ## Benchmark what makes iterations fast on a GPU, in another eight minutes
+gpu-switches: .venv/.installed ## Benchmark the settings that make iterations fast on a GPU, in another eight minutes
 	@$(VENV_PYTHON) bench/gpu.py --only switches $(ARGS)
 
 .PHONY: gpu-compare
-gpu-compare: .venv/.installed ## Fail if something has become slower than this GPU's committed results
+gpu-compare: .venv/.installed ## Fail if ours has become slower than in the committed results of this GPU
 	@$(VENV_PYTHON) bench/compare.py $(ARGS)
 
 .PHONY: readme-tables
-readme-tables: .venv/.installed ## Write the committed results into the READMEs
+readme-tables: .venv/.installed ## Write the committed results into the documentation
 	@$(VENV_PYTHON) bench/tables.py $(ARGS)
 
 .PHONY: lint
