@@ -57,6 +57,4 @@ def compiling() -> Iterator[None]:
         if dynamo is None or not isinstance(error, dynamo.exc.TorchDynamoException):
             raise
         cause = reason(getattr(error, "inner_exception", error))
-        raise ConfigError(
-            f"the networks cannot be compiled here ({cause}); use --train.compile false."
-        ) from error
+        raise ConfigError(f"the networks cannot be compiled here ({cause}); use --train.compile false.") from error

@@ -18,8 +18,8 @@ Results = dict[str, Tensor]
 # Eager iterations of each kind before it is recorded: they create optimizer states, compile, and select algorithms.
 WARM_UPS = 3
 
-# Iterations after which a kind is recorded even if another still warms up. Until then it waits, because eager iterations
-# cannot use the memory of a graph.
+# Iterations after which a kind is recorded even if another is still warming up. Until then recording waits, because
+# eager iterations cannot use the memory of a graph.
 PATIENCE = 64
 
 

@@ -123,7 +123,9 @@ def _open(config: Config, folder: Path, ranks: Ranks) -> Run:
         step, source = TrainStep(config, device, ranks), open_source(config, images, device, ranks)
         if ranks.is_first:
             prepare_run(folder, config)  # last, so that unusable settings create no folder
-    ranks.check_same({f"the number of images in {images.name}": len(images), "DeepSpeed's configuration": step.engine.settings})
+    ranks.check_same(
+        {f"the number of images in {images.name}": len(images), "DeepSpeed's configuration": step.engine.settings}
+    )
     return Run(config, folder, images, source, step, snapshots)
 
 
@@ -163,7 +165,7 @@ def _iterate(
         if profiler is not None:
             profiler.before()
 
-        # Read the next batch. If an image is damaged, all ranks save a checkpoint and stop, so that no progress is lost.
+        # Read the next batch. If an image is damaged, all ranks save a checkpoint and stop.
         before, position, start = step.images, source.state_dict(), time.perf_counter()
         try:
             batch = next(batches)

@@ -102,8 +102,8 @@ def check_batches(config: Config, world_size: int) -> None:
         if not config.train.batch_per_rank and stddev_group(batch) != stddev_group(batch * world_size):
             raise ConfigError(
                 f"{setting} leaves {batch} images for each of {world_size} ranks, too few for minibatch statistics over"
-                f" {stddev_group(batch * world_size)} images; choose a multiple of {4 * world_size}, or set the batch of each"
-                " rank with --train.batch_per_rank true."
+                f" {stddev_group(batch * world_size)} images; choose a multiple of {4 * world_size}, or set the batch"
+                " of each rank with --train.batch_per_rank true."
             )
         if micro is not None and batch > micro and not batch % 4 == micro % 4 == 0:
             raise ConfigError(
