@@ -116,7 +116,8 @@ class TrainStep:
                 return
 
     def _set_phase(self, schedule: ScheduleState) -> None:
-        resolution, alpha = self.resolution, self.alpha = schedule.resolution, schedule.alpha
+        resolution, alpha = schedule.resolution, schedule.alpha
+        self.resolution, self.alpha = resolution, alpha
         phase = (resolution, alpha < 1)
         if self.config.model.grows:
             self._alpha.fill_(alpha)
