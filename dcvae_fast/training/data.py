@@ -84,7 +84,7 @@ def open_source(
     """
     data, model, train, start = config.data, config.model, config.train, schedule_at(config, 0, ranks.world_size)
     if ranks.world_size > len(images):
-        raise DataError(f"{images.name} has fewer images, {len(images)}, than there are ranks, {ranks.world_size}.")
+        raise DataError(f"{images.name} has {len(images)} images, fewer than the {ranks.world_size} ranks.")
     source = make_source(
         images,
         resolution=model.resolution,

@@ -25,8 +25,8 @@ PROBE_SHARE, PROBE_IMAGES = 5, 5000
 
 
 def held_out_images(config: Config) -> int:
-    """Return `log.held_out`; if that is None, 1,000 images at 32×32, and at other resolutions 64 to 1,000 images with
-    as many pixels."""
+    """Return `log.held_out`. The default is 1,000 images at 32×32, and at higher resolutions the number with the same
+    total of pixels, but at least 64."""
     if config.log.held_out is not None:
         return config.log.held_out
     return max(64, min(1000, 1000 * 32**2 // config.model.resolution**2))
@@ -38,10 +38,8 @@ class HeldOut:
     def __init__(self, config: Config, train_set: ImageSet | EncodedSet, test_set: ImageSet, device: torch.device):
         """
         Args:
-            config: all settings.
             train_set: training set. The linear probe is trained on a part of it, and FID compares with a part of it.
             test_set: held-out images, decoded at the final resolution.
-            device: device of FID's network.
 
         Raises:
             ConfigError: `log.fid_images` is set, but the weights of FID's network are not available.

@@ -37,7 +37,7 @@ class Outcome:
     Attributes:
         images: images shown so far, over all calls
         trained: whether this call trained at all
-        signal: the signal that stopped training; None if training is complete
+        signal: the signal that stopped training, if any
     """
 
     images: int
@@ -54,7 +54,7 @@ class Run:
         folder: run folder
         images: training set
         source: this rank's share of the training batches
-        step: training iteration, holds the networks
+        step: the networks and the training iteration
         snapshots: held-out data for grids and metrics; None on other ranks than the first
     """
 
@@ -110,7 +110,7 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
 
 
 def _open(config: Config, folder: Path, ranks: Ranks) -> Run:
-    """Open the data, build the networks, and make or check the run folder."""
+    """Open the data, build the networks, and create or check the run folder."""
     with ranks.raise_on_all_ranks():
         if config.data.download and ranks.is_first:  # download before the other ranks open the files
             open_data(config, "train")
@@ -210,7 +210,7 @@ def grow(run: Run) -> None:
     """Continue at the next resolution, and fill the queue from a second source, which shuffles with its own seed."""
     step, schedule = run.step, run.step.schedule
     resolution, batch_size = schedule.resolution, schedule.batch
-    logger.info(f"Growing to {resolution}×{resolution}, {batch_size * step.ranks.world_size} images an iteration")
+    logger.info(f"Growing to {resolution}×{resolution}, {batch_size * step.ranks.world_size} images per iteration")
     step.grow(schedule)
     run.source.set_resolution(resolution, batch_size)
     seed = derive_seed(run.config.train.seed, "refill", resolution)

@@ -32,12 +32,7 @@ Metrics = dict[str, Tensor]
 
 
 class Reconstruction(NamedTuple):
-    """Reconstructions G(z) [B, C, R, R] of images x, with z drawn from q(z|x).
-
-    Attributes:
-        images: G(z)
-        posterior: q(z|x)
-    """
+    """Images G(z) [B, C, R, R] with z drawn from q(z|x), and the posterior q(z|x)."""
 
     images: Tensor
     posterior: Posterior
@@ -53,7 +48,7 @@ class Inputs(NamedTuple):
         prior: latents [B', Z] of prior samples; None without prior samples
         interpolation: uniform [B, 2, 1, 1, 1], for WGAN-GP's gradient penalty; None for other losses
         keys: momentum features of the images, for the instance objective
-        reconstruction: reconstruction with `noise` if already computed, because two consecutive objectives share it
+        reconstruction: the reconstruction with `noise` if already computed, so that two objectives can share it
     """
 
     images: Tensor

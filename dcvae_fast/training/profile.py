@@ -28,8 +28,6 @@ class Profiler:
         Args:
             folder: run folder; trace.json (for Perfetto or chrome://tracing) and top20.txt are written to its subfolder
                 `profile`.
-            config: all settings.
-            device: device of the training.
         """
         self._folder, self._device = folder / FOLDER, device
         period = config.train.n_critic if config.loss.has_gan else 1

@@ -74,7 +74,7 @@ def schedule_at(config: Config, images: int, world_size: int = 1) -> ScheduleSta
 
 
 def samples_per_rank(config: Config, world_size: int = 1) -> int | None:
-    """Return the number of prior samples per rank when the autoencoder is updated; None for the number of images.
+    """Return the number of prior samples per rank when the autoencoder is updated; None for the batch size.
 
     Raises:
         ConfigError: the samples cannot be divided among the ranks.

@@ -227,7 +227,7 @@ def test_losses_penalties_and_keys_are_in_float32_under_autocast(monkeypatch: py
     assert all(p.dtype == torch.float32 for p in step.networks.parameters())
 
 
-# --- whole runs ---
+# --- complete runs ---
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_models_of_all_stages_can_be_used(pictures: Path, tmp_path: Path, capsys
         rows[2], torch.cat(list(latest), 2).clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
     )
     out = capsys.readouterr().out
-    assert "Growing to 8×8, 8 images an iteration" in out and "Growing to 16×16, 4 images an iteration" in out
+    assert "Growing to 8×8, 8 images per iteration" in out and "Growing to 16×16, 4 images per iteration" in out
 
 
 @pytest.mark.slow

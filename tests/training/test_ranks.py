@@ -146,7 +146,7 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
         ([base, [*base, "--train.batch", "x"]], "train.batch"),
         (
             [*base, "--data.name", "folder", "--data.root", str(tmp_path)],
-            "has fewer images, 1, than there are ranks, 2",
+            "has 1 images, fewer than the 2 ranks",
         ),
         (json_file("missing"), "missing.json cannot be read (No such file or directory)"),
         (json_file("empty"), "empty.json is not valid JSON"),
@@ -175,15 +175,7 @@ def intact_and_broken(tmp_path: Path) -> list[list[str]]:
 
 
 class Launched(NamedTuple):
-    """Results of runs in the same two processes. A run has, per rank, the exit code and the output.
-
-    Attributes:
-        mistakes: wrong settings and expected messages
-        mistake_results: results of the runs with wrong settings
-        mistake_folder: their folder
-        results: results of the other runs
-        folder: their folder
-    """
+    """Runs with and without mistakes in the same two processes. Results are exit code and output, by run and rank."""
 
     mistakes: list[tuple[list, str]]
     mistake_results: list[list[tuple[int, str]]]
