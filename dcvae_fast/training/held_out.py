@@ -25,8 +25,8 @@ PROBE_SHARE, PROBE_IMAGES = 5, 5000
 
 
 def held_out_images(config: Config) -> int:
-    """Return `log.held_out`. The default is 1,000 images at 32×32, and at higher resolutions the number with the same
-    total of pixels, but at least 64."""
+    """Return `log.held_out`; by default 1,000 images at 32×32, and fewer at higher resolutions (the same total number
+    of pixels, at least 64 images)."""
     if config.log.held_out is not None:
         return config.log.held_out
     return max(64, min(1000, 1000 * 32**2 // config.model.resolution**2))
