@@ -158,7 +158,7 @@ def test_graphs_are_recorded_once_per_kind_and_phase():
     assert [len(recorder.operations) for recorder in recorders] == [1] * 5  # 4; 8 fading; 8; 16 fading; 16
 
 
-def test_batches_of_another_size_get_a_graph_of_their_own():
+def test_each_batch_size_has_its_own_graph():
     """The last batch of an epoch can be smaller."""
     (step, recorders), eager = with_graphs(with_loss(objective="vae")), TrainStep(with_loss(objective="vae"))
     sizes = (None, None, 3)

@@ -47,10 +47,8 @@ def test_metrics_are_logged_when_due_and_training_is_bitwise_unaffected(tmp_path
     names = ["images", "held_out/pixel_mse", "held_out/probe_accuracy", "held_out/fid"]
     assert [line["images"] for line in held_out_lines] == [64, 128, 160]
     assert all(list(line) == names for line in held_out_lines)
-    train_lines, timing = (
-        [line for line in lines if line not in held_out_lines],
-        {"images_per_second", "waiting_for_data"},
-    )
+    train_lines = [line for line in lines if line not in held_out_lines]
+    timing = {"images_per_second", "waiting_for_data"}
     for line, expected in zip(train_lines, read_metrics(tmp_path / "plain"), strict=True):
         assert line.keys() == expected.keys()
         assert all(line[name] == expected[name] for name in line.keys() - timing)
