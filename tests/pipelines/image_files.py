@@ -1,4 +1,4 @@
-"""Encoded images, and what stores them, for the tests of this folder."""
+"""Helpers that encode images, and write folders, shards and LMDBs."""
 
 import io
 import tarfile
