@@ -77,7 +77,7 @@ def evaluate(
     | metric | measured | compared with |
     |---|---|---|
     | `fid`, `kid`, `prc` (precision, recall) | samples, and reconstructions of the test split | the training split |
-    | `is` (Inception score) | the same | – |
+    | `is` (Inception score) | samples, and reconstructions of the test split | – |
     | `pixel`, `perceptual` (VGG16's relu4_3) | reconstructions of the test split | the test split |
     | `ppl` (path length) | 2 · `images` steps on paths between samples | – |
     | `probe` (error of linear classifiers) | posterior means of the test split | those of the training split |
@@ -98,7 +98,7 @@ def evaluate(
         batch: batch size, which changes results only by float32 rounding; None for one that needs little memory.
         seed: seed of all noise.
         weights: folder with the published weights of Inception, VGG16 and LPIPS; None to download them.
-        cache: folder for the training split's features, cached under a hash of its content; None for no cache.
+        cache: folder to cache the training split's features, under a hash of its content; None for no cache.
         features, vgg16, lpips: networks to use instead, named in the measurements; `features` is created by
             `fidelity.registered_features`.
         report: called with each measurement as soon as it is made.
@@ -114,11 +114,8 @@ def evaluate(
     _check(work, metrics)
     steps: list[Iterator[Measurement]] = []  # generators: they run once all networks are loaded
     if feature_metrics := [metric for metric in fidelity.FEATURE_METRICS if metric in metrics]:
-        steps.append(
-            _fidelity(
-                work, feature_metrics, _to_model_device(model, features or fidelity.load_features(weights)), cache
-            )
-        )
+        extractor = _to_model_device(model, features or fidelity.load_features(weights))
+        steps.append(_fidelity(work, feature_metrics, extractor, cache))
     if "pixel" in metrics:
         steps.append(_pixel(work))
     if "perceptual" in metrics:

@@ -82,8 +82,9 @@ class EncodedSet:
             raise DataError(f"{self.image_name(index)}: {error}") from error
         if box[2] < min_side:
             raise DataError(
-                f"{self.image_name(index)}: shows {box[2]} × {box[2]} pixels, too few for a resolution of {min_side};"
-                " choose a lower model.resolution, or skip such images with data.on_corrupt skip or `dcvae prepare`"
+                f"{self.image_name(index)}: its square of {box[2]} × {box[2]} pixels is too small for resolution"
+                f" {min_side}; choose a lower model.resolution, or skip such images with data.on_corrupt skip or"
+                " `dcvae prepare`"
             )
         return box
 

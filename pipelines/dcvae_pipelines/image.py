@@ -16,9 +16,9 @@ from dcvae_pipelines.source import DataError
 
 # File extensions of images in folders and shards, in lower or upper case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".jp2")
-# Pillow's names of these formats. Others are not tried: a file named .jpg could hold PostScript, which Pillow executes.
+# Pillow's names of these formats. Others are not tried: a file named .jpg could hold PostScript and run Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")
-# Larger images are rejected as decompression bombs: 256 MiB when decoded, where Pillow starts to warn.
+# Larger images are rejected as decompression bombs. Pillow warns above the same size: 256 MiB when decoded.
 MAX_PIXELS = 89_478_485
 
 _ORIENTATION = 0x0112  # in EXIF
@@ -62,7 +62,7 @@ def read_header(encoded: bytes, name: str) -> Header:
         # For a PNG, getexif() decodes the pixels to search the chunks behind them.
         may_be_rotated = image.format != "PNG" or any(word in encoded for word in (b"eXIf", b"exif", b"adobe.xmp"))
         orientation = image.getexif().get(_ORIENTATION, 1) if may_be_rotated else 1
-        is_turned = orientation in range(5, 9) and image.format != "TIFF"  # whose size Pillow gives upright
+        is_turned = orientation in range(5, 9) and image.format != "TIFF"  # Pillow's TIFF sizes are upright
         width, height = image.size[::-1] if is_turned else image.size
         header = Header(
             image.format,

@@ -291,7 +291,7 @@ def test_a_damaged_image_is_skipped_with_a_warning(damage: str, tmp_path: Path, 
 
 
 def test_too_small_images_are_named_or_left_out(images: EncodedSet):
-    message = r"\.png: shows 16 × 16 pixels, too few for a resolution of 32; choose a lower model.resolution"
+    message = r"\.png: its square of 16 × 16 pixels is too small for resolution 32; choose a lower model.resolution"
     growing = source(images, resolution=32)
     growing.set_resolution(4)  # the error comes before resolution 32 is reached
     with pytest.raises(DataError, match=message):

@@ -296,8 +296,8 @@ def test_links_and_devices_in_an_archive_are_rejected(kind: bytes, tmp_path: Pat
 def test_invalid_archives_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"looked for .*/\*\.tar and found none; `dcvae prepare`"):
         load_dataset("shards", tmp_path)
-    whole = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1) + bytes(3000), "b.jpg": jpeg(2)}).read_bytes()
-    for content in (b"no archive" * 100, whole[:1000]):
+    shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1) + bytes(3000), "b.jpg": jpeg(2)}).read_bytes()
+    for content in (b"no archive" * 100, shard[:1000]):
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(DataError, match=r"a\.tar: "):
             load_dataset("shards", tmp_path)

@@ -125,10 +125,10 @@ def test_unreadable_images_name_the_file(tmp_path: Path):
     with pytest.raises(DataError, match=r"absent\.png: no such image file"):
         load_image(tmp_path / "absent.png", channels=3, resolution=32)
 
-    whole = save(pixels(0, 64, 64, 3), tmp_path / "whole.png").read_bytes()
+    content = save(pixels(0, 64, 64, 3), tmp_path / "a.png").read_bytes()
     (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "broken.png").write_bytes(whole[:40] + bytes(100) + whole[140:])
+    (tmp_path / "truncated.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "broken.png").write_bytes(content[:40] + bytes(100) + content[140:])
     save(np.zeros((8, 8), np.float32), tmp_path / "floats.tif")
     for file in ("text.png", "truncated.png", "broken.png", "floats.tif", ""):
         with pytest.raises(DataError, match=f"{tmp_path / file}: cannot be read as an image"):
@@ -190,11 +190,11 @@ def test_png_orientation_is_also_read_from_xmp():
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}])
 def test_a_truncated_jpeg_is_named(options: dict):
-    whole = encode(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
-    assert read_header(whole + b"\0trailing bytes", "x").format == "JPEG"
-    for end in (len(whole) - 2, len(whole) - 100, len(whole) * 3 // 4):
+    content = encode(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
+    assert read_header(content + b"\0trailing bytes", "x").format == "JPEG"
+    for end in (len(content) - 2, len(content) - 100, len(content) * 3 // 4):
         with pytest.raises(DataError, match=r"a\.jpg: cannot be read as an image: it is truncated"):
-            read_header(whole[:end], "a.jpg")
+            read_header(content[:end], "a.jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 100, b"\xff\xd8\xff"])

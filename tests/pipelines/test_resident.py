@@ -99,17 +99,17 @@ def test_the_order_is_fixed():
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_resuming_at_any_batch_gives_identical_batches(drop_last: bool):
-    def fresh() -> ResidentSource:
+    def new_source() -> ResidentSource:
         return ResidentSource(numbered(23), batch=3, seed=5, rank=1, ranks=2, mirror=True, drop_last=drop_last)
 
-    source, states, batches = fresh(), [], []
+    source, states, batches = new_source(), [], []
     for batch in islice(source, 14):  # more than three epochs, with their boundaries inside batches
         batches.append(batch)
         states.append(source.state_dict())
     assert [state["images"] for state in states] == [6 * (k + 1) for k in range(14)]
 
     for k in range(13):
-        resumed = fresh()
+        resumed = new_source()
         resumed.load_state_dict(states[k])
         assert all(same(a, b) for a, b in zip(resumed, batches[k + 1 :], strict=False))
 
@@ -135,10 +135,10 @@ def test_mirror_flips_about_half_of_the_images_and_others_in_each_epoch():
 
 
 def test_mirror_depends_on_seed_epoch_and_position_only():
-    whole = next(iter(ResidentSource(numbered(200), batch=200, seed=0, mirror=True)))
+    single = next(iter(ResidentSource(numbered(200), batch=200, seed=0, mirror=True)))
     parts = list(islice(ResidentSource(numbered(200), batch=8, seed=0, mirror=True), 25))
-    assert torch.equal(torch.cat([mirrored(batch) for batch in parts]), mirrored(whole))
-    assert ids(ResidentSource(numbered(200), batch=200, seed=0), 1) == whole.ids.tolist()
+    assert torch.equal(torch.cat([mirrored(batch) for batch in parts]), mirrored(single))
+    assert ids(ResidentSource(numbered(200), batch=200, seed=0), 1) == single.ids.tolist()
 
 
 def test_batches_do_not_share_memory():
@@ -155,8 +155,8 @@ def test_images_are_downscaled_but_not_enlarged():
     images = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ResidentSource(images, batch=4, seed=0)
     source.set_resolution(32)
-    whole = next(iter(source))
-    assert torch.equal(whole.images, images[whole.ids].float() / 127.5 - 1)
+    full = next(iter(source))
+    assert torch.equal(full.images, images[full.ids].float() / 127.5 - 1)
     source.set_resolution(8, batch=6)
     small = next(iter(source))
     assert torch.equal(small.images, normalize(resize(images, 8)[small.ids])) and len(small.ids) == 6
