@@ -57,9 +57,7 @@ def describe(model: nn.Module, images: int | None) -> dict[str, Any]:
     return {
         "images": images,
         "weights": hash_weights(model),
-        "versions": {
-            name: installed for name in ("torch", "torchvision", "torch-fidelity") if (installed := _version(name))
-        },
+        "versions": {name: value for name in ("torch", "torchvision", "torch-fidelity") if (value := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

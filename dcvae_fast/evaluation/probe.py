@@ -68,9 +68,8 @@ def linear_probe(
     for _ in range(STEPS):
         indices_TB = torch.randint(count, (trials, min(BATCH, count)), generator=generator).to(device)
         logits_TBC = torch.baddbmm(bias_T1C, latents[indices_TB], weight_TZC)
-        loss = trials * F.cross_entropy(
-            logits_TBC.flatten(0, 1), labels[indices_TB].flatten()
-        )  # sum of the trials' means
+        # Sum of the trials' mean losses.
+        loss = trials * F.cross_entropy(logits_TBC.flatten(0, 1), labels[indices_TB].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -21,7 +21,7 @@ from dcvae_pipelines.source import Batch, DataError, check_size
 OnCorrupt = Literal["stop", "skip"]
 
 # Formats and modes that DALI decodes as Pillow does (on the CPU bit for bit), if the image is upright, has 8 bits per
-# channel and one frame. Pillow decodes all others, and those of these that DALI rejects.
+# channel and one frame. Pillow decodes all other images, and any image that DALI rejects.
 _DALI_DECODES = {
     "JPEG": ("L", "RGB"),
     "MPO": ("L", "RGB"),  # JPEG, followed by further pictures
@@ -233,13 +233,11 @@ class DaliSource:
         """Finish images of equal size together."""
         finished: dict[int, Tensor] = {}
         for side in {len(square) for square in squares}:
-            indices = [i for i, square in enumerate(squares) if len(square) == side]
-            same_size = torch.stack([squares[i] for i in indices])
-            if len(indices) == len(squares):
+            group = [i for i, square in enumerate(squares) if len(square) == side]
+            same_size = torch.stack([squares[i] for i in group])
+            if len(group) == len(squares):
                 return self._finish(same_size, flips)
-            finished.update(
-                zip(indices, self._finish(same_size, torch.stack([flips[i] for i in indices])), strict=True)
-            )
+            finished.update(zip(group, self._finish(same_size, torch.stack([flips[i] for i in group])), strict=True))
         return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=self._layout)
 
     # --- reading, and feeding DALI ---

@@ -259,9 +259,7 @@ def _read_index(index: Path, archive_size: int) -> list[Member]:
                 if not 0 <= int(offset) <= int(offset) + int(size) <= archive_size:
                     raise ValueError(f"{name} lies beyond the archive's end")
     except ValueError as error:
-        raise DataError(
-            f"{index}: is not an index of the archive next to it ({error}); delete it to scan the archive instead"
-        ) from error
+        raise DataError(f"{index}: is not an index of the archive next to it ({error}); delete it") from error
     return members
 
 

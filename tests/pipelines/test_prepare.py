@@ -642,9 +642,7 @@ def test_settings_out_of_range_are_named(tmp_path: Path, options: dict, message:
         prepare(tmp_path / "src", tmp_path / "dst", **options)
 
 
-def test_a_missing_pillow_is_not_reported_as_corrupt_images(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_missing_pillow_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(DataError, match="pip install Pillow"):
         run(source, tmp_path / "dst")

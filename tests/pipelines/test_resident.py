@@ -66,9 +66,7 @@ def test_the_order_does_not_depend_on_the_number_of_ranks():
 
 
 def test_drop_last_shows_whole_batches_of_each_permutation():
-    dropping, full = (
-        ResidentSource(numbered(100), batch=15, seed=0, ranks=2, drop_last=drop) for drop in (True, False)
-    )
+    dropping, full = (ResidentSource(numbered(100), batch=15, seed=0, ranks=2, drop_last=x) for x in (True, False))
     first = ids(dropping, batches=3)
     assert dropping.state_dict() == {"images": 90, "of": 100}
     assert first == ids(full, batches=3)
