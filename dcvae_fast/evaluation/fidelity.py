@@ -81,7 +81,7 @@ def features_of(
 def real_features(
     batches: Iterable[Tensor], extractor: Extractor, cache: Path | None, key: Callable[[], str]
 ) -> dict[str, Tensor]:
-    """Features of the real images for `COMPARISON_METRICS`, cached in the folder `cache` under this key.
+    """Features of the real images for `COMPARISON_METRICS`, cached under this key if the folder `cache` is given.
 
     Raises:
         OSError: the folder cannot be written.
