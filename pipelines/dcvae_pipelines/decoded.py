@@ -105,7 +105,7 @@ def cifar10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor
         folder = root / reader.base_folder
         md5s = dict(reader.train_list + reader.test_list) | {reader.meta["filename"]: reader.meta["md5"]}
         files = ", ".join(file for file, md5 in md5s.items() if not _has_md5(folder / file, md5))
-        raise DataError(f"cifar10: files missing in {folder} or not as published (md5): {files}; {remedy}") from error
+        raise DataError(f"cifar10: missing in {folder} or not as published (md5): {files}; {remedy}") from error
     images_NHWC = torch.from_numpy(dataset.data)
     return images_NHWC.permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
 
