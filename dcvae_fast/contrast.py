@@ -1,4 +1,4 @@
-"""Multi-scale instance contrast (Eq. 6, §4.2): each reconstruction must recognise its own image among K others."""
+"""Multi-scale instance contrast (Eq. 6, §4.2): each reconstruction must match its own image among K negatives."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -16,27 +16,27 @@ Discriminator = autogan.Discriminator | progressive.Discriminator
 
 
 class Keys(NamedTuple):
-    """Momentum features of images: the positives of their reconstructions, and later negatives of others.
+    """Momentum features of images: positives for their own reconstructions, later negatives for other ones.
 
     Attributes:
-        embeddings: [S, B, D], of S layers
+        embeddings: [S, B, D], for S layers
         patches: [L, B, W], the channels of L feature maps at `location`; None without local patch contrast
-        location: [1], where the local patches are, as a share of all positions
+        location: [1], position of the local patches as a fraction of all positions
     """
 
     embeddings: Tensor
     patches: Tensor | None = None
     location: Tensor | None = None
 
-    def part(self, cut: slice) -> "Keys":
-        """Return the keys of some of the images."""
-        return Keys(self.embeddings[:, cut], None if self.patches is None else self.patches[:, cut], self.location)
+    def select(self, rows: slice) -> "Keys":
+        """Return the keys of a slice of the images."""
+        return Keys(self.embeddings[:, rows], None if self.patches is None else self.patches[:, rows], self.location)
 
 
 class InstanceContrast(nn.Module):
-    """The momentum discriminator C′, which makes the keys, and the queues of older keys.
+    """The momentum discriminator C′, which computes the keys, and the queues of earlier keys.
 
-    A contrastive step calls `update`, `keys` and `loss`, then enqueues the keys.
+    A contrastive step calls `update`, `keys`, `loss` and `enqueue`, in this order.
     """
 
     def __init__(self, discriminator: Discriminator, config: ContrastConfig, contrast_dim: int, width: int, seed: int):
@@ -50,7 +50,7 @@ class InstanceContrast(nn.Module):
             self.local_queue = KeyQueue(config.negatives, width, scales=len(config.local_layers), seed=self._seed)
 
     def restart(self, layers: Sequence[str]) -> None:
-        """Contrast these layers from now on, with a new queue: keys of another resolution do not compare."""
+        """Contrast these layers from now on, with a new queue: keys of other resolutions are not comparable."""
         self.layers = tuple(layers)
         queue = KeyQueue(self.config.negatives, self._dim, scales=len(layers), seed=self._seed)
         self.queue = queue.to(next(self.momentum.parameters()).device)
@@ -60,20 +60,20 @@ class InstanceContrast(nn.Module):
         update_ema(self.momentum, discriminator, self.config.momentum)
 
     @torch.no_grad()
-    def keys(self, images: Tensor, location: Tensor | None = None, at_once: int | None = None) -> Keys:
-        """Keys of images [B, C, H, W].
+    def keys(self, images: Tensor, location: Tensor | None = None, micro_batch: int | None = None) -> Keys:
+        """Compute the keys of images [B, C, H, W].
 
         Args:
-            location: [1], in [0, 1), of local patches; None without them.
-            at_once: images that pass through C′ at a time; None for all.
+            location: position of the local patches, [1] in [0, 1); None without local patches.
+            micro_batch: images per forward pass through C′; None for all images in one pass.
         """
-        parts = [self._embed(self.momentum, part, location) for part in images.split(at_once or len(images))]
-        embeddings = torch.cat([part for part, _ in parts], dim=1)
-        patches = None if location is None else torch.cat([part for _, part in parts if part is not None], dim=1)
+        features = [self._embed(self.momentum, part, location) for part in images.split(micro_batch or len(images))]
+        embeddings = torch.cat([embedding for embedding, _ in features], dim=1)
+        patches = None if location is None else torch.cat([patch for _, patch in features if patch is not None], dim=1)
         return Keys(embeddings, patches, location)
 
     def enqueue(self, keys: Keys, ids: Tensor) -> None:
-        """Replace the oldest keys in the queues by these, of images with ids [B]."""
+        """Replace the oldest keys in the queues with the keys of images with ids [B]."""
         self.queue.enqueue(keys.embeddings, ids)
         if self.local_queue is not None and keys.patches is not None:
             self.local_queue.enqueue(keys.patches, ids)
@@ -81,17 +81,17 @@ class InstanceContrast(nn.Module):
     def loss(
         self, discriminator: Discriminator, rec: Tensor, keys: Keys, ids: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE (Eq. 6) of reconstructions [B, C, H, W], averaged over layers and batch; plus that of local patches.
+        """InfoNCE (Eq. 6) of reconstructions, averaged over layers and batch, plus InfoNCE of local patches.
 
         Args:
-            discriminator: C, which makes the queries.
-            rec: the reconstructions.
-            keys: of the images that they reconstruct.
-            ids: [B], of these images.
+            discriminator: C, which computes the queries.
+            rec: reconstructions [B, C, H, W].
+            keys: keys of the original images.
+            ids: ids of the original images, [B].
 
         Returns:
-            The loss, and metrics: per layer, the share of queries whose own key scores best (top1) and among the best
-            five (top5).
+            The loss and metrics. The metrics are, per layer, the shares of queries whose positive has the highest
+            similarity (top1) or one of the five highest (top5).
         """
         queries, patches = self._embed(discriminator, rec, keys.location)
         loss, stats = self._info_nce(queries, keys.embeddings, self.queue, ids)
@@ -108,14 +108,14 @@ class InstanceContrast(nn.Module):
     def _embed(
         self, discriminator: Discriminator, images: Tensor, location: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries or keys [S, B, D] of the contrasted layers, in float32 at least, and local patches [L, B, W]."""
+        """Return embeddings [S, B, D] of the contrasted layers, in float32 or float64, and local patches [L, B, W]."""
         layers = self.layers if location is None else (*self.layers, *self.config.local_layers)
         critique = discriminator(images, stddev_parts=0, layers=tuple(dict.fromkeys(layers)), scored=False)
         embeddings = upcast(discriminator.embed(critique, self.layers))
         return embeddings, None if location is None else self._patches(critique, location)
 
     def _patches(self, critique: Critique, location: Tensor) -> Tensor:
-        """The channels [L, B, W] of L feature maps at one location."""
+        """Return the channels [L, B, W] of L feature maps at one location."""
         patches = []
         for layer in self.config.local_layers:
             positions = critique.features[layer].flatten(2)

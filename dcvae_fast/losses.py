@@ -1,6 +1,7 @@
-"""Adversarial losses, KL divergence and reconstruction losses: pure functions of tensors, each a scalar.
+"""Adversarial losses, KL divergence and reconstruction losses: pure functions of tensors that return scalars.
 
-Scores are the discriminator's, [B], high for real; numbers of real, fake and reconstructed images may differ.
+Scores are outputs of the discriminator, [B], high for real images. The numbers of real, fake and reconstructed images
+can differ.
 """
 
 from typing import Literal
@@ -15,11 +16,11 @@ Adversarial = Literal["hinge", "log", "wgan_gp", "logistic_r1"]
 def discriminator_loss(
     real: Tensor, fake: Tensor, rec: Tensor, kind: Adversarial = "hinge", drift: float = 1e-3
 ) -> Tensor:
-    """What the discriminator minimises, but penalties: real against prior samples and reconstructions.
+    """Loss of the discriminator, without penalties: real images against prior samples and reconstructions.
 
-    `hinge` is the authors' code; `log` is the negative of Eq. 4; `wgan_gp` is Progressive GAN's, whose `drift` keeps
-    the scores of real images near 0; `logistic_r1` is `log` with the two kinds of fakes at half weight each, which all
-    but `log` have.
+    `hinge` is the loss of the authors' code, `log` the negative of Eq. 4, and `wgan_gp` the loss of Progressive GAN,
+    whose `drift` term keeps the scores of real images near 0. `logistic_r1` is `log` with
+    weight ½ for prior samples and for reconstructions, as in `hinge` and `wgan_gp`.
     """
     match kind:
         case "hinge":
@@ -33,10 +34,10 @@ def discriminator_loss(
 
 
 def autoencoder_loss(fake: Tensor, rec: Tensor, kind: Adversarial = "hinge") -> Tensor:
-    """What encoder and decoder minimise against the discriminator.
+    """Adversarial loss of encoder and decoder.
 
-    `hinge` and `wgan_gp`: −½ mean C(fake) − ½ mean C(rec). `log`: −log D instead of Eq. 4's log(1 − D), which
-    saturates; `logistic_r1` is half of that.
+    `hinge` and `wgan_gp`: −½ mean C(fake) − ½ mean C(rec). `log`: −log D, because log(1 − D) of Eq. 4 saturates.
+    `logistic_r1`: half of `log`.
     """
     match kind:
         case "hinge" | "wgan_gp":
@@ -48,11 +49,11 @@ def autoencoder_loss(fake: Tensor, rec: Tensor, kind: Adversarial = "hinge") -> 
 
 
 def gradient_norm(scores: Tensor, images: Tensor) -> Tensor:
-    """‖∂C/∂x‖ of each image, [B], in float32 at least; itself differentiable.
+    """Per-image gradient norm ‖∂C/∂x‖, [B], in float32 or float64; differentiable.
 
     Args:
-        scores: [B], each of its own image alone (but for the minibatch's statistics).
-        images: [B, C, H, W], of which the scores were computed, with requires_grad.
+        scores: [B]; each must depend only on its own image (minibatch statistics aside).
+        images: [B, C, H, W] with requires_grad, from which the scores were computed.
     """
     (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return torch.linalg.vector_norm(
@@ -61,28 +62,28 @@ def gradient_norm(scores: Tensor, images: Tensor) -> Tensor:
 
 
 def lipschitz_penalty(norms: Tensor) -> Tensor:
-    """WGAN-GP's, of gradient norms between real and generated images: their mean squared distance from 1."""
+    """WGAN-GP's penalty: mean (norm − 1)² of gradient norms [B] at interpolations of real and generated images."""
     return (norms - 1).square().mean()
 
 
 def r1_penalty(norms: Tensor) -> Tensor:
-    """Of gradient norms at real images: half their mean square."""
+    """R1 penalty: half the mean square of gradient norms [B] at real images."""
     return 0.5 * norms.square().mean()
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL[q(z|x) || N(0, I)], mean and logvar [B, Z]: summed over the latent, averaged over the batch, in nats."""
+    """KL[q(z|x) || N(0, I)] in nats, for mean and logvar [B, Z]: summed over Z, averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
 
 
 def pixel_loss(images: Tensor, rec: Tensor) -> Tensor:
-    """Mean squared error on [-1, 1] (the reconstruction term of Eq. 1, divided by the number of values)."""
+    """Mean squared error of images in [-1, 1] (reconstruction term of Eq. 1, divided by the number of values)."""
     return F.mse_loss(rec, images)
 
 
 def feature_loss(real: dict[str, Tensor], rec: dict[str, Tensor], layers: tuple[str, ...]) -> Tensor:
-    """Mean squared error between the discriminator's features of images and reconstructions, averaged over layers.
+    """Mean squared error of the discriminator's features of images and reconstructions, averaged over layers.
 
-    The reconstruction term of Eq. 3, divided by the number of values; no gradient reaches the features of the images.
+    This is the reconstruction term of Eq. 3, divided by the number of values. `real` receives no gradient.
     """
     return torch.stack([F.mse_loss(rec[layer], real[layer].detach()) for layer in layers]).mean()

@@ -19,8 +19,8 @@ def make(**settings) -> tuple[Discriminator, InstanceContrast]:
     return discriminator, InstanceContrast(discriminator, config, D, WIDTH, seed=1)
 
 
-class Given(Discriminator):
-    """A discriminator that embeds all images as given, [S, B, D]."""
+class FixedEmbeddings(Discriminator):
+    """Discriminator that returns fixed embeddings [S, B, D]."""
 
     def __init__(self, embeddings: torch.Tensor):
         super().__init__(WIDTH, 1, D)
@@ -31,7 +31,7 @@ class Given(Discriminator):
 
 
 def loss_of(contrast: InstanceContrast, q: torch.Tensor, k: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return contrast.loss(Given(q), torch.zeros(q.shape[1], 1, 32, 32), Keys(k), ids)[0]
+    return contrast.loss(FixedEmbeddings(q), torch.zeros(q.shape[1], 1, 32, 32), Keys(k), ids)[0]
 
 
 def cross_entropy(q, k, negatives, temperature=0.07):
@@ -50,10 +50,10 @@ def test_loss_is_the_mean_of_cross_entropies(layers):
     discriminator.eval()
     loss, metrics = contrast.loss(discriminator, rec, contrast.keys(images), torch.arange(4))
     queries, keys = discriminator.embed(discriminator(rec), layers), discriminator.embed(discriminator(images), layers)
-    in_parts = contrast.keys(images, at_once=3).embeddings
-    torch.testing.assert_close(in_parts, keys, rtol=1e-4, atol=1e-5)  # C′ starts as C
+    micro_batched = contrast.keys(images, micro_batch=3).embeddings
+    torch.testing.assert_close(micro_batched, keys, rtol=1e-4, atol=1e-5)  # C′ is initialised with C
     pairs = [cross_entropy(queries[s], keys[s], contrast.queue.keys[s]) for s in range(len(layers))]
-    torch.testing.assert_close(loss, torch.stack([each for each, _ in pairs]).mean())
+    torch.testing.assert_close(loss, torch.stack([cross_entropies for cross_entropies, _ in pairs]).mean())
     for layer, (_, logits) in zip(layers, pairs, strict=True):
         top1 = (logits.argmax(1) == 0).float().mean()
         torch.testing.assert_close(metrics[f"contrast/top1_{layer}"], top1)
@@ -61,7 +61,7 @@ def test_loss_is_the_mean_of_cross_entropies(layers):
         torch.testing.assert_close(metrics[f"contrast/top5_{layer}"], top5)
 
 
-def test_an_empty_queue_counts_only_what_fills_it():
+def test_empty_slots_of_the_queue_are_ignored():
     _, contrast = make(layers=("final",))
     torch.manual_seed(1)
     q, k, older = torch.randn(3, 1, 4, D)
@@ -70,7 +70,7 @@ def test_an_empty_queue_counts_only_what_fills_it():
     torch.testing.assert_close(loss_of(contrast, q, k, torch.arange(4)), cross_entropy(q[0], k[0], older[0])[0])
 
 
-def test_an_images_own_keys_are_no_negatives_unless_wanted():
+def test_earlier_keys_of_the_same_image_are_not_negatives_by_default():
     torch.manual_seed(1)
     q, k, older = torch.randn(3, 1, 1, D)
     other = torch.randn(1, 1, D)
@@ -81,7 +81,7 @@ def test_an_images_own_keys_are_no_negatives_unless_wanted():
         torch.testing.assert_close(loss_of(contrast, q, k, torch.tensor([7])), cross_entropy(q[0], k[0], negatives)[0])
 
 
-def test_momentum_network_follows_and_takes_no_gradient():
+def test_momentum_network_is_an_ema_without_gradient():
     discriminator, contrast = make(momentum=0.9)
     before = [p.clone() for p in contrast.momentum.parameters()]
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_local_patches_are_one_location_of_the_feature_map():
     discriminator.eval()
     images = torch.rand(3, 1, 32, 32)
     features = discriminator(images).features
-    for location, b1, b3 in ((0.999, (15, 15), (7, 7)), (70 / 256, (4, 6), (2, 1))):  # of 256 positions, and of 64
+    for location, b1, b3 in ((0.999, (15, 15), (7, 7)), (70 / 256, (4, 6), (2, 1))):  # b1 has 256 positions, b3 64
         patches = contrast.keys(images, torch.tensor([location])).patches
         assert patches is not None
         torch.testing.assert_close(patches[0], features["b1"][:, :, *b1])

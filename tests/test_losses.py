@@ -1,4 +1,4 @@
-"""Loss values against numbers worked out by hand."""
+"""Loss values against numbers calculated by hand."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_kl_matches_torch_distributions_and_is_independent_of_the_batch_size():
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
     torch.testing.assert_close(kl_divergence(mean, logvar), expected)
     torch.testing.assert_close(kl_divergence(mean.repeat(4, 1), logvar.repeat(4, 1)), expected)
-    # The authors' weight, 1e-6 on the sum over a batch of 64, is 6.4e-5 on ours.
+    # The authors' weight of 1e-6 for the sum over a batch of 64 equals 6.4e-5 for the mean.
     mean, logvar = torch.randn(64, 128), torch.randn(64, 128)
     official = -0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp()) * 1e-6
     torch.testing.assert_close(6.4e-5 * kl_divergence(mean, logvar), official)

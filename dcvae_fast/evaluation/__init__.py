@@ -1,4 +1,4 @@
-"""What a trained model is worth. Evaluation sees a `DCVAE` and a data set: nothing of training."""
+"""Evaluation of trained models, from a `DCVAE` and a data set; independent of training."""
 
 from dcvae_fast.evaluation.images import Splits
 from dcvae_fast.evaluation.measurement import Measurement

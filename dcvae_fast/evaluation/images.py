@@ -1,4 +1,4 @@
-"""The images that are measured: of a data set, of the prior, of the posterior. Never all in memory at once."""
+"""Images to evaluate, as streams: real images, samples from the prior, reconstructions from the posterior."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,20 +12,21 @@ from dcvae_fast.models.dcvae import DCVAE
 from dcvae_pipelines import DataError, EncodedSet, ImageSet, decode_images
 from dcvae_pipelines.pixels import normalize, resize
 
-# Decoded at a time.
+# Limits of the images decoded together.
 PART_BYTES, PART_IMAGES = 2**26, 4096
 
-# Rows of noise drawn at once.
+# Rows of noise drawn in one call; the generator's values depend on it.
 BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: what the model was trained on, and what was held out.
+    """Training and test split of a data set.
 
     Attributes:
-        train, test: decoded, or still as files
-        on_corrupt: stop at an image that cannot be decoded, or skip it with a warning
+        train: images that the model was trained on, decoded or as files
+        test: images that were held out, decoded or as files
+        on_corrupt: whether to stop at an image that cannot be decoded, or to skip it with a warning
     """
 
     train: ImageSet | EncodedSet
@@ -34,23 +35,23 @@ class Splits:
 
 
 class Noise:
-    """Rows of standard normal noise from a seed: the same ones on every device, and however many are taken at once."""
+    """Rows of standard normal noise from a seed, independent of the device and of the sizes of the batches taken."""
 
     def __init__(self, size: int, seed: int):
         self._generator = torch.Generator().manual_seed(seed)
-        self._left = torch.empty(0, size)
+        self._remaining = torch.empty(0, size)
 
     def take(self, count: int) -> Tensor:
-        """The next rows, float32 [count, size] on the CPU."""
-        while len(self._left) < count:
-            fresh = torch.randn(BLOCK, self._left.shape[1], generator=self._generator)
-            self._left = torch.cat([self._left, fresh])
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
+        """Return the next rows, float32 [count, size] on the CPU."""
+        while len(self._remaining) < count:
+            block = torch.randn(BLOCK, self._remaining.shape[1], generator=self._generator)
+            self._remaining = torch.cat([self._remaining, block])
+        rows, self._remaining = self._remaining[:count], self._remaining[count:]
+        return rows
 
 
 def evenly_spaced(total: int, count: int) -> Tensor:
-    """int64 [min(count, total)]: as many indices below `total`, spread evenly over them."""
+    """Return int64 [min(count, total)]: indices from 0 to `total` − 1, evenly spaced."""
     count = min(count, total)
     return torch.arange(count) * total // max(1, count)
 
@@ -58,30 +59,30 @@ def evenly_spaced(total: int, count: int) -> Tensor:
 def parts(
     images: ImageSet | EncodedSet, indices: Tensor, model: ModelConfig, on_corrupt: Literal["stop", "skip"] = "stop"
 ) -> Iterator[ImageSet]:
-    """Those images of a data set, decoded a part at a time, as a model of this configuration sees them.
+    """Yield the images at these indices in parts, decoded in the resolution and channels of a model.
 
     Raises:
-        DataError: one of them cannot be decoded and is not to be skipped, or has too few pixels or other channels.
+        DataError: an image cannot be decoded and `on_corrupt` is "stop", or has too few pixels or other channels.
     """
     channels, resolution = model.image_channels, model.resolution
-    for chosen in indices.split(max(1, min(PART_IMAGES, PART_BYTES // (channels * resolution**2)))):
+    for part in indices.split(max(1, min(PART_IMAGES, PART_BYTES // (channels * resolution**2)))):
         if isinstance(images, EncodedSet):
-            some = replace(images, indices=images.indices[chosen])
-            yield decode_images(some, len(some), resolution=resolution, channels=channels, on_corrupt=on_corrupt)
+            subset = replace(images, indices=images.indices[part])
+            yield decode_images(subset, len(subset), resolution=resolution, channels=channels, on_corrupt=on_corrupt)
             continue
         shape = images.images.shape[1:]
         if shape[0] != channels or shape[1] != shape[2] or shape[1] < resolution:
             raise DataError(
                 f"{images.name} has images of {list(shape)}, but the model's are [{channels}, {resolution},"
-                f" {resolution}]; name its own data set with --data.name"
+                f" {resolution}]; choose its data set with --data.name"
             )
-        labels = None if images.labels is None else images.labels[chosen]
-        yield ImageSet(images.name, resize(images.images[chosen], resolution), labels)
+        labels = None if images.labels is None else images.labels[part]
+        yield ImageSet(images.name, resize(images.images[part], resolution), labels)
 
 
 @torch.no_grad()
 def samples(model: DCVAE, count: int, batch: int, seed: int, clamp: float | None) -> Iterator[Tensor]:
-    """What the decoder makes of draws from the prior N(0, I), clamped to [-clamp, clamp]; [≤ batch, C, R, R]."""
+    """Yield images [≤ batch, C, R, R] decoded from the prior N(0, I), with latents clamped to [-clamp, clamp]."""
     noise = Noise(model.config.latent_dim, seed)
     for start in range(0, count, batch):
         latents = noise.take(min(batch, count - start)).to(model.device)
@@ -92,8 +93,10 @@ def samples(model: DCVAE, count: int, batch: int, seed: int, clamp: float | None
 def reconstructions(
     model: DCVAE, images: Iterable[ImageSet], batch: int, seed: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Real images beside what the decoder makes of their posterior's mean, or, with a seed, of draws from it; both
-    [≤ batch, C, R, R], the real ones in [-1, 1]."""
+    """Yield real images in [-1, 1] and their reconstructions, both [≤ batch, C, R, R].
+
+    Reconstructions are decoded from the posterior mean or, with a seed, from a draw from the posterior.
+    """
     noise = None if seed is None else Noise(model.config.latent_dim, seed)
     for part in images:
         for pixels in part.images.split(batch):

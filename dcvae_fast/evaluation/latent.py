@@ -1,4 +1,4 @@
-"""Walks through the latent space."""
+"""Interpolation in latent space."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from dcvae_fast.models.dcvae import DCVAE
 
 @torch.no_grad()
 def interpolate(model: DCVAE, start: Tensor, end: Tensor, steps: int = 8) -> Tensor:
-    """Images between pairs of images: even steps on the line between their posterior means (Figures 6 and 11).
+    """Interpolate between pairs of images, evenly on the line between their posterior means (Figures 6 and 11).
 
     Args:
         model: the autoencoder.
         start, end: images [B, C, H, W] in [-1, 1].
-        steps: images between, both reconstructions included.
+        steps: number of decoded images, including both reconstructions.
 
     Returns:
         [B, steps + 2, C, H, W]: the start image itself, `steps` decoded images, the end image itself.

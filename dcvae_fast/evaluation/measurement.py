@@ -1,4 +1,4 @@
-"""A measured number, and the file that holds all those of a model."""
+"""Measurements of a model, and the file that stores them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch import nn
 from dcvae_fast.errors import EvaluationError, reason
 from dcvae_pipelines.atomic import atomic_write
 
-# In a run's folder.
+# In the run folder.
 EVALUATION_FILE = "evaluation.json"
 
 Subject = Literal["samples", "reconstructions", "latents"]
@@ -22,21 +22,21 @@ Subject = Literal["samples", "reconstructions", "latents"]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One number of a model.
+    """One measured number of a model.
 
     Attributes:
         metric: fid (Fréchet distance), is (Inception score), kid, precision, recall; pixel_mse (on [-1, 1]),
             pixel_squares (an image's sum of squares on [0, 1]), pixel_rmse (on 0–255); perceptual_imagenet,
             perceptual_caffe; ppl; probe_error (percent)
-        of: what was measured
+        of: subject of the measurement
         protocol: paper or official
         value: the number
-        spread: how far it may be off, or None
-        spread_is: what the spread is
-        count: images, or for ppl pairs of them, that were measured
-        data: the images of the data set that they were made of or compared with, or None
-        seed: of the noise
-        extractor: the network that looked at the images, or None
+        spread: its uncertainty, or None
+        spread_is: definition of the spread, or None
+        count: number of images measured, or of pairs for ppl
+        data: images of the data set that were reconstructed or compared with, or None
+        seed: seed of the noise
+        extractor: name of the network that extracted features, or None
     """
 
     metric: str
@@ -52,40 +52,40 @@ class Measurement:
 
 
 def describe(model: nn.Module, images: int | None) -> dict[str, Any]:
-    """The head of a file of measurements: images that the model was trained on, its weights' hash, versions, device."""
+    """Return the header of a measurement file: training progress in images, hash of the weights, versions, device."""
     device = next(model.parameters()).device
     return {
         "images": images,
         "weights": hash_weights(model),
-        "versions": {name: found for name in ("torch", "torchvision", "torch-fidelity") if (found := _version(name))},
+        "versions": {name: value for name in ("torch", "torchvision", "torch-fidelity") if (value := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of measurements; empty where there is none yet.
+    """Read a measurement file; return {} if it does not exist.
 
     Raises:
-        EvaluationError: there is something else at this place.
+        EvaluationError: the path holds something else.
     """
     if not path.exists():
         return {}
     try:
         stored = json.loads(path.read_text())
         if not isinstance(stored, dict) or not {"weights", "measurements"} <= set(stored):
-            raise ValueError("it holds something else")
+            raise ValueError("it has other content")
     except (ValueError, OSError) as error:
-        raise EvaluationError(f"--out {path} is no file of measurements ({reason(error)}).") from error
+        raise EvaluationError(f"--out {path} is not a measurement file ({reason(error)}).") from error
     return stored
 
 
 def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
-    """Put a measurement into the file, in place of an older one of the same metric, subject and protocol.
+    """Store a measurement in the file, replacing an older one of the same metric, subject and protocol.
 
-    What the file holds of another model is dropped; what was measured by other versions or elsewhere says so.
+    Measurements of another model are dropped. Those made with other versions or on another device are marked as such.
 
     Raises:
-        EvaluationError: there is something else at this place.
+        EvaluationError: the path holds something else.
     """
     stored, new, kept = read(path), asdict(measurement), []
     if all(stored.get(name) == head[name] for name in ("images", "weights")):
@@ -98,17 +98,17 @@ def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
 
 
 def table(measured: Sequence[Measurement]) -> str:
-    """The measurements in aligned columns."""
+    """Format measurements in aligned columns."""
     rows = [("metric", "of", "protocol", "value", "images", "extractor")]
-    for one in measured:
-        value = f"{one.value:.4g}" + ("" if one.spread is None else f" ± {one.spread:.2g}")
-        rows.append((one.metric, one.of, one.protocol, value, f"{one.count:,}", one.extractor or ""))
+    for m in measured:
+        value = f"{m.value:.4g}" + ("" if m.spread is None else f" ± {m.spread:.2g}")
+        rows.append((m.metric, m.of, m.protocol, value, f"{m.count:,}", m.extractor or ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def hash_weights(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers and their names."""
+    """Return the SHA-256 of all parameters and buffers and their names."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Networks that others have trained: where their weights lie, and whether they are the published ones."""
+"""Published weights of pretrained networks: location, download and verification."""
 
 import hashlib
 import pickle
@@ -20,24 +20,23 @@ from dcvae_fast.errors import EvaluationError, reason
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network that looks at images, and the name that measurements give it."""
+    """Feature extractor, and its name in measurements."""
 
     name: str
     network: nn.Module
 
 
 def find_weights(url: str, folder: Path | None) -> Path:
-    """The file of weights that is published at `url`: in `folder`, or, where that is None, in torch's own folder of
-    downloads, fetched if it is not there yet.
+    """Find the weights published at `url` in a folder; if it is None, in torch's cache, downloading them if needed.
 
     Raises:
-        EvaluationError: it is missing and cannot be downloaded, or is not the published one.
+        EvaluationError: the file is missing and cannot be downloaded, or its hash is not the published one.
     """
     name = PurePosixPath(urlparse(url).path).name
-    found = re.search(r"-([0-9a-f]{8,})\.", name)  # the beginning of its SHA-256, by torch's convention
-    digits = found[1] if found else None
-    known = f"SHA-256 {digits}…" if digits else "of which no hash is published"
-    remedy = f"get it from {url} ({known}) and name its folder: --weights DIR"
+    match = re.search(r"-([0-9a-f]{8,})\.", name)  # by torch's convention, the beginning of the SHA-256
+    digits = match[1] if match else None
+    published = f"SHA-256 {digits}…" if digits else "no hash is published"
+    remedy = f"download {url} ({published}) and pass its folder with --weights DIR"
     path = (folder or Path(torch.hub.get_dir()) / "checkpoints") / name
     if not path.is_file():
         if folder is not None:
@@ -50,14 +49,15 @@ def find_weights(url: str, folder: Path | None) -> Path:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digits and not digest.startswith(digits):
-        raise EvaluationError(f"{path}: is damaged, its SHA-256 is {digest[: len(digits)]}…; {remedy}.")
+        raise EvaluationError(f"{path}: is damaged: its SHA-256 is {digest[: len(digits)]}…; {remedy}.")
     return path
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """
+    """Load a file of weights.
+
     Raises:
-        EvaluationError: the file holds anything but tensors.
+        EvaluationError: the file cannot be read, or holds anything but tensors.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -67,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def downloads_in(folder: Path) -> Iterator[None]:
-    """Inside, whatever a library would download by torch.hub is taken from this folder."""
+    """Context manager that makes torch.hub take downloads from this folder."""
     before = torch.hub.get_dir()
     with TemporaryDirectory() as hub:
         (Path(hub) / "checkpoints").symlink_to(folder.resolve(), target_is_directory=True)

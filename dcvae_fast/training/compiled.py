@@ -1,4 +1,4 @@
-"""The networks' forward passes, and so their backward passes, by torch.compile."""
+"""torch.compile for the networks: forward passes, and through them backward passes."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,34 +20,35 @@ def uses_compile(config: Config, device: torch.device) -> bool:
 
 
 def compile_forward(modules: Iterable[nn.Module]) -> None:
-    """Compiles what these modules compute, but not the hooks on them, when first called; for each kind of input, and of
-    parameters with or without gradients, anew."""
-    import torch._dynamo.config  # not before it is wanted, for that takes a while
+    """Compile the forward passes of modules, without their hooks. Compilation happens at the first call, and again for
+    each input shape and for parameters with or without gradients."""
+    import torch._dynamo.config  # imported here because it is slow
 
-    # A version for each batch size, for parameters with and without gradients, for C and C′; of 8, torch's limit, more
-    # would run eagerly.
+    # One version for each batch size, for parameters with and without gradients, and for C and C′. Beyond torch's
+    # default limit of 8 versions, modules would run eagerly.
     torch._dynamo.config.recompile_limit = 64
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=False)
 
 
 def forget_compiled() -> None:
-    """What was compiled for a resolution is of no use at another, and torch keeps only so many versions."""
+    """Discard compiled code. It is useless at another resolution, and torch limits the number of versions."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
 
 def uncompiled() -> AbstractContextManager:
-    """Inside, modules compute as they are: for second derivatives, which the compiler has not, and for single passes,
-    for which it takes too long."""
+    """Context manager that runs modules eagerly: for second derivatives, which torch.compile does not support, and for
+    single passes, which are not worth compiling."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """
+    """Context manager that turns failures of torch.compile into a ConfigError.
+
     Raises:
-        ConfigError: torch cannot compile here, for want of a compiler as a rule.
+        ConfigError: torch.compile fails, usually because there is no C++ compiler.
     """
     try:
         yield
@@ -56,6 +57,4 @@ def compiling() -> Iterator[None]:
         if dynamo is None or not isinstance(error, dynamo.exc.TorchDynamoException):
             raise
         cause = reason(getattr(error, "inner_exception", error))
-        raise ConfigError(
-            f"the networks cannot be compiled here ({cause}); --train.compile false does without."
-        ) from error
+        raise ConfigError(f"the networks cannot be compiled here ({cause}); use --train.compile false.") from error

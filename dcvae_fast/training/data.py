@@ -1,4 +1,4 @@
-"""The images of a run, as its configuration describes them."""
+"""Open the data set of a run according to its configuration."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
     """Return a split of the configured data set.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the data set is missing or damaged.
         ConfigError: its images do not fit the networks.
     """
     data, model = config.data, config.model
@@ -30,18 +30,20 @@ def open_data(config: Config, split: str) -> ImageSet | EncodedSet:
         if channels != model.image_channels:
             raise ConfigError(f"model.image_channels is {model.image_channels}, but {data.name} has {channels}.")
         if size != model.resolution:
-            raise ConfigError(f"{data.name} has images of {size}×{size}, but the networks are for {model.resolution}.")
+            raise ConfigError(f"{data.name} has images of {size}×{size}, but model.resolution is {model.resolution}.")
     return images
 
 
 def first_images(config: Config, images: ImageSet | EncodedSet, count: int) -> ImageSet:
-    """Decode the first `count` images, or fewer if there are fewer, at the final resolution.
+    """Decode the first `count` images, or all if there are fewer, at the final resolution.
 
     Raises:
         DataError: one of the images is damaged and `data.on_corrupt` is stop.
     """
-    model, how = config.model, config.data.on_corrupt
-    return decode_images(images, count, resolution=model.resolution, channels=model.image_channels, on_corrupt=how)
+    model, on_corrupt = config.model, config.data.on_corrupt
+    return decode_images(
+        images, count, resolution=model.resolution, channels=model.image_channels, on_corrupt=on_corrupt
+    )
 
 
 def training_images(config: Config) -> ImageSet | EncodedSet:
@@ -72,7 +74,7 @@ def open_source(
     ranks: Ranks = SINGLE,
     seed: int | None = None,
 ) -> Source:
-    """Return batches for training: this rank's share, at the first resolution.
+    """Return this rank's share of the training batches, at the first resolution.
 
     Args:
         seed: determines the order of the images; None for `train.seed`.
@@ -82,7 +84,7 @@ def open_source(
     """
     data, model, train, start = config.data, config.model, config.train, schedule_at(config, 0, ranks.world_size)
     if ranks.world_size > len(images):
-        raise DataError(f"{images.name} has fewer images, {len(images)}, than there are ranks, {ranks.world_size}.")
+        raise DataError(f"{images.name} has {len(images)} images, fewer than the {ranks.world_size} ranks.")
     source = make_source(
         images,
         resolution=model.resolution,

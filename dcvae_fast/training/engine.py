@@ -1,4 +1,4 @@
-"""Backward passes, gradients averaged over the ranks, and Adam."""
+"""Engine: backward passes, gradient averaging over ranks, and Adam."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,13 +17,19 @@ SMALLEST_LOSS_SCALE = 2**-24
 
 
 class Engine:
-    """Step the parameters that have received a gradient.
+    """Steps the parameters that have received a gradient.
 
-    One Adam serves all objectives: torch's leaves out parameters without a gradient, and counts steps for each.
+    One Adam serves all objectives, because torch.optim.Adam skips parameters without a gradient and counts steps per
+    parameter.
+
+    Attributes:
+        settings: DeepSpeed's configuration; empty if DeepSpeed is not used
+        groups: parameters by group name
+        names: parameters by their names in the networks
+        scaler: dynamic loss scale for float16
     """
 
     settings: Mapping[str, Any] = {}
-    """settings of DeepSpeed, if it is used"""
 
     def __init__(
         self,
@@ -35,10 +41,10 @@ class Engine:
     ):
         """
         Args:
-            networks: whose parameters are stepped; the state uses their names.
-            groups: the parameters, by names for `backward`.
+            networks: all networks; the state dict uses their parameter names.
+            groups: the trained parameters by group name; `backward` selects groups.
             config: settings of Adam and precision.
-            ranks: over which gradients are averaged.
+            ranks: ranks over which gradients are averaged.
             scales: see `adam`.
         """
         self.groups, self.ranks = groups, ranks
@@ -61,25 +67,25 @@ class Engine:
 
     @property
     def adam_name(self) -> str:
-        """Whose Adam is used: see `choose`."""
+        """Implementation of Adam: apex, deepspeed or torch."""
         return choose(self._config.implementation, self.parameters[0].device)
 
     def reset(self, lr: float, batch: int) -> None:
-        """Forget all moments; continue with this learning rate, and batch per rank."""
+        """Restart Adam with this learning rate. `batch` is the batch per rank, used by DeepSpeed."""
         self.optimizer: torch.optim.Optimizer = adam(self.parameters, self._config, lr, self._scales)
 
     def backward(self, loss: Tensor, groups: Iterable[str]) -> None:
-        """Add the gradient of the loss to the parameters of these groups, and to no others."""
+        """Accumulate the gradient of the loss in the parameters of these groups only."""
         self._differentiate(self.scaler.scale(loss), [parameter for name in groups for parameter in self.groups[name]])
 
     def _differentiate(self, loss: Tensor, parameters: Parameters) -> None:
         loss.backward(inputs=parameters)
 
     def step(self) -> None:
-        """Step the parameters that have gradients by their means over all ranks, and clear the gradients.
+        """Average gradients over all ranks, step the parameters that have gradients, and clear the gradients.
 
         Raises:
-            DivergedError: a float16 loss or its gradients are not finite at any loss scale.
+            DivergedError: in float16, a loss or its gradients are not finite at any loss scale.
         """
         self._average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.scaler.step(self.optimizer)
@@ -87,13 +93,13 @@ class Engine:
         self.optimizer.zero_grad()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_LOSS_SCALE:  # waits for the device
             with self.ranks.raise_on_all_ranks():
-                raise DivergedError("a loss or its gradients are not finite in float16, at any loss scale.")
+                raise DivergedError("a loss or its gradients are not finite in float16 at any loss scale.")
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         self.ranks.all_reduce_mean_(gradients)
 
     def moments(self) -> dict[nn.Parameter, Moments]:
-        """Return the moments of all parameters that have been stepped, whole on every rank."""
+        """Return the full moments of all parameters that have been stepped, on every rank."""
         optimizer = self.optimizer
         return {
             parameter: read_moments(optimizer, group, parameter)
@@ -109,7 +115,7 @@ class Engine:
                     write_moments(self.optimizer, group, parameter, moments[parameter])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return moments by the parameter's name, independent of optimizer and number of ranks, and the loss scale."""
+        """Return the loss scale and the moments by parameter name. Independent of optimizer and number of ranks."""
         moments = self.moments()
         scale = self.scaler.state_dict()
         return {
@@ -118,7 +124,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; call `reset` first."""
+        """Load a state dict. Call `reset` first."""
         self._load_moments({self.names[name]: Moments(**moments) for name, moments in state["moments"].items()})
         if self.scaler.is_enabled() and (scale := state["loss_scale"]) is not None:
             steps = scale["steps"] % self._config.loss_scale_window

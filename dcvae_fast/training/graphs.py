@@ -1,4 +1,4 @@
-"""Iterations as CUDA graphs: all that one launches is recorded once, and from then on launched as one."""
+"""CUDA graphs: the kernels of an iteration are recorded once, and afterwards launched together."""
 
 import gc
 from collections import defaultdict
@@ -15,34 +15,35 @@ from dcvae_fast.errors import ConfigError
 T = TypeVar("T")
 Results = dict[str, Tensor]
 
-# Iterations of a kind that run as they are before it is recorded: they make optimizers, compile, choose algorithms.
+# Eager iterations of each kind before it is recorded: they create optimizer states, compile, and select algorithms.
 WARM_UPS = 3
 
-# Iterations for which the first kind to be ready waits for the others: what runs as it is cannot use a graph's memory.
+# Iterations after which a kind is recorded even if another is still warming up. Until then recording waits, because
+# eager iterations cannot use the memory of a graph.
 PATIENCE = 64
 
 
 class Recorder(Protocol):
-    """Records what `work` launches: its result, and what launches it again, on the same memory, and fills the result
-    anew."""
+    """Records the kernels that `work` launches. Returns the result of `work`, and a function that launches the kernels
+    again on the same memory and so updates the result."""
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]: ...
 
 
 class CudaRecorder:
-    """By CUDA graphs; the memory of all of them is shared, for they run one after the other."""
+    """Records CUDA graphs. All graphs of a recorder share memory, because they run one after the other."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        # Reference cycles may keep autograd graphs of earlier iterations alive. Their AccumulateGrad nodes would be
+        # Reference cycles can keep autograd graphs of earlier iterations alive. Their AccumulateGrad nodes would be
         # reused, and would accumulate in the stream of those iterations, outside the capture.
         gc.collect()
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
-            # Other threads, which decode images, may allocate meanwhile.
+            # Other threads, which decode images, can allocate memory during the capture.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 result = work()
         return result, graph.replay
@@ -55,31 +56,33 @@ class Graph(NamedTuple):
 
 
 class Graphs:
-    """Runs iterations, and records each kind of them after a few."""
+    """Runs iterations, and records each kind of iteration after its warm-up."""
 
-    def __init__(self, recorder: Callable[[], Recorder]):
+    def __init__(self, make_recorder: Callable[[], Recorder]):
         """
         Args:
-            recorder: makes one, with memory of its own.
+            make_recorder: creates a recorder with a new memory pool.
         """
         # torch.optim imports it in the first step of an optimizer, which must not happen during a capture.
         import torch._dynamo  # noqa: F401
 
-        self._make_recorder = recorder
+        self._make_recorder = make_recorder
         self.forget()
 
     def forget(self) -> None:
-        """Drop all graphs and their memory; the next iterations run as they are again."""
+        """Drop all graphs and their memory. The next iterations run eagerly again."""
         self._graphs: dict[Hashable, Graph] = {}
         self._seen: dict[Hashable, int] = defaultdict(int)
-        self._record: Recorder | None = None
+        self._recorder: Recorder | None = None
 
     def run(self, kind: Hashable, work: Callable[[list[Tensor]], Results], inputs: list[Tensor]) -> Results:
-        """Return the scalars that work(inputs) returns.
+        """Return the scalars that work(inputs) returns, from a graph if one has been recorded.
 
         Args:
-            kind: work that launches the same on inputs of the same shapes is of one kind. It may read and write other
-                tensors, always the same ones until `forget` is called, and has no other effects.
+            kind: identifies the work: with the same kind and input shapes, it must launch the same kernels.
+            work: can read and write other tensors, always the same ones until `forget` is called, and must have no
+                other side effects.
+            inputs: copied into the memory of the graph.
         """
         kind = (kind, tuple(x.shape for x in inputs))
         if kind not in self._graphs:
@@ -87,29 +90,29 @@ class Graphs:
             seen = self._seen.values()
             if self._seen[kind] <= WARM_UPS or (min(seen) < WARM_UPS and sum(seen) < PATIENCE):
                 return work(inputs)
-            self._graphs[kind] = self._recorded(work, inputs)
+            self._graphs[kind] = self._record_graph(work, inputs)
         graph = self._graphs[kind]
         torch._foreach_copy_(graph.inputs, inputs)
         graph.replay()
         # The next replay overwrites the results.
         return dict(zip(graph.results, torch.stack(list(graph.results.values())).unbind(), strict=True))
 
-    def _recorded(self, work: Callable[[list[Tensor]], Results], inputs: list[Tensor]) -> Graph:
-        if self._record is None:
-            self._record = self._make_recorder()
-        own = [torch.empty_like(x).copy_(x) for x in inputs]
-        results, replay = self._record(lambda: work(own))
-        return Graph(own, results, replay)
+    def _record_graph(self, work: Callable[[list[Tensor]], Results], inputs: list[Tensor]) -> Graph:
+        if self._recorder is None:
+            self._recorder = self._make_recorder()
+        static_inputs = [torch.empty_like(x).copy_(x) for x in inputs]
+        results, replay = self._recorder(lambda: work(static_inputs))
+        return Graph(static_inputs, results, replay)
 
 
 def uses_graphs(config: Config, device: torch.device, ranks: Ranks = SINGLE) -> bool:
-    """Whether iterations become CUDA graphs: as `train.graphs` says, or where it leaves that open, where they can.
+    """Return `train.graphs`; if that is None, whether CUDA graphs are possible and there is one rank.
 
     Raises:
-        ConfigError: it asks for them where there can be none.
+        ConfigError: `train.graphs` is true, but CUDA graphs are not possible.
     """
-    wanted, train = config.train.graphs, config.train
-    if wanted is False or device.type == "meta":
+    train, graphs = config.train, config.train.graphs
+    if graphs is False or device.type == "meta":
         return False
     obstacle = None
     if device.type != "cuda":
@@ -117,9 +120,9 @@ def uses_graphs(config: Config, device: torch.device, ranks: Ranks = SINGLE) -> 
     elif train.uses_deepspeed:
         obstacle = "DeepSpeed steps the parameters"
     elif train.precision == "float16":
-        obstacle = "float16 looks at every gradient to scale its losses"
+        obstacle = "float16 inspects the gradients to choose the loss scale"
     elif config.optim.implementation in ("apex", "deepspeed"):
         obstacle = f"optim.implementation is {config.optim.implementation}"
-    if wanted and obstacle:
-        raise ConfigError(f"train.graphs is true, but {obstacle}: there can be no CUDA graphs.")
-    return obstacle is None and (wanted or ranks.world_size == 1)
+    if graphs and obstacle:
+        raise ConfigError(f"train.graphs is true, but CUDA graphs cannot be used: {obstacle}.")
+    return obstacle is None and (graphs or ranks.world_size == 1)

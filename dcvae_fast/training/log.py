@@ -1,7 +1,7 @@
-"""metrics.jsonl, TensorBoard, the progress line, image grids.
+"""Logging: metrics.jsonl, TensorBoard, progress lines and image grids.
 
-Training waits for the device here, where checkpoints are saved, while it is profiled, and in float16 for the loss
-scale: nowhere else.
+Training waits for the device only when the log is written, when a checkpoint is saved, while it is profiled, and in
+float16 for the loss scale.
 """
 
 import json
@@ -28,12 +28,13 @@ TENSORBOARD = "tensorboard"
 
 
 class Log:
-    """Collects metrics on the device, and writes their means over iterations and ranks when told to."""
+    """Accumulates metrics on the device; `write` writes their means over iterations and ranks.
+
+    Only the first rank writes.
+    """
 
     def __init__(self, folder: Path, images: int, total: int, ranks: Ranks = SINGLE):
-        """Continue the log of a run after `images` of `total` images; what was logged beyond them is dropped.
-
-        Only the first of several ranks writes."""
+        """Continue the log of a run after `images` of `total` images. Later records are dropped."""
         self.folder, self.total, self._ranks = folder, total, ranks
         if ranks.is_first:
             from torch.utils.tensorboard import SummaryWriter
@@ -48,17 +49,17 @@ class Log:
         self._images, self._time, self._waited = images, time.perf_counter(), 0.0
 
     def add(self, metrics: dict[str, Tensor], waited: float = 0.0) -> None:
-        """Add the scalars of one iteration, without waiting for them, and the seconds it had to wait for its images."""
+        """Add the scalars of one iteration without waiting for the device, and the seconds it waited for its images."""
         self._waited += waited
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] += 1
 
     def write(self, images: int) -> None:
-        """Write the means since the last call, after `images` images, and a line to the terminal.
+        """Write means since the last call, after `images` images, and log a progress line.
 
         Raises:
-            DivergedError: a mean is not a finite number.
+            DivergedError: a mean is not finite.
         """
         names = sorted(self._sums)
         if not names:
@@ -67,10 +68,11 @@ class Log:
         self._ranks.all_reduce_mean_([sums])
         means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
         with self._ranks.raise_on_all_ranks():
-            if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-                raise DivergedError(
-                    f"{self.folder}: {bad[0]} became {means[bad[0]]} between {self._images:,} and {images:,} images."
-                )
+            for name, value in means.items():
+                if not math.isfinite(value):
+                    raise DivergedError(
+                        f"{self.folder}: {name} became {value} between {self._images:,} and {images:,} images."
+                    )
             if self._ranks.is_first:
                 self._record(images, means)
         self._restart(images)
@@ -87,36 +89,36 @@ class Log:
         for name, value in record.items():
             self._tensorboard.add_scalar(name, value, images)
 
-    def held_out(self, images: int, measured: dict[str, float]) -> None:
-        """Write metrics of held-out images as `held_out/NAME`, a line of their own, and a line to the terminal."""
-        self._append(images, {f"held_out/{name}": value for name, value in measured.items()})
+    def held_out(self, images: int, metrics: dict[str, float]) -> None:
+        """Write held-out metrics as `held_out/NAME` in a separate record, and log them."""
+        self._append(images, {f"held_out/{name}": value for name, value in metrics.items()})
         logger.info(
-            "held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items())
+            "held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
         )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out of images per second and of the share of waiting."""
+        """Exclude the time of the block from images_per_second and waiting_for_data."""
         for value in list(self._sums.values())[-1:]:
-            value.cpu()  # waits for the device, so that no training goes on in the pause
-        began = time.perf_counter()
+            value.cpu()  # waits for the device, so that training is not still running in the pause
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._time += time.perf_counter() - began
+            self._time += time.perf_counter() - start
 
     def grid(self, name: str, images: int, tiles: Tensor, columns: int) -> Path:
-        """Write images [N, C, H, W] in [-1, 1] as RUN/grids/NAME-IMAGES.png and to TensorBoard; returns the file."""
-        sheet = make_grid(tiles, columns)
+        """Write images [N, C, H, W] in [-1, 1] to RUN/grids/NAME-IMAGES.png and TensorBoard, and return the file."""
+        grid = make_grid(tiles, columns)
         path = self.folder / GRIDS / f"{name}-{images:012d}.png"
         path.parent.mkdir(exist_ok=True)
-        atomic_write(path, png_bytes(sheet))
-        self._tensorboard.add_image(name, sheet, images)
+        atomic_write(path, png_bytes(grid))
+        self._tensorboard.add_image(name, grid, images)
         return path
 
     def growth(self, samples: Tensor) -> Path:
-        """Write samples [N, C, R, R] of the present resolution into RUN/grids/growth.png, as a row below those of the
-        resolutions before it, all at the size of the largest; returns the file."""
+        """Write samples [N, C, R, R] of the current resolution to RUN/grids/growth.png, and return the file. The image
+        has one row per resolution, scaled to the size of the largest."""
         from PIL import Image
 
         rows = self.folder / GRIDS / "growth"
@@ -139,8 +141,8 @@ class Log:
 
 
 def _progress_line(images: int, total: int, rate: float, waiting: float, means: dict[str, float]) -> str:
-    left = max(0, total - images) / rate
-    parts = [f"{images:,} / {total:,} images", f"{rate:,.0f} images/s", f"{_duration(left)} left"]
+    remaining = max(0, total - images) / rate
+    parts = [f"{images:,} / {total:,} images", f"{rate:,.0f} images/s", f"{_duration(remaining)} left"]
     parts.append(f"waiting for data {waiting:.0%}" if waiting >= 0.05 else "")
     parts.append(f"pixel error {means['pixel_mse']:.4f}" if "pixel_mse" in means else "")
     for name, value in means.items():
@@ -158,10 +160,10 @@ def _duration(seconds: float) -> str:
 
 
 def _drop_after(folder: Path, images: int) -> None:
-    """Drop the lines of a run's metrics that a resumed run writes again, and those that are damaged."""
+    """Drop damaged records from metrics.jsonl, and records that a resumed run writes again."""
     if not (path := folder / METRICS_FILE).is_file():
         return
-    kept = [record for record in read_metrics(folder) if record["images"] <= images]
-    content = "".join(json.dumps(record) + "\n" for record in kept).encode()
+    records = [record for record in read_metrics(folder) if record["images"] <= images]
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
     if content != path.read_bytes():
         atomic_write(path, content)

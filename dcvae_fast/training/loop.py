@@ -1,4 +1,4 @@
-"""A whole run: data → step → logs, grids, checkpoints. To resume, call it again."""
+"""The training loop: data → step → logs, grids, checkpoints. Calling `train` again resumes the run."""
 
 import logging
 import time
@@ -26,18 +26,18 @@ from dcvae_pipelines import Batch, DataError, EncodedSet, ImageSet, Source
 
 logger = logging.getLogger(__name__)
 
-# What each rank reports before an iteration; all do what the highest asks for.
+# Status of a rank before each iteration. All ranks act on the maximum.
 GO, STOP, FAILED = range(3)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended.
+    """Outcome of a call of `train`.
 
     Attributes:
         images: images shown so far, over all calls
-        trained: whether this call showed any
-        signal: the signal that stopped it, if one did
+        trained: whether this call trained at all
+        signal: the signal that stopped training, if any
     """
 
     images: int
@@ -50,11 +50,12 @@ class Run:
     """A run in progress on one rank.
 
     Attributes:
-        config, folder: its settings and files
-        images: what it is trained on
-        source: batches of them, this rank's share
-        step: an iteration, with the networks
-        snapshots: grids and held-out metrics, on the first rank
+        config: all settings
+        folder: run folder
+        images: training set
+        source: this rank's share of the training batches
+        step: the networks and the training iteration
+        snapshots: held-out data for grids and metrics; None on other ranks than the first
     """
 
     config: Config
@@ -66,22 +67,22 @@ class Run:
 
 
 def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = False) -> Outcome:
-    """Train in the run folder until `train.images` images were shown, or until SIGINT or SIGTERM.
+    """Train in the run folder until `train.images` images have been shown, or until SIGINT or SIGTERM.
 
-    Continues from the newest intact checkpoint, whatever the number of ranks that wrote it. On a CPU, with the same
-    number of threads and ranks, the weights are bitwise those of an uninterrupted run. With several ranks, only the
-    first uses the folder. Messages are logged at INFO; `console.configure_logging` prints them.
+    Training resumes from the newest intact checkpoint, written by any number of ranks. On a CPU, with the same numbers
+    of threads and ranks, the weights are bitwise equal to those of an uninterrupted run. Only the first rank uses the
+    folder. Messages are logged at INFO; `console.configure_logging` prints them.
 
     Args:
         config: all settings.
-        folder: the run folder.
+        folder: run folder.
         ranks: the processes that train together.
-        profiled: whether a few iterations of the first rank are profiled, into RUN/profile.
+        profiled: whether to profile a few iterations of the first rank and write the results to RUN/profile.
 
     Raises:
-        UserError: a setting, the data or the folder is not usable, or training diverged; the message says which.
+        UserError: a setting, the data or the folder is unusable, or training diverged; the message says which.
         DataError: the data set is missing or damaged.
-        RankError: another rank raises one of these.
+        RankError: another rank raised one of these.
     """
     run = _open(config, folder, ranks)
     step, total = run.step, config.train.images
@@ -101,7 +102,7 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
         profiler = None
         if profiled and ranks.is_first:
             profiler = stack.enter_context(closing(Profiler(folder, config, step.device)))
-        # Where stderr is not a terminal, the log's lines show the progress.
+        # If stderr is not a terminal, the lines of the log show the progress.
         advance = stack.enter_context(progress_bar("images", total, initial=start, lines=False))
         _iterate(run, log, profiler, received, advance)
     signals = [number for number in ranks.all_gather_object(received[0] if received else None) if number]
@@ -109,25 +110,27 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
 
 
 def _open(config: Config, folder: Path, ranks: Ranks) -> Run:
-    """Open the data, build the networks, and make or check the run folder."""
+    """Open the data, build the networks, and create or check the run folder."""
     with ranks.raise_on_all_ranks():
-        if config.data.download and ranks.is_first:  # before the other ranks look for the files
+        if config.data.download and ranks.is_first:  # download before the other ranks open the files
             open_data(config, "train")
     with ranks.raise_on_all_ranks():
         device = pick_device(config.train.device, ranks)
         images = training_images(config)
         snapshots = open_snapshots(config, images, device) if ranks.is_first else None
-        if isinstance(images, ImageSet):  # once, for all sources that are made of it
+        if isinstance(images, ImageSet):  # move once, for all sources made from it
             images = replace(images, images=images.images.to(device))
         step, source = TrainStep(config, device, ranks), open_source(config, images, device, ranks)
         if ranks.is_first:
-            prepare_run(folder, config)  # last, so that only settings that work make a folder
-    ranks.check_same({f"the number of images in {images.name}": len(images), "DeepSpeed's part": step.engine.settings})
+            prepare_run(folder, config)  # last, so that unusable settings create no folder
+    ranks.check_same(
+        {f"the number of images in {images.name}": len(images), "DeepSpeed's configuration": step.engine.settings}
+    )
     return Run(config, folder, images, source, step, snapshots)
 
 
 def _resume(run: Run) -> None:
-    """Load the newest intact checkpoint, if there is one; the first rank reads it."""
+    """Load the newest intact checkpoint, if any. The first rank reads it and broadcasts it."""
     ranks, state = run.step.ranks, None
     with ranks.raise_on_all_ranks():
         if ranks.is_first and (state := load_checkpoint(run.folder)):
@@ -144,32 +147,32 @@ def _resume(run: Run) -> None:
 def _iterate(
     run: Run, log: Log, profiler: Profiler | None, received: list[int], advance: Callable[[int], object]
 ) -> None:
-    """Train until all images are shown, a signal is received, or a rank fails; leave a checkpoint in any case.
+    """Train until all images are shown, a signal is received, or a rank cannot read its images; then save a checkpoint.
 
     Args:
-        received: signals received so far, a list that grows.
+        received: signals received so far; a signal handler appends to it.
         advance: called with the number of images of each iteration.
     """
     step, source, ranks = run.step, run.source, run.step.ranks
-    total, every = run.config.train.images, run.config.log
-    batches, saved, status, problem = iter(source), step.images, GO, None
+    total, log_config = run.config.train.images, run.config.log
+    batches, saved, status, data_error = iter(source), step.images, GO, None
     while step.images < total:
         if step.schedule.resolution != step.resolution:
-            if step.images > saved:  # a checkpoint to resume from if growing fails
+            if step.images > saved:  # to resume from if growing fails
                 _save(run, source.state_dict())
                 saved = step.images
             grow(run)
         if profiler is not None:
             profiler.before()
 
-        # The next batch. A damaged image must not cost what was learned so far: all ranks then save and stop.
-        before, position, asked = step.images, source.state_dict(), time.perf_counter()
+        # Read the next batch. If an image is damaged, all ranks save a checkpoint and stop.
+        before, position, start = step.images, source.state_dict(), time.perf_counter()
         try:
             batch = next(batches)
         except DataError as error:
-            problem = error
-        waited = time.perf_counter() - asked
-        status = ranks.all_reduce_max(FAILED if problem else STOP if received else GO)
+            data_error = error
+        waited = time.perf_counter() - start
+        status = ranks.all_reduce_max(FAILED if data_error else STOP if received else GO)
         if status != GO:
             break
 
@@ -181,60 +184,61 @@ def _iterate(
         def is_due(interval: int, before: int = before) -> bool:
             return step.images >= total or step.images // interval > before // interval
 
-        if is_due(every.every):
+        if is_due(log_config.every):
             log.write(step.images)
-        if is_due(every.metrics_every or every.grids_every):
-            # Before the checkpoint is saved: a run that is killed in between measures when it resumes.
+        if is_due(log_config.metrics_every or log_config.grids_every):
+            # Before the checkpoint is saved, so that a run killed in between measures again when it resumes.
             with log.paused(), ranks.raise_on_all_ranks():
                 if run.snapshots is not None and run.snapshots.held_out is not None:
                     measure_held_out(step, log, run.snapshots.held_out)
-        if is_due(every.checkpoint_every):
+        if is_due(log_config.checkpoint_every):
             _save(run, source.state_dict())
             saved = step.images
-        if is_due(every.grids_every):
+        if is_due(log_config.grids_every):
             with log.paused(), ranks.raise_on_all_ranks():
                 if run.snapshots is not None:
                     write_grids(step, log, run.snapshots.images)
     if step.images > saved:
         _save(run, position)
-    if problem is not None:
-        raise problem
+    if data_error is not None:
+        raise data_error
     if status == FAILED:
         raise RankError("another rank could not read its images.")
 
 
 def grow(run: Run) -> None:
-    """Continue at the next resolution: source, networks, and a queue of keys of images in an order of their own."""
-    step, to = run.step, run.step.schedule
-    logger.info(f"Growing to {to.resolution}×{to.resolution}, {to.batch * step.ranks.world_size} images an iteration")
-    step.grow(to)
-    run.source.set_resolution(to.resolution, to.batch)
-    seed = derive_seed(run.config.train.seed, "refill", to.resolution)
-    fresh = open_source(run.config, run.images, step.device, step.ranks, seed)
-    fresh.set_resolution(to.resolution, to.batch)
+    """Continue at the next resolution, and fill the queue from a second source, which shuffles with its own seed."""
+    step, schedule = run.step, run.step.schedule
+    resolution, batch_size = schedule.resolution, schedule.batch
+    logger.info(f"Growing to {resolution}×{resolution}, {batch_size * step.ranks.world_size} images per iteration")
+    step.grow(schedule)
+    run.source.set_resolution(resolution, batch_size)
+    seed = derive_seed(run.config.train.seed, "refill", resolution)
+    refill_source = open_source(run.config, run.images, step.device, step.ranks, seed)
+    refill_source.set_resolution(resolution, batch_size)
 
     def batches() -> Iterator[Batch]:
-        drawn = iter(fresh)
+        iterator = iter(refill_source)
         while True:
             with step.ranks.raise_on_all_ranks():
-                batch = next(drawn)
+                batch = next(iterator)
             yield batch
 
     step.refill(batches())
 
 
 def _save(run: Run, position: dict[str, Any]) -> None:
-    """Write a checkpoint.
+    """Save a checkpoint.
 
     Args:
-        position: of this rank's source.
+        position: state of this rank's source.
 
     Raises:
         DivergedError: a weight is not finite. The check waits for the device.
     """
     step, ranks = run.step, run.step.ranks
-    values = [*step.networks.parameters(), *(x for x in step.networks.buffers() if x.is_floating_point())]
-    norms = torch._foreach_norm(values)
+    weights = [*step.networks.parameters(), *(x for x in step.networks.buffers() if x.is_floating_point())]
+    norms = torch._foreach_norm(weights)
     positions = ranks.all_gather_object(position)
     state = {"config": to_dict(run.config), "step": step.state_dict(), "sources": positions}
     with ranks.raise_on_all_ranks():

@@ -1,4 +1,4 @@
-"""The networks of a run and their moving averages."""
+"""The networks of a run and their EMAs."""
 
 from copy import deepcopy
 
@@ -17,9 +17,9 @@ class Networks(nn.Module):
 
     Attributes:
         encoder, decoder, discriminator: E, G and C
-        decoder_ema: moving average of G, which makes samples and reconstructions
-        contrast: C′ and its queues; None if the objective contrasts no instances
-        layers: layers of C whose features are compared at the present resolution
+        decoder_ema: EMA of G, used for samples and reconstructions
+        contrast: C′ and its queues; None if the objective has no InfoNCE loss
+        layers: layers of C whose features are compared at the current resolution
     """
 
     def __init__(self, config: Config):
@@ -43,7 +43,7 @@ class Networks(nn.Module):
         self.layers = config.contrast.layers
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trained parameters by group; objectives step some of the groups."""
+        """Return the trained parameters by group. Each objective updates some of the groups."""
         critic = self.discriminator.critic
         groups = {
             "encoder": self.encoder,
@@ -55,13 +55,13 @@ class Networks(nn.Module):
         return {name: list(network.parameters()) for name, network in groups.items()}
 
     def restart_contrast(self, resolution: int) -> None:
-        """Compare the layers that exist at this resolution, with an empty queue."""
+        """Select the layers that exist at this resolution, and empty the queue."""
         has_low = not self._config.model.grows or resolution >= LOW
         self.layers = tuple(layer for layer in self._config.contrast.layers if has_low or layer != "low")
         if self.contrast is not None:
             self.contrast.restart(self.layers)
 
     def compilable(self) -> list[nn.Module]:
-        """The modules whose forward passes torch.compile takes."""
+        """Return the modules to compile."""
         modules = [self.encoder.trunk, self.decoder, self.discriminator.critic]
         return modules if self.contrast is None else [*modules, self.contrast.momentum.critic]

@@ -1,4 +1,4 @@
-"""All randomness of an iteration."""
+"""All random numbers of an iteration."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from dcvae_fast.training.seeding import derive_seed
 
 
 class StepVariant(NamedTuple):
-    """The kinds of iterations: those of one kind launch the same work.
+    """Kind of iteration. Iterations of the same kind launch the same kernels.
 
     Attributes:
-        autoencoder: whether the autoencoder is stepped
-        r1: whether the discriminator's gradient at real images is penalised
+        autoencoder: whether encoder and decoder are updated
+        r1: whether the R1 penalty is added
         local: whether local patches are contrasted
     """
 
@@ -26,48 +26,48 @@ class StepVariant(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """What an iteration draws, this rank's share; None for what it does not need.
+    """This rank's share of the random numbers of an iteration; None for those it does not need.
 
     Attributes:
-        posterior: [B, Z], of the reconstruction
-        prior: [B, Z], latents of the discriminator's samples
-        interpolation: uniform [B, 2, 1, 1, 1], of WGAN-GP's gradient penalty
-        generated: [B', Z], latents of the autoencoder's samples
-        again: [B, Z], of the second reconstruction, after the autoencoder has been stepped
-        location: uniform [1], of local patches
+        posterior: [B, Z], for sampling the posterior
+        prior: [B, Z], latents of prior samples in the discriminator objective
+        interpolation: uniform [B, 2, 1, 1, 1], for WGAN-GP's gradient penalty
+        generated: [B', Z], latents of prior samples in the adversarial objective
+        second_posterior: [B, Z], for sampling the posterior again after encoder and decoder have been updated
+        location: uniform [1], location of local patches
     """
 
     posterior: Tensor
     prior: Tensor | None = None
     interpolation: Tensor | None = None
     generated: Tensor | None = None
-    again: Tensor | None = None
+    second_posterior: Tensor | None = None
     location: Tensor | None = None
 
 
 class NoiseSource:
-    """Draws noise from (seed, images shown), so that a resumed run draws what an uninterrupted one would.
+    """Draws noise seeded by (seed, images shown), so that a resumed run draws the same noise as an uninterrupted one.
 
-    Each rank draws for all and takes its share: together they draw what one rank would for all their images.
+    Each rank draws the noise of all ranks and keeps its share, so the noise does not depend on the number of ranks.
     """
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         self._config, self._device, self._ranks = config, device, ranks
-        # The meta device, on which a plan is made, has no generator and draws nothing.
+        # The meta device, used by `plan`, has no generator and draws nothing.
         self._generator = torch.Generator("cpu" if device.type == "meta" else device)
 
     def draw(self, n: int, variant: StepVariant, shown: int) -> Noise:
-        """Draw the noise of an iteration on n images per rank, after `shown` images."""
+        """Draw the noise of the iteration that begins after `shown` images, with n images per rank."""
         loss = self._config.loss
         self._generator.manual_seed(derive_seed(self._config.train.seed, shown))
         samples = loss.has_gan and variant.autoencoder
-        # The order of the draws is part of what a run computes.
+        # The order of the draws determines the results of a run.
         return Noise(
             posterior=self._normal(n),
             prior=self._normal(n) if loss.has_gan else None,
             interpolation=self._interpolation(n) if loss.has_gan and loss.adversarial == "wgan_gp" else None,
             generated=self._normal(samples_per_rank(self._config, self._ranks.world_size) or n) if samples else None,
-            again=self._normal(n) if samples and loss.order == "sequential" else None,
+            second_posterior=self._normal(n) if samples and loss.order == "sequential" else None,
             location=torch.rand(1, device=self._device, generator=self._generator) if variant.local else None,
         )
 

@@ -1,9 +1,9 @@
-"""The objectives of DC-VAE (Eq. 9): networks, inputs and loss settings → a loss and detached metrics.
+"""The objectives of DC-VAE (Eq. 9) as pure functions: networks, inputs and loss settings → a loss and detached metrics.
 
-Encoder E and decoder G make a reconstruction of an image x: G(z) with z drawn from q(z|x). Discriminator C tells real
-images from prior samples and reconstructions (set level). C′, its moving average, makes the keys by which each
-reconstruction is recognised among other images (instance level). The functions have no state: `step.py` calls them in
-order and steps the parameters.
+Encoder E and decoder G reconstruct an image x as G(z), with z drawn from q(z|x). Discriminator C separates real images
+from prior samples and reconstructions (set level). C′, the moving average of C, computes the keys of the contrastive
+loss, which matches each reconstruction with its own image (instance level). `step.py` calls the functions in order and
+steps the parameters.
 """
 
 from typing import NamedTuple
@@ -32,23 +32,23 @@ Metrics = dict[str, Tensor]
 
 
 class Reconstruction(NamedTuple):
-    """G(z) [B, C, R, R] for z drawn from q(z|x), and q(z|x)."""
+    """Images G(z) [B, C, R, R] with z drawn from q(z|x), and the posterior q(z|x)."""
 
     images: Tensor
     posterior: Posterior
 
 
 class Inputs(NamedTuple):
-    """The part of a batch, and of an iteration's noise, that one objective sees.
+    """Inputs of one objective: images and the noise that the objective needs.
 
     Attributes:
         images: [B, C, R, R] in [-1, 1]
-        ids: int64 [B], of the images
-        noise: [B, Z], which draws z from the posterior
-        prior: latents [B', Z] of prior samples; None where there are none
-        interpolation: uniform [B, 2, 1, 1, 1], where WGAN-GP penalises gradients; None for other losses
-        keys: of the images, for the instance objective
-        reconstruction: of the images, if already computed from `noise`: two objectives in a row share one
+        ids: image ids, int64 [B]
+        noise: standard normal [B, Z]; z = mean + std · noise
+        prior: latents [B', Z] of prior samples; None without prior samples
+        interpolation: uniform [B, 2, 1, 1, 1], for WGAN-GP's gradient penalty; None for other losses
+        keys: momentum features of the images, for the instance objective
+        reconstruction: the reconstruction with `noise` if already computed, so that two objectives can share it
     """
 
     images: Tensor
@@ -60,21 +60,22 @@ class Inputs(NamedTuple):
     reconstruction: Reconstruction | None = None
 
     def micro_batches(self, size: int | None) -> list["Inputs"]:
-        """Cut into micro-batches of `size` images, without a shared reconstruction; None leaves the batch whole."""
+        """Split into micro-batches of `size` images, without `reconstruction`; None does not split."""
         if size is None or size >= len(self.images):
             return [self]
-        parts = []
-        for begin in range(0, len(self.images), size):
-            cut = slice(begin, begin + size)
-            prior = None if self.prior is None else self.prior[cut]
-            interpolation = None if self.interpolation is None else self.interpolation[cut]
-            keys = None if self.keys is None else self.keys.part(cut)
-            parts.append(Inputs(self.images[cut], self.ids[cut], self.noise[cut], prior, interpolation, keys))
-        return parts
+        micro_batches = []
+        for start in range(0, len(self.images), size):
+            rows = slice(start, start + size)
+            prior = None if self.prior is None else self.prior[rows]
+            interpolation = None if self.interpolation is None else self.interpolation[rows]
+            keys = None if self.keys is None else self.keys.select(rows)
+            inputs = Inputs(self.images[rows], self.ids[rows], self.noise[rows], prior, interpolation, keys)
+            micro_batches.append(inputs)
+        return micro_batches
 
 
 def reconstruct(networks: Networks, inputs: Inputs) -> Reconstruction:
-    """Encode the images, draw from the posterior, decode."""
+    """Encode the images, sample the posterior and decode, unless `inputs.reconstruction` is set."""
     if inputs.reconstruction is not None:
         return inputs.reconstruction
     mean, logvar = networks.encoder(inputs.images)
@@ -85,13 +86,13 @@ def reconstruct(networks: Networks, inputs: Inputs) -> Reconstruction:
 def discriminator_objective(
     networks: Networks, inputs: Inputs, loss: LossConfig, r1: bool = False
 ) -> tuple[Tensor, Metrics]:
-    """Loss of C: real images against prior samples and reconstructions (Eq. 4), with a gradient penalty.
+    """Loss of C: real images against prior samples and reconstructions (Eq. 4), plus a gradient penalty.
 
     Args:
-        networks: E and G are constants here.
-        inputs: with `prior`, and for WGAN-GP `interpolation`.
-        loss: settings.
-        r1: whether this iteration takes the R1 penalty.
+        networks: E and G receive no gradient.
+        inputs: requires `prior`, and for WGAN-GP `interpolation`.
+        loss: loss settings.
+        r1: whether to add the R1 penalty in this iteration.
     """
     images = inputs.images
     with torch.no_grad():
@@ -107,10 +108,10 @@ def discriminator_objective(
         "score/rec": rec_score.detach().mean(),
     }
     if inputs.interpolation is not None:
-        # Between each image and its sample or its reconstruction, one of them chosen at random per image.
-        coin, position = inputs.interpolation.unbind(1)
-        between = torch.lerp(images, torch.where(coin < 0.5, fake, rec), position)
-        penalty, weight = lipschitz_penalty(_score_gradient_norms(networks, between)), loss.penalty
+        # Interpolate each image with its prior sample or its reconstruction, chosen at random per image.
+        choice, position = inputs.interpolation.unbind(1)
+        interpolated = torch.lerp(images, torch.where(choice < 0.5, fake, rec), position)
+        penalty, weight = lipschitz_penalty(_score_gradient_norms(networks, interpolated)), loss.penalty
     elif r1:
         penalty, weight = r1_penalty(_score_gradient_norms(networks, images)), loss.penalty_every * loss.penalty
     else:
@@ -120,7 +121,7 @@ def discriminator_objective(
 
 
 def adversarial_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> tuple[Tensor, Metrics]:
-    """Loss of E and G: prior samples and reconstructions should score as real images (Eq. 4); plus KL (Eq. 8)."""
+    """Loss of E and G: C should score prior samples and reconstructions as real (Eq. 4), plus KL (Eq. 8)."""
     rec = reconstruct(networks, inputs)
     adversarial = _adversarial_loss(networks, rec.images, inputs.prior, loss)
     kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
@@ -128,10 +129,10 @@ def adversarial_objective(networks: Networks, inputs: Inputs, loss: LossConfig) 
 
 
 def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> tuple[Tensor, Metrics]:
-    """Loss of E and G, and with InfoNCE also of C: each reconstruction should match its own image; plus KL (Eq. 8).
+    """Loss of E and G, and with InfoNCE also of C: each reconstruction should match its own image, plus KL (Eq. 8).
 
-    The match is InfoNCE (Eq. 6), or for the ablations of Table 1 the L2 distance of features (Eq. 3) or pixels (Eq. 1).
-    With `inputs.prior` the adversarial loss belongs to the same step, which then minimises Eq. 9 as a whole.
+    The instance loss is InfoNCE (Eq. 6), or in the ablations of Table 1 the L2 distance of features (Eq. 3) or pixels
+    (Eq. 1). If `inputs.prior` is set, the adversarial loss is added, and the sum is Eq. 9.
     """
     rec = reconstruct(networks, inputs)
     kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
@@ -156,7 +157,7 @@ def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> 
 
 
 def _adversarial_loss(networks: Networks, rec: Tensor, prior: Tensor | None, loss: LossConfig) -> Tensor:
-    """How far prior samples and reconstructions are from scoring as real; C is a constant."""
+    """Adversarial loss of E and G for prior samples and reconstructions. C receives no gradient."""
     with frozen(networks.discriminator):
         fake = upcast(networks.decoder(prior))
         scores = upcast(networks.discriminator(torch.cat([fake, rec]), stddev_parts=2, layers=()).score)
@@ -165,7 +166,7 @@ def _adversarial_loss(networks: Networks, rec: Tensor, prior: Tensor | None, los
 
 
 def _feature_loss(networks: Networks, images: Tensor, rec: Tensor) -> Tensor:
-    """L2 between features of images and reconstructions in C (Eq. 3); C is a constant."""
+    """L2 distance of C's features of images and reconstructions (Eq. 3). C receives no gradient."""
     with frozen(networks.discriminator):
         real, fake = (
             networks.discriminator(x, stddev_parts=0, layers=networks.layers, scored=False) for x in (images, rec)
@@ -174,7 +175,7 @@ def _feature_loss(networks: Networks, images: Tensor, rec: Tensor) -> Tensor:
 
 
 def _score_gradient_norms(networks: Networks, images: Tensor) -> Tensor:
-    """Per-image norm of ∂score/∂image, [B]; in float32, because the gradients of single pixels are small."""
+    """Per-image norm of ∂score/∂image, [B]. Computed in float32, because the gradients of single pixels are small."""
     images = images.detach().requires_grad_()
     with uncompiled(), no_autocast(images.device):
         return gradient_norm(networks.discriminator(images, layers=()).score, images)

@@ -1,4 +1,4 @@
-"""Which Adam, and its moments in a form that does not depend on which."""
+"""Implementations of Adam, and its moments in a format common to all of them."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,12 @@ from dcvae_fast.errors import ConfigError, reason
 
 
 class Moments(NamedTuple):
-    """What Adam remembers of a parameter."""
+    """Adam's state of one parameter.
+
+    Attributes:
+        step: number of steps
+        exp_avg, exp_avg_sq: first and second moment, of the parameter's shape
+    """
 
     step: int
     exp_avg: Tensor
@@ -25,70 +30,75 @@ def adam(
     lr: float | None = None,
     scales: Mapping[Any, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The Adam that `optim.implementation` asks for, over parameters that are always stepped together.
+    """Return the implementation of Adam that `optim.implementation` selects.
 
     Args:
-        lr: instead of the configuration's.
-        scales: c of parameters with equalised learning rate: they are the product of c and what Adam is meant to step,
-            so its steps are lr · c with ε / c.
+        parameters: apex and deepspeed require parameters that are always stepped together.
+        config: settings of Adam.
+        lr: learning rate; None for `config.lr`.
+        scales: factor c of parameters with equalised learning rate. The parameter is c times the weight that Adam
+            should step, which is equivalent to learning rate lr · c and ε / c.
 
     Raises:
-        ConfigError: it is not installed, or cannot be used here.
+        ConfigError: the implementation is not installed, or cannot be used here.
     """
     by_scale = defaultdict(list)
     for parameter in parameters:
         by_scale[(scales or {}).get(parameter, 1.0)].append(parameter)
     lr = config.lr if lr is None else lr
-    groups = [{"params": some, "lr": lr * c, "eps": config.eps / c} for c, some in by_scale.items()]
+    groups = [{"params": scaled, "lr": lr * c, "eps": config.eps / c} for c, scaled in by_scale.items()]
     device = groups[0]["params"][0].device
-    kind = choose(config.implementation, device)
-    if kind == "torch":
-        on_gpu = device.type == "cuda"  # where a CUDA graph may hold it
-        return torch.optim.Adam(groups, betas=config.betas, fused=device.type != "meta", capturable=on_gpu)
+    implementation = choose(config.implementation, device)
+    if implementation == "torch":
+        capturable = device.type == "cuda"  # for CUDA graphs
+        return torch.optim.Adam(groups, betas=config.betas, fused=device.type != "meta", capturable=capturable)
     try:
-        return _other(kind)(groups, betas=config.betas, adam_w_mode=False)
-    except Exception as error:  # a compiler that is missing or fails, a device it is not for
-        raise ConfigError(f"optim.implementation is {kind}, which cannot be used here ({reason(error)}).") from error
+        return _fused_adam(implementation)(groups, betas=config.betas, adam_w_mode=False)
+    except Exception as error:  # the compiler is missing or fails, or the device is not supported
+        raise ConfigError(
+            f"optim.implementation is {implementation}, which cannot be used here ({reason(error)})."
+        ) from error
 
 
 def choose(implementation: str, device: torch.device) -> str:
-    """`apex`, `deepspeed` or `torch`, for `optim.implementation` and a device."""
+    """Return the implementation for a device: apex, deepspeed or torch. `auto` is apex if available, else torch."""
     if device.type == "meta":
         return "torch"
     if implementation != "auto":
         return implementation
     try:
-        return "apex" if device.type == "cuda" and _other("apex") else "torch"
+        return "apex" if device.type == "cuda" and _fused_adam("apex") else "torch"
     except ConfigError:
         return "torch"
 
 
-def _other(kind: str) -> Any:
-    """The class of an Adam that is not torch's."""
+def _fused_adam(implementation: str) -> Any:
+    """Return the FusedAdam class of Apex or DeepSpeed."""
     try:
-        if kind == "apex":
+        if implementation == "apex":
             from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
         else:
             from deepspeed.ops.adam import FusedAdam
     except ImportError as error:
-        names = {"apex": "NVIDIA's Apex (apex.optimizers; not the package called apex in the index)"}
-        raise ConfigError(f"optim.implementation is {kind}, but {names.get(kind, kind)} is not installed.") from error
+        names = {"apex": "NVIDIA's Apex (apex.optimizers; not the package called apex on PyPI)"}
+        name = names.get(implementation, implementation)
+        raise ConfigError(f"optim.implementation is {implementation}, but {name} is not installed.") from error
     return FusedAdam
 
 
 def read_moments(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Moments:
-    """Return the moments of a parameter of one of the optimizer's groups, after a step."""
+    """Return the moments of a parameter in one of the optimizer's groups. Requires at least one step."""
     state = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adam):
         step = state["step"]
-    else:  # Apex counts the steps of a group, DeepSpeed those of the group's last parameter
+    else:  # Apex stores the step count in the group, DeepSpeed in the state of the group's last parameter
         last = optimizer.state[group["params"][-1]]
         step = last["step"] if "step" in last else group["step"]
     return Moments(int(step), state["exp_avg"], state["exp_avg_sq"])
 
 
 def write_moments(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, moments: Moments) -> None:
-    """Before the first step, what `read_moments` gave."""
+    """Set the moments of a parameter, before the optimizer's first step."""
     state = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adam):
         device = "cpu" if parameter.is_meta else parameter.device

@@ -1,4 +1,4 @@
-"""What a run will cost, found by running iterations on the meta device: shapes are computed, numbers are not."""
+"""Expected cost of a run, measured by running iterations on the meta device, which computes shapes but no values."""
 
 import math
 import weakref
@@ -20,13 +20,19 @@ from dcvae_pipelines import Batch, EncodedSet, ImageSet
 
 
 class StageRange(NamedTuple):
-    """A stage as training passes through it, in whole iterations."""
+    """A stage in whole iterations, as far as training reaches it.
+
+    Attributes:
+        stage: the stage
+        first: images shown before its first iteration
+        last: images shown after its last iteration, or when training ends
+        iterations: number of iterations
+        batch: images per iteration
+    """
 
     stage: Stage
     first: int
-    """images shown when its first iteration begins"""
     last: int
-    """images shown after its last iteration, or when training ends"""
     iterations: int
     batch: int
 
@@ -35,15 +41,19 @@ class StageRange(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What an iteration of a stage takes: floating-point operations on average, and bytes."""
+    """Cost of an iteration in a stage.
+
+    Attributes:
+        flops: floating-point operations, on average
+        networks: bytes of networks, EMAs and queue, including layers of later resolutions
+        moments: bytes of Adam's moments of the parameters trained in this stage
+        peak: peak bytes of activations and gradients, in float32
+    """
 
     flops: float
     networks: int
-    """with averages and queue, and with the layers of later resolutions"""
     moments: int
-    """Adam's, of the parameters that are stepped"""
     peak: int
-    """most of activations and gradients at one time, in float32"""
 
     @property
     def memory(self) -> int:
@@ -51,9 +61,9 @@ class Cost(NamedTuple):
 
 
 def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device) -> str:
-    """A readable page: parameters and FLOPs a network, the run in images, the memory expected.
+    """Return a report: parameters and FLOPs of each network, images and iterations of the run, and expected memory.
 
-    Of networks that grow, a table of all stages that training reaches too; the memory is that of the greediest.
+    For networks that grow, it has a table of all stages that training reaches; the memory is the maximum over stages.
     """
     train, model = config.train, config.model
     step = TrainStep(config, "meta")
@@ -63,7 +73,7 @@ def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device)
     if model.grows:
         set_phase(networks, Phase(model.resolution))
     at = f", at {model.resolution}×{model.resolution}" if model.grows else ""
-    lines = [f"network         parameters   GFLOP an image, forward{at}"]
+    lines = [f"network         parameters   GFLOP per image, forward{at}"]
     for name, network, network_input in (
         ("encoder", networks.encoder, batch.images),
         ("decoder", networks.decoder, latents),
@@ -77,7 +87,7 @@ def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device)
     lines += ["", f"objective       {config.loss.objective}, {config.loss.order}, on {device}"]
     every = train.n_critic if config.loss.has_gan else 1
     if model.grows:
-        return "\n".join(lines + _growing(step, len(train_set), data, every))
+        return "\n".join(lines + _stage_table(step, len(train_set), data, every))
 
     with PeakMemory() as peak:
         step(batch)
@@ -88,34 +98,35 @@ def plan(config: Config, train_set: ImageSet | EncodedSet, device: torch.device)
     trained = sum(_nbytes(group) for group in step.engine.groups.values())
     lines += [
         f"plan            {train.images:,} images = {train.images / epoch:,.1f} epochs of {epoch:,}"
-        f" = {iterations:,} iterations of {n}; the autoencoder is stepped in 1 of {every}",
-        f"arithmetic      {flops / 1e12:.3f} TFLOP an iteration on average,"
-        f" {flops * iterations / 1e15:,.2f} PFLOP in all",
+        f" = {iterations:,} iterations of {n}; 1 in {every} updates the autoencoder",
+        f"arithmetic      {flops / 1e12:.3f} TFLOP per iteration on average,"
+        f" {flops * iterations / 1e15:,.2f} PFLOP in total",
         _memory(resident, 2 * trained, peak.peak, data),
     ]
     return "\n".join(lines)
 
 
-def _growing(step: TrainStep, train_images: int, data: int, every: int) -> list[str]:
-    """The rest of the page, for networks that grow: the table, and totals."""
-    train, passed = step.config.train, stage_ranges(step.config)
+def _stage_table(step: TrainStep, train_images: int, data: int, every: int) -> list[str]:
+    """Return the rest of the report for networks that grow: the table of stages, and totals."""
+    train, ranges = step.config.train, stage_ranges(step.config)
     costs = stage_costs(step)
-    iterations = sum(stretch.iterations for stretch in passed)
+    iterations = sum(stage_range.iterations for stage_range in ranges)
     lines = [
         f"plan            {train.images:,} images = {train.images / train_images:,.1f} epochs of {train_images:,}"
-        f" = {iterations:,} iterations; the autoencoder is stepped in 1 of {every}",
+        f" = {iterations:,} iterations; 1 in {every} updates the autoencoder",
         "",
-        "stage              from image      to image   iterations  batch  GFLOP an image  memory, GiB",
+        "stage              from image      to image   iterations  batch  GFLOP per image  memory, GiB",
     ]
-    for stretch, cost in zip(passed, costs, strict=True):
+    for stage_range, cost in zip(ranges, costs, strict=True):
+        first, last, batch = stage_range.first, stage_range.last, stage_range.batch
         lines.append(
-            f"{stretch!s:16s} {stretch.first:12,d} {stretch.last:13,d} {stretch.iterations:12,d} {stretch.batch:6d}"
-            f" {cost.flops / stretch.batch / 1e9:15,.3f} {(cost.memory + data) / 2**30:12.2f}"
+            f"{stage_range!s:16s} {first:12,d} {last:13,d} {stage_range.iterations:12,d} {batch:6d}"
+            f" {cost.flops / batch / 1e9:16,.3f} {(cost.memory + data) / 2**30:12.2f}"
         )
-    lines += ["", f"arithmetic      {_flops_after(0, passed, costs) / 1e15:,.2f} PFLOP in all"]
+    lines += ["", f"arithmetic      {_flops_after(0, ranges, costs) / 1e15:,.2f} PFLOP in total"]
     if costs:
-        most, at = max(zip(costs, passed, strict=True), key=lambda pair: pair[0].memory)
-        lines.append(f"{_memory(most.networks, most.moments, most.peak, data)}; the most, at {at}")
+        cost, stage_range = max(zip(costs, ranges, strict=True), key=lambda pair: pair[0].memory)
+        lines.append(f"{_memory(cost.networks, cost.moments, cost.peak, data)}; the maximum is at {stage_range}")
     if train.precision != "float32":
         lines.append(f"                activations and gradients are counted in float32: {train.precision} needs less")
     return lines
@@ -124,77 +135,77 @@ def _growing(step: TrainStep, train_images: int, data: int, every: int) -> list[
 def _memory(networks: int, moments: int, peak: int, data: int) -> str:
     return (
         f"memory          {(networks + moments + peak + data) / 2**30:.2f} GiB expected:"
-        f" networks, averages and queue {networks / 2**20:.0f} MiB, Adam {moments / 2**20:.0f} MiB,"
+        f" networks, EMAs and queue {networks / 2**20:.0f} MiB, Adam {moments / 2**20:.0f} MiB,"
         f" activations and gradients {peak / 2**20:.0f} MiB, data {data / 2**20:.0f} MiB"
     )
 
 
 def stage_ranges(config: Config) -> list[StageRange]:
-    """How training passes through the stages that `train.images` images reach."""
+    """Return the stages that training reaches within `train.images` images."""
     total, shown = config.train.images, 0
-    passed, found = [], stages(config)
-    ends = [min(stage.begin, total) for stage in found[1:]] + [total]  # the last stage goes on for as long as training
-    for stage, end in zip(found, ends, strict=True):
+    ranges, all_stages = [], stages(config)
+    ends = [min(stage.begin, total) for stage in all_stages[1:]] + [total]  # the last stage ends with training
+    for stage, end in zip(all_stages, ends, strict=True):
         batch = schedule_at(config, stage.begin).batch
         iterations = -(-(end - shown) // batch)
-        if iterations < 1:  # training ends before this stage, or one batch of the stage before it goes beyond it
+        if iterations < 1:  # training ends before this stage, or the last batch of an earlier stage covers it
             continue
-        passed.append(StageRange(stage, shown, min(shown + iterations * batch, total), iterations, batch))
+        ranges.append(StageRange(stage, shown, min(shown + iterations * batch, total), iterations, batch))
         shown += iterations * batch
-    return passed
+    return ranges
 
 
 def training_flops(config: Config, shown: int = 0) -> float:
-    """Floating-point operations of a training of which `shown` images are done."""
+    """Return the floating-point operations of a run, or of its rest after `shown` images."""
     return _flops_after(shown, stage_ranges(config), stage_costs(TrainStep(config, "meta")))
 
 
-def _flops_after(shown: int, passed: list[StageRange], costs: list[Cost]) -> float:
+def _flops_after(shown: int, ranges: list[StageRange], costs: list[Cost]) -> float:
     total = 0.0
-    for stretch, cost in zip(passed, costs, strict=True):
-        done = max(0, shown - stretch.first) // stretch.batch
-        total += cost.flops * max(0, stretch.iterations - done)
+    for stage_range, cost in zip(ranges, costs, strict=True):
+        done = max(0, shown - stage_range.first) // stage_range.batch
+        total += cost.flops * max(0, stage_range.iterations - done)
     return total
 
 
 def stage_costs(step: TrainStep) -> list[Cost]:
-    """What an iteration takes half-way through each stage that training passes through.
+    """Return the cost of an iteration in the middle of each stage that training reaches.
 
     Args:
-        step: on the meta device; left at the last of these stages.
+        step: a step on the meta device; it is advanced to the last of these stages.
     """
     costs, resolution = [], None
-    for stretch in stage_ranges(step.config):
-        stage = stretch.stage
-        step.images = half_way = stage.begin + stage.images // 2
-        batch = _meta_batch(step.config, stretch.batch, stage.resolution)
+    for stage_range in stage_ranges(step.config):
+        stage = stage_range.stage
+        step.images = middle = stage.begin + stage.images // 2
+        batch = _meta_batch(step.config, stage_range.batch, stage.resolution)
         if stage.resolution != resolution:
             step.grow(step.schedule)
-            step(batch)  # so that there are moments, as in all later iterations
-            step.images, resolution = half_way, stage.resolution
+            step(batch)  # creates the moments
+            step.images, resolution = middle, stage.resolution
         resident = [*step.networks.parameters(), *step.networks.buffers()]
-        moments = [x for found in step.engine.moments().values() for x in (found.exp_avg, found.exp_avg_sq)]
-        with PeakMemory(besides=resident + moments) as peak:
+        moments = [x for m in step.engine.moments().values() for x in (m.exp_avg, m.exp_avg_sq)]
+        with PeakMemory(exclude=resident + moments) as peak:
             flops = iteration_flops(step, batch)
         costs.append(Cost(flops, _nbytes(resident), _nbytes(moments), peak.peak))
     return costs
 
 
 def iteration_flops(step: TrainStep, batch: Batch) -> float:
-    """Floating-point operations of an iteration on this batch, averaged over those that step the autoencoder or take a
-    penalty and those that do not. The step ends with as many images as it had."""
+    """Return the floating-point operations of an iteration on this batch, averaged over one period of autoencoder
+    updates and penalties. `step.images` is restored."""
     train, loss = step.config.train, step.config.loss
     n_critic = train.n_critic if loss.has_gan else 1
     penalty_every = loss.penalty_every if loss.has_gan and loss.adversarial == "logistic_r1" else 1
-    images, measured, total, period = step.images, {}, 0, math.lcm(n_critic, penalty_every)
+    images, flops, total, period = step.images, {}, 0, math.lcm(n_critic, penalty_every)
     for iteration in range(period):
         kind = (iteration % n_critic == 0, iteration % penalty_every == 0)
-        if kind not in measured:
+        if kind not in flops:
             step.images, step.iterations = images, iteration
             with flop_counter() as counter:
                 step(batch)
-            measured[kind] = counter.get_total_flops()
-        total += measured[kind]
+            flops[kind] = counter.get_total_flops()
+        total += flops[kind]
     step.images = images
     return total / period
 
@@ -209,7 +220,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _NoModules(ModuleTracker):
-    """Attributes no arithmetic to modules: its hooks fail where a gradient is taken in a leaf, as penalties do."""
+    """Module tracker without hooks, which fail when gradients of leaf tensors are computed, as for penalties."""
 
     def __enter__(self):
         return self
@@ -219,7 +230,7 @@ class _NoModules(ModuleTracker):
 
 
 def flop_counter() -> FlopCounterMode:
-    """Inside, counts floating-point operations, those of penalties' gradients too."""
+    """Return a context manager that counts floating-point operations, including the gradients of penalties."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()
     return counter
@@ -231,22 +242,22 @@ def count_parameters(network: nn.Module) -> int:
 
 @torch.no_grad()
 def forward_flops(network: nn.Module, network_input: Tensor) -> int:
-    """Floating-point operations of one forward pass: two for each multiply-add of convolutions and matrix products."""
+    """Return the floating-point operations of one forward pass: 2 per multiply-add of convolutions and matmuls."""
     with flop_counter() as counter:
         network(network_input)
     return counter.get_total_flops()
 
 
 class PeakMemory(TorchDispatchMode):
-    """Inside, counts the bytes of tensors as they are made and freed; `peak` is the most at one time.
+    """Context manager that tracks the bytes of live tensors; `peak` is their maximum.
 
-    A tensor from outside counts where it is changed in place or viewed, unless it is among `besides`.
+    Tensors created earlier count from the first in-place operation or view on, unless they are in `exclude`.
     """
 
-    def __init__(self, besides: Iterable[Tensor] = ()):
+    def __init__(self, exclude: Iterable[Tensor] = ()):
         super().__init__()
         self.peak = self._now = 0
-        self._alive = {tensor.untyped_storage()._cdata for tensor in besides}
+        self._alive = {tensor.untyped_storage()._cdata for tensor in exclude}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""How the networks grow: images seen → resolution, fade, batch, learning rate. Pure."""
+"""Growth schedule as pure functions: images shown → resolution, fade-in, batch and learning rate."""
 
 from typing import NamedTuple
 
@@ -8,92 +8,102 @@ from dcvae_fast.models.progressive import stddev_group
 
 
 class ScheduleState(NamedTuple):
-    """What holds for an iteration."""
+    """Schedule of one iteration.
+
+    Attributes:
+        resolution: height and width of the images
+        alpha: weight of this resolution's layers, below 1 while they fade in
+        batch: real images per iteration on each rank
+        lr: learning rate
+    """
 
     resolution: int
     alpha: float
-    """share of the resolution's own layers; below 1 while they fade in, 1 for good afterwards"""
     batch: int
-    """real images an iteration, on each rank"""
     lr: float
 
 
 class Stage(NamedTuple):
-    """A stretch of training at one resolution, its end included in the next one."""
+    """A stage of training at one resolution, while its layers fade in or afterwards.
+
+    Attributes:
+        resolution: height and width of the images
+        begin: images shown when the stage begins
+        images: length of the stage in images; the last stage continues until training ends
+        fades: whether the layers of this resolution fade in
+    """
 
     resolution: int
     begin: int
-    """images shown when it begins"""
     images: int
-    """that it takes; the last stage goes on for as long as training does"""
     fades: bool
-    """whether the resolution's layers are faded in meanwhile"""
 
 
 def stages(config: Config) -> list[Stage]:
-    """Progressive GAN's: stabilise the first resolution, then fade in and stabilise each of the next.
+    """Return the stages of Progressive GAN: train the first resolution, then fade in and train each following one.
 
-    Networks of one resolution have one stage.
+    Networks that do not grow have one stage.
     """
     growth, last = config.growth, config.model.resolution
     if not config.model.grows:
         return [Stage(last, 0, config.train.images, fades=False)]
-    found, begin, resolution = [], 0, growth.start
+    result, begin, resolution = [], 0, growth.start
     while resolution <= last:
         for fades, images in ((True, growth.fade_images), (False, growth.stable_images)):
             if images and not (fades and resolution == growth.start):
-                found.append(Stage(resolution, begin, images, fades))
+                result.append(Stage(resolution, begin, images, fades))
                 begin += images
         resolution *= 2
-    return found
+    return result
 
 
-def schedule_at(config: Config, images: int, ranks: int = 1) -> ScheduleState:
-    """What holds for the iteration that begins after `images` images.
+def schedule_at(config: Config, images: int, world_size: int = 1) -> ScheduleState:
+    """Return the schedule of the iteration that begins after `images` images.
 
     Raises:
-        ConfigError: the ranks cannot share its batch.
+        ConfigError: the batch cannot be divided among the ranks.
     """
     stage = next(stage for stage in reversed(stages(config)) if stage.begin <= images)
     alpha = min(1.0, (images - stage.begin) / stage.images) if stage.fades else 1.0
     if not config.model.grows:
-        return ScheduleState(
-            stage.resolution, alpha, _share(config, "train.batch", config.train.batch, ranks), config.optim.lr
-        )
+        batch = _batch_per_rank(config, "train.batch", config.train.batch, world_size)
+        return ScheduleState(stage.resolution, alpha, batch, config.optim.lr)
     growth, resolution = config.growth, stage.resolution
-    batch = _share(config, f"growth.batch[{resolution}]", growth.batch[resolution], ranks)
+    batch = _batch_per_rank(config, f"growth.batch[{resolution}]", growth.batch[resolution], world_size)
     return ScheduleState(resolution, alpha, batch, growth.lr.get(resolution, config.optim.lr))
 
 
-def samples_per_rank(config: Config, ranks: int = 1) -> int | None:
-    """Prior samples in an autoencoder step on each rank; None for as many as real images.
+def samples_per_rank(config: Config, world_size: int = 1) -> int | None:
+    """Return the number of prior samples per rank when the autoencoder is updated; None for the batch size.
 
     Raises:
-        ConfigError: the ranks cannot share them.
+        ConfigError: the samples cannot be divided among the ranks.
     """
     count = config.train.sampled_batch
-    return None if count is None else _share(config, "train.sampled_batch", count, ranks)
+    return None if count is None else _batch_per_rank(config, "train.sampled_batch", count, world_size)
 
 
-def check_batches(config: Config, ranks: int) -> None:
-    """
+def check_batches(config: Config, world_size: int) -> None:
+    """Check that all batches can be divided among the ranks without changing minibatch statistics.
+
     Raises:
-        ConfigError: the ranks cannot share a batch, or not so that statistics of a minibatch stay the same, or cannot
-            cut their shares into micro-batches.
+        ConfigError: a batch cannot be divided, or a rank's share cannot be split into micro-batches.
     """
-    samples_per_rank(config, ranks)
+    samples_per_rank(config, world_size)
     for stage in stages(config):
-        batch, micro = schedule_at(config, stage.begin, ranks).batch, config.train.micro_batch
+        batch, micro = schedule_at(config, stage.begin, world_size).batch, config.train.micro_batch
         if not config.model.grows:
             if batch < 2:
-                raise ConfigError(f"train.batch leaves {batch} image for each of {ranks} ranks; it must leave 2.")
+                raise ConfigError(
+                    f"train.batch leaves {batch} image for each of {world_size} ranks; each needs at least 2."
+                )
             continue
         setting = f"growth.batch[{stage.resolution}]"
-        if not config.train.batch_per_rank and stddev_group(batch) != stddev_group(batch * ranks):
+        if not config.train.batch_per_rank and stddev_group(batch) != stddev_group(batch * world_size):
             raise ConfigError(
-                f"{setting} leaves {batch} images for each of {ranks} ranks, too few for minibatch statistics of"
-                f" {stddev_group(batch * ranks)} neighbours; choose a multiple of {4 * ranks}, or let it be each rank's"
-                " own: --train.batch_per_rank true."
+                f"{setting} leaves {batch} images for each of {world_size} ranks, too few for minibatch statistics over"
+                f" {stddev_group(batch * world_size)} images; choose a multiple of {4 * world_size}, or set the batch"
+                " of each rank with --train.batch_per_rank true."
             )
         if micro is not None and batch > micro and not batch % 4 == micro % 4 == 0:
             raise ConfigError(
@@ -102,13 +112,12 @@ def check_batches(config: Config, ranks: int) -> None:
             )
 
 
-def _share(config: Config, setting: str, batch: int, ranks: int) -> int:
-    """A rank's part of a batch."""
+def _batch_per_rank(config: Config, setting: str, batch: int, world_size: int) -> int:
     if config.train.batch_per_rank:
         return batch
-    if batch % ranks:
+    if batch % world_size:
         raise ConfigError(
-            f"{setting} is {batch}, which {ranks} ranks cannot share; choose a multiple of {ranks}, or let it be each"
-            " rank's own: --train.batch_per_rank true."
+            f"{setting} is {batch}, which cannot be divided among {world_size} ranks; choose a multiple of"
+            f" {world_size}, or set the batch of each rank with --train.batch_per_rank true."
         )
-    return batch // ranks
+    return batch // world_size

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end training after a checkpoint."""
+"""On SIGINT and SIGTERM, training saves a checkpoint and stops."""
 
 import logging
 import signal
@@ -10,29 +10,29 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# A signal repeated within this time is the same one: launchers and schedulers may both pass it on.
+# A signal repeated within this time counts once, because launchers and schedulers can both forward it.
 SAME_SIGNAL_SECONDS = 5
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in the yielded list instead of ending the process; a later second one ends it."""
+    """Context manager that records SIGINT and SIGTERM in the yielded list. A later second signal ends the process."""
     received: list[int] = []
     previous: dict[int, Any] = {}
-    first: dict[int, float] = {}
+    received_at: dict[int, float] = {}
 
-    def note(number: int, frame: object) -> None:
-        if number in first:
-            if time.monotonic() - first[number] > SAME_SIGNAL_SECONDS:
+    def handle(number: int, frame: object) -> None:
+        if number in received_at:
+            if time.monotonic() - received_at[number] > SAME_SIGNAL_SECONDS:
                 signal.signal(number, previous[number])
                 signal.raise_signal(number)
             return
-        first[number] = time.monotonic()
+        received_at[number] = time.monotonic()
         received.append(number)
         logger.info("\n%s: saving a checkpoint, then stopping", signal.Signals(number).name)
 
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

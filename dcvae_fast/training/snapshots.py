@@ -1,4 +1,4 @@
-"""Snapshots of a run in progress: image grids, and metrics of held-out images."""
+"""Snapshots of a run in progress: image grids and held-out metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import EncodedSet, ImageSet
 from dcvae_pipelines.pixels import normalize, resize
 
-# Held-out images in the grids.
+# Number of held-out images in the grids.
 GRID_IMAGES = 32
 
 
@@ -28,8 +28,8 @@ class Snapshots(NamedTuple):
     """Held-out data for the snapshots of a run.
 
     Attributes:
-        images: held-out images uint8 [N, C, H, W], for grids
-        held_out: measures; None if `log.held_out` is 0
+        images: held-out images for grids, uint8 [N, C, H, W]
+        held_out: computes held-out metrics; None if `log.held_out` is 0
     """
 
     images: Tensor
@@ -37,7 +37,7 @@ class Snapshots(NamedTuple):
 
 
 def open_snapshots(config: Config, train_set: ImageSet | EncodedSet, device: torch.device) -> Snapshots:
-    """Decode held-out images of a run that trains on `train_set`.
+    """Decode the held-out images of a run.
 
     Raises:
         ConfigError, DataError: see `open_data` and `HeldOut`.
@@ -49,7 +49,7 @@ def open_snapshots(config: Config, train_set: ImageSet | EncodedSet, device: tor
 
 
 def measure_held_out(step: TrainStep, log: Log, held_out: HeldOut) -> None:
-    """Log metrics of held-out images, in float32 and by the decoder's average."""
+    """Log held-out metrics of the EMA model, computed in float32."""
     with evaluating(step.networks), uncompiled():
         log.held_out(step.images, held_out.measure(current_model(step)))
 
@@ -58,12 +58,12 @@ def write_grids(step: TrainStep, log: Log, held_out: Tensor) -> None:
     """Log reconstructions and interpolations of held-out images uint8 [N, C, H, W], and samples of fixed latents."""
     config = step.config
     generator = torch.Generator().manual_seed(derive_seed(config.train.seed, "grids"))
-    chosen = torch.arange(GRID_IMAGES) % len(held_out)  # repeated if there are few
-    images = normalize(resize(held_out, step.resolution)[chosen].to(step.device))
+    indices = torch.arange(GRID_IMAGES) % len(held_out)  # repeats images if there are few
+    images = normalize(resize(held_out, step.resolution)[indices].to(step.device))
     with evaluating(step.networks), uncompiled():
         model = current_model(step)
         reconstructions = model.reconstruct(images, sample_posterior=False)
-        pairs = torch.stack([images, reconstructions], dim=1)  # original above reconstruction, 8 a row
+        pairs = torch.stack([images, reconstructions], dim=1)  # images above reconstructions, 8 per row
         rows = pairs.unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 2)
         log.grid("reconstructions", step.images, rows, columns=8)
         samples = model.sample(64, generator=generator)
@@ -75,11 +75,11 @@ def write_grids(step: TrainStep, log: Log, held_out: Tensor) -> None:
 
 
 def current_model(step: TrainStep) -> DCVAE:
-    """Return what the run has learned so far, in evaluation mode: its encoder, and the average of its decoder."""
+    """Return the current model in evaluation mode: the encoder and the EMA of the decoder."""
     config = step.config.model
     if config.grows:
         config = replace(config, resolution=step.resolution, alpha=step.alpha)
-    with torch.device("meta"):  # its own networks are replaced, and need no memory
+    with torch.device("meta"):  # its networks are replaced below, and need no memory
         model = DCVAE(config)
     model.encoder, model.decoder = step.networks.encoder, step.networks.decoder_ema
     return model.eval()
@@ -87,7 +87,7 @@ def current_model(step: TrainStep) -> DCVAE:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and afterwards every submodule back into the mode it was in."""
+    """Context manager for evaluation mode. Restores the mode of every submodule afterwards."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:

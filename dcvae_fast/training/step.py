@@ -1,6 +1,7 @@
-"""One training iteration: noise, the objectives in order, optimizer, graphs. Knows no files, clock or command line.
+"""One training iteration: noise, the objectives in order, optimizer steps, CUDA graphs.
 
-Nothing here waits for the device, except for the loss scale in float16: metrics are detached tensors on it.
+This module uses no files, clock or command line. It does not wait for the device, except for the loss scale in float16:
+metrics are detached tensors on the device.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,18 +41,23 @@ Objective = Callable[..., tuple[Tensor, Metrics]]
 
 
 class TrainStep:
-    """Calling it with a batch trains on it once, in the order of the authors' code or jointly (Eq. 9).
+    """Callable that trains on one batch: objective after objective as in the authors' code, or jointly (Eq. 9).
 
-    Ranks together do what one rank would do with all their images, up to rounding.
+    Several ranks compute the same update as one rank with all their images, up to rounding.
+
+    Attributes:
+        images: images shown so far, on all ranks together
+        iterations: iterations so far
+        resolution, alpha: resolution of the networks, and fade-in weight of its layers
     """
 
-    # channels_last convolutions are faster, on GPUs and CPUs.
+    # channels_last convolutions are faster on GPUs and CPUs.
     memory_format = torch.channels_last
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", ranks: Ranks = SINGLE):
         """
         Raises:
-            ConfigError: the ranks cannot share the batches, or DeepSpeed cannot be used as configured.
+            ConfigError: the batches cannot be divided among the ranks, or DeepSpeed cannot be used as configured.
         """
         check_batches(config, ranks.world_size)
         self.config, self.device, self.ranks = config, torch.device(device), ranks
@@ -64,15 +70,14 @@ class TrainStep:
         self.graphs = Graphs(partial(CudaRecorder, self.device)) if uses_graphs(config, self.device, ranks) else None
         self.engine = self._make_engine()
         self._noise = NoiseSource(config, self.device, ranks)
-        self.images = 0  # shown so far, on all ranks together
-        self.iterations = 0
+        self.images = self.iterations = 0
         self._alpha = torch.empty((), device=self.device)
         self._phase: tuple[int, bool] | None = None
         self.grow(self.schedule)
 
     def _make_engine(self) -> Engine:
         config = self.config
-        if self.graphs is not None:  # only torch's Adam can be part of a graph
+        if self.graphs is not None:  # only torch's Adam can be captured
             config = replace(config, optim=replace(config.optim, implementation="torch"))
         arguments = (self.networks, self.networks.groups(), config, self.ranks, learning_rate_scales(self.networks))
         if config.train.uses_deepspeed and self.device.type != "meta":
@@ -82,23 +87,23 @@ class TrainStep:
 
     @property
     def schedule(self) -> ScheduleState:
-        """Resolution, fade, batch and learning rate of the next iteration. If its resolution is not `resolution`, call
-        `grow` and `refill` first."""
+        """Schedule of the next iteration. If its resolution differs from `self.resolution`, call `grow` and `refill`
+        first."""
         return schedule_at(self.config, self.images, self.ranks.world_size)
 
-    def grow(self, to: ScheduleState) -> None:
-        """Continue at another resolution, without moments in the optimizer and with an empty queue.
+    def grow(self, schedule: ScheduleState) -> None:
+        """Continue at another resolution, with new optimizer moments and an empty queue.
 
-        All layers have been in all networks from the start, C′ and the averages included, where they are the same.
+        No weights are added: all networks, C′ and the EMA included, have the layers of all resolutions from the start.
         """
         self._phase = None
-        self._set_phase(to)
-        self.engine.reset(to.lr, to.batch)
-        self.networks.restart_contrast(to.resolution)
+        self._set_phase(schedule)
+        self.engine.reset(schedule.lr, schedule.batch)
+        self.networks.restart_contrast(schedule.resolution)
 
     @torch.no_grad()
     def refill(self, batches: Iterable[Batch]) -> None:
-        """Fill the queue with keys of fresh images, this rank's share of them, at the present resolution."""
+        """Fill the queue with keys of these images, this rank's share, at the current resolution."""
         contrast = self.networks.contrast
         if contrast is None:
             return
@@ -110,22 +115,23 @@ class TrainStep:
             if missing <= 0:
                 return
 
-    def _set_phase(self, to: ScheduleState) -> None:
-        self.resolution, self.alpha = to.resolution, to.alpha
-        phase = (to.resolution, to.alpha < 1)
+    def _set_phase(self, schedule: ScheduleState) -> None:
+        resolution, alpha = schedule.resolution, schedule.alpha
+        self.resolution, self.alpha = resolution, alpha
+        phase = (resolution, alpha < 1)
         if self.config.model.grows:
-            self._alpha.fill_(to.alpha)
-            set_phase(self.networks, Phase(to.resolution, self._alpha if to.alpha < 1 else 1.0))
+            self._alpha.fill_(alpha)
+            set_phase(self.networks, Phase(resolution, self._alpha if alpha < 1 else 1.0))
         if phase == self._phase:
             return
-        self._phase = phase  # what was compiled and recorded belongs to the previous one
+        self._phase = phase  # compiled code and graphs belong to the previous phase
         if self.compiles:
             forget_compiled()
         if self.graphs is not None:
             self.graphs.forget()
 
     def _fade_in(self, batch: Batch) -> Batch:
-        """Return the images as networks that are fading in see them."""
+        """Return the batch at the current phase: while layers fade in, blended with its half-resolution version."""
         images = cross_fade(batch.images, self.alpha).contiguous(memory_format=self.memory_format)
         return Batch(images, batch.ids)
 
@@ -133,20 +139,20 @@ class TrainStep:
         precision = self.config.train.precision
         if precision == "float32" or self.device.type == "meta":
             return nullcontext()
-        # Without the cache, gradients of a weight that is used twice are added up in float32.
+        # Without the cache, gradients of a weight that is used twice are accumulated in float32.
         return torch.autocast(self.device.type, getattr(torch, precision), cache_enabled=False)
 
     def _compiling(self) -> AbstractContextManager:
         return compiling() if self.compiles else nullcontext()
 
     def __call__(self, batch: Batch) -> Metrics:
-        """Train on images [B, C, R, R] of the present resolution, this rank's share.
+        """Train on this rank's share of a batch, images [B, C, R, R] at the current resolution.
 
         Returns:
-            Scalars, of this rank's share; those of the autoencoder only if it was stepped.
+            Scalar metrics of this rank's share. Metrics of encoder and decoder exist only if they were updated.
 
         Raises:
-            ConfigError: the networks are to be compiled, and cannot be.
+            ConfigError: torch.compile fails.
         """
         self._set_phase(self.schedule)
         batch, variant = self._fade_in(batch), self._variant()
@@ -168,29 +174,30 @@ class TrainStep:
         return StepVariant(autoencoder, r1, contrasts and local_start is not None and self.images >= local_start)
 
     def _replay(self, graphs: Graphs, batch: Batch, noise: Noise, variant: StepVariant) -> Metrics:
-        """Do what `_iterate` does, by a CUDA graph of its variant."""
-        drawn = {name: x for name, x in noise._asdict().items() if x is not None}
+        """Run `_iterate` as a CUDA graph, one for each variant."""
+        noise_tensors = {name: x for name, x in noise._asdict().items() if x is not None}
 
         def work(tensors: list[Tensor]) -> Metrics:
             images, ids, *rest = tensors
-            return self._iterate(Batch(images, ids), Noise(**dict(zip(drawn, rest, strict=True))), variant)
+            return self._iterate(Batch(images, ids), Noise(**dict(zip(noise_tensors, rest, strict=True))), variant)
 
-        return graphs.run(variant, work, [batch.images, batch.ids, *drawn.values()])
+        return graphs.run(variant, work, [batch.images, batch.ids, *noise_tensors.values()])
 
     def _iterate(self, batch: Batch, noise: Noise, variant: StepVariant) -> Metrics:
-        """Run an iteration on the device. Its launches depend on the variant, the shapes and the phase alone."""
+        """Run an iteration on the device. Its kernel launches depend only on the variant, the shapes and the phase."""
         loss, metrics = self.config.loss, {}
         inputs = Inputs(batch.images, batch.ids, noise.posterior)
         if loss.has_gan:
-            # The discriminator's step does not change the autoencoder: its reconstruction serves the next step, too.
+            # The discriminator's step does not change encoder and decoder, so the next objective reuses the result.
             inputs = self._reconstruct_once(inputs, needs_gradient=variant.autoencoder)
             objective = partial(discriminator_objective, r1=variant.r1)
-            drawn = inputs._replace(prior=noise.prior, interpolation=noise.interpolation)
-            metrics |= self._optimize(objective, drawn, "trunk", "score")
+            d_inputs = inputs._replace(prior=noise.prior, interpolation=noise.interpolation)
+            metrics |= self._optimize(objective, d_inputs, "trunk", "score")
             if variant.autoencoder and loss.order == "sequential":
-                drawn = inputs._replace(prior=noise.generated)
-                metrics |= self._optimize(adversarial_objective, drawn, "encoder", "decoder")
-                inputs = inputs._replace(noise=noise.again, reconstruction=None)  # the autoencoder has changed
+                g_inputs = inputs._replace(prior=noise.generated)
+                metrics |= self._optimize(adversarial_objective, g_inputs, "encoder", "decoder")
+                # Encoder and decoder have changed: reconstruct again, with new noise.
+                inputs = inputs._replace(noise=noise.second_posterior, reconstruction=None)
         if variant.autoencoder:
             if loss.order == "joint":
                 inputs = inputs._replace(prior=noise.generated)
@@ -200,7 +207,7 @@ class TrainStep:
         return metrics
 
     def _reconstruct_once(self, inputs: Inputs, needs_gradient: bool) -> Inputs:
-        """Add the reconstruction; but micro-batches reconstruct again for each objective, to hold fewer activations."""
+        """Add the reconstruction. Micro-batches instead reconstruct for each objective, to hold fewer activations."""
         if self.config.train.micro_batch is not None:
             return inputs
         with self._autocast(), torch.set_grad_enabled(needs_gradient):
@@ -212,14 +219,14 @@ class TrainStep:
             return self._optimize(instance_objective, inputs, "encoder", "decoder")
         contrast.update(self.networks.discriminator)
         with self._autocast():
-            keys = contrast.keys(inputs.images, location, at_once=self.config.train.micro_batch)
+            keys = contrast.keys(inputs.images, location, self.config.train.micro_batch)
         inputs = inputs._replace(keys=keys)
         metrics = self._optimize(instance_objective, inputs, "encoder", "decoder", "trunk", "heads")
         self._enqueue(keys, inputs.ids)
         return metrics
 
     def _enqueue(self, keys: Keys, ids: Tensor) -> int:
-        """Put the keys of all ranks, whose queues are the same, into the queue; returns how many."""
+        """Enqueue the keys of all ranks, so that all queues stay equal, and return their number."""
         assert self.networks.contrast is not None
         gather = partial(self.ranks.all_gather, dim=1)
         patches = None if keys.patches is None else gather(keys.patches)
@@ -228,20 +235,20 @@ class TrainStep:
         return len(ids)
 
     def _optimize(self, objective: Objective, inputs: Inputs, *groups: str) -> Metrics:
-        """Step groups of parameters to minimise an objective over the micro-batches; returns mean metrics."""
+        """Update groups of parameters to minimise an objective over all micro-batches, and return mean metrics."""
         metrics: Metrics = {}
-        parts = inputs.micro_batches(self.config.train.micro_batch)
-        for part in parts:
+        micro_batches = inputs.micro_batches(self.config.train.micro_batch)
+        for micro_batch in micro_batches:
             with self._autocast():
-                loss, part_metrics = objective(self.networks, part, self.config.loss)
-            if len(parts) == 1:
-                metrics = part_metrics
+                loss, micro_metrics = objective(self.networks, micro_batch, self.config.loss)
+            if len(micro_batches) == 1:
+                metrics = micro_metrics
                 self.engine.backward(loss, groups)
                 continue
-            share = len(part.images) / len(inputs.images)
-            self.engine.backward(share * loss, groups)
-            for name, value in part_metrics.items():
-                metrics[name] = metrics.get(name, 0) + share * value
+            weight = len(micro_batch.images) / len(inputs.images)
+            self.engine.backward(weight * loss, groups)
+            for name, value in micro_metrics.items():
+                metrics[name] = metrics.get(name, 0) + weight * value
         self.engine.step()
         return metrics
 
@@ -256,8 +263,8 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        there = schedule_at(self.config, state["images"], self.ranks.world_size)
-        self.grow(there._replace(resolution=state["resolution"], alpha=state["alpha"]))
+        schedule = schedule_at(self.config, state["images"], self.ranks.world_size)
+        self.grow(schedule._replace(resolution=state["resolution"], alpha=state["alpha"]))
         self.images, self.iterations = state["images"], state["iterations"]
         self.networks.load_state_dict(state["networks"])
         self.engine.load_state_dict(state["optimizers"])

@@ -1,6 +1,6 @@
 """Data sets for training: from files to normalised batches on the device.
 
-Importing this package imports torch only; DALI, lmdb, Pillow, scikit-learn and torchvision are imported when needed.
+Importing this package imports torch only; DALI, lmdb, Pillow, scikit-learn and torchvision are imported on first use.
 """
 
 from dcvae_pipelines.dali import DaliSource

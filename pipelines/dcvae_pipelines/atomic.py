@@ -1,4 +1,4 @@
-"""Write files that are whole or absent, even after a power cut."""
+"""Atomic file writes: after a crash or a power cut, a file has its old or its new content, never a part."""
 
 import os
 from collections.abc import Iterator
@@ -9,30 +9,29 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` if the block succeeds: a reader, or a crash at any time, sees the old
-    content or the new one, never a part. Until then it is beside `path`, hidden."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    """Context manager that opens a hidden temporary file, and moves it to `path` when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a whole file as `replacing` does; text as UTF-8."""
+    """Replace the content of a file atomically; text is written as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def find_unfinished(folder: Path) -> list[Path]:
-    """Return the files in a folder that killed writers left behind."""
+    """Return the temporary files that killed writers left in a folder."""
     return list(folder.glob(".*.unfinished"))

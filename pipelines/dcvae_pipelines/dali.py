@@ -1,4 +1,4 @@
-"""Images decoded by NVIDIA DALI as they are needed: on the GPU where there is one, else on the CPU."""
+"""Images decoded by NVIDIA DALI during training, on the GPU or the CPU."""
 
 import logging
 import os
@@ -20,59 +20,59 @@ from dcvae_pipelines.source import Batch, DataError, check_size
 
 OnCorrupt = Literal["stop", "skip"]
 
-# What DALI decodes as Pillow does, on the CPU to the last bit, if it is upright, has 8 bits and one frame. Everything
-# else is decoded by Pillow, and so is what DALI turns out not to take.
+# Formats and modes that DALI decodes as Pillow does (on the CPU bit for bit), if the image is upright, has 8 bits per
+# channel and one frame. Pillow decodes all other images, and any image that DALI rejects.
 _DALI_DECODES = {
     "JPEG": ("L", "RGB"),
-    "MPO": ("L", "RGB"),  # JPEG, with further pictures behind the first
+    "MPO": ("L", "RGB"),  # JPEG, followed by further pictures
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA"),
     "WEBP": ("RGB", "RGBA"),
 }
 
 _File = tuple[bytes, Box]
-"""An encoded image as DALI can decode it, and the square of it that is shown."""
+"""Encoded image that DALI can decode, and the square of it to show."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """The next image of this rank's share of the order, while its file is being read.
+    """Image of this rank's share whose file is being read.
 
     Attributes:
-        index: its number in the data set
-        coin: 1 where it is mirrored, else 0
-        file: None where the image is known to be undecodable
+        index: index in the data set
+        flip: 1 if the image is mirrored, else 0
+        file: the file to wait for; None if the image is known to be undecodable
     """
 
     index: int
-    coin: int
+    flip: int
     file: "Future[_File] | None"
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A batch while DALI decodes it.
+    """Batch that DALI is decoding.
 
     Attributes:
-        indices: numbers of its images in the data set
-        coins: of each image, as in `_Reading`
-        files: its images, encoded
-        skipped: number of images left out among these
+        indices: indices of its images in the data set
+        flips: flip of each image, as in `_Reading`
+        files: its encoded images
+        skipped: number of images left out while it was collected
     """
 
     indices: list[int]
-    coins: list[int]
+    flips: list[int]
     files: list[_File]
     skipped: int
 
 
 class DaliSource:
-    """A `Source` over encoded images, in the order that `Order` describes.
+    """`Source` of encoded images, in the order that `Order` defines.
 
-    Files are read ahead by threads, decoded by DALI (JPEG on the GPU, by its hardware decoder where it has one), then
-    resized, mirrored and normalised by torch on the device. The state is a number of images and no state of DALI's, so
-    that it holds at any batch, and for another resolution and another number of ranks too.
+    Threads read files ahead, DALI decodes them (JPEG on the GPU, with its hardware decoder if available), and torch
+    resizes, mirrors and normalises the images on the device. The state is a number of images and contains nothing of
+    DALI's, so it can be saved after any batch and loaded for another resolution or number of ranks.
     """
 
     def __init__(
@@ -94,29 +94,29 @@ class DaliSource:
         prefetch: int = 2,
         on_corrupt: OnCorrupt = "stop",
     ) -> None:
-        """Nothing is read before the first batch is asked for.
+        """Prepare the source; reading starts with the first batch.
 
         Args:
             images: the data set.
-            resolution: height and width of the images shown, in pixels, until `set_resolution`; images that have fewer
-                count as undecodable.
-            batch: images a batch, on each rank.
-            seed: of the order and of the mirroring; the same on all ranks.
-            device: where batches appear; a GPU decodes, too.
-            rank: this process among `ranks`.
-            ranks: processes that share the epochs.
+            resolution: height and width of the images shown, in pixels, until `set_resolution`; smaller images count as
+                undecodable.
+            batch: batch size per rank.
+            seed: seed of the order and flips; the same on all ranks.
+            device: device of the batches; a GPU also decodes.
+            rank: rank of this process.
+            ranks: number of processes that share the epochs.
             channels: 3 for RGB, 1 for grey.
-            mirror: whether to flip each image left to right with probability ½, drawn afresh each epoch.
-            drop_last: whether an epoch leaves out the last images of its permutation that fill no batch on all ranks.
-            dtype: of the batches, float32 or bfloat16.
-            channels_last: memory format of the batches.
-            threads: that decode, and as many that read; None for the cores of this process, shared among the ranks.
-            prefetch: batches decoded ahead.
-            on_corrupt: what to do about an image that cannot be read or decoded: `stop` raises DataError when its turn
-                comes, `skip` leaves it out with a warning, and the next one of the order takes its place.
+            mirror: whether to flip each image left to right with probability ½, drawn again in each epoch.
+            drop_last: whether an epoch drops its last images if they do not fill a batch on all ranks.
+            dtype: dtype of the batches, float32 or bfloat16.
+            channels_last: whether batches are channels_last instead of contiguous.
+            threads: number of decoding threads, and of reading threads; None: this process's cores divided by `ranks`.
+            prefetch: number of batches decoded ahead.
+            on_corrupt: for an image that cannot be read or decoded, "stop" raises DataError when it would be shown;
+                "skip" leaves it out with a warning, and shows the next image of the order instead.
 
         Raises:
-            DataError: no images; a setting out of range; DALI is missing.
+            DataError: no images; a setting out of range; DALI is not installed.
         """
         if len(images) == 0:
             raise DataError(f"{images.name}: there are no images")
@@ -132,7 +132,7 @@ class DaliSource:
         self._dtype, self._channels_last = dtype, channels_last
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-        self._prefetch, self._least = prefetch, resolution
+        self._prefetch, self._min_side = prefetch, resolution
         self._readers: Any = None
         self._shown = self._skipped = 0
         self._ranks = ranks
@@ -142,27 +142,27 @@ class DaliSource:
         self.set_resolution(resolution)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Endless batches: images [B, C, R, R] in [-1, 1], ids int64 [B], both on the device.
+        """Yield batches endlessly: images [B, C, R, R] in [-1, 1] and ids int64 [B], both on the device.
 
         Raises:
-            DataError: an image cannot be read or decoded; the message names it. Or none of them can.
+            DataError: an image, named in the message, cannot be read or decoded, or no image can.
         """
         try:
             while True:
                 yield self._next()
-        finally:  # nobody listens any more
+        finally:  # the iterator was closed
             self._stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """{"images": number of images shown, by all ranks together, "of": images in the data set, "skipped": images
-        left out by this rank, "ranks": how many there are}."""
+        """Return {"images": images shown by all ranks together, "of": images in the data set, "skipped": images left
+        out by this rank, "ranks": number of ranks}."""
         return {"images": self._shown, "of": len(self._images), "skipped": self._skipped, "ranks": self._ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues after state["images"] images.
+        """Continue after state["images"] images.
 
-        Where images were skipped, and there were another number of ranks, as many images of the epoch may be shown
-        twice or not at all.
+        If images were skipped and the number of ranks has changed, as many images of the epoch as were skipped can be
+        shown twice or not at all.
 
         Raises:
             DataError: the data set has another number of images than when the state was saved.
@@ -173,9 +173,9 @@ class DaliSource:
         self._stop()
 
     def set_resolution(self, resolution: int, batch: int | None = None) -> None:
-        """Show images at resolution × resolution pixels from the next batch on, and `batch` of them if that is given.
+        """Set the resolution, and the batch size if given, from the next batch on. The position is unchanged.
 
-        Images decoded ahead are kept, unless the size of the batch changes.
+        Images decoded ahead are kept unless the batch size changes.
 
         Raises:
             DataError: `resolution` or `batch` is below 1.
@@ -193,9 +193,9 @@ class DaliSource:
             try:
                 (decoded,) = pipeline.run(self._stream())
                 break
-            except StopIteration:  # `_feed` has nothing more, and all that it fed has been handed out
-                raise self._problem from None
-            except RuntimeError as error:  # DALI's, about one of the images it holds; it does not say which
+            except StopIteration:  # `_feed` failed, and the batches before are consumed
+                raise self._error from None
+            except RuntimeError as error:  # raised by DALI for one of its images, without naming it
                 groups = self._decoding
                 self._stop()
                 self._find_undecodable(groups, error)
@@ -205,45 +205,45 @@ class DaliSource:
             torch.from_dlpack(image)[top : top + side, left : left + side]
             for image, (_, (top, left, side)) in zip(images, group.files, strict=True)
         ]
-        ids, coins = to_device(torch.tensor([group.indices, group.coins]), self._device)
-        images = (self._finish_on_gpu if self._device.type == "cuda" else self._finish_on_cpu)(squares, coins)
+        ids, flips = to_device(torch.tensor([group.indices, group.flips]), self._device)
+        images = (self._finish_on_gpu if self._device.type == "cuda" else self._finish_on_cpu)(squares, flips)
         self._shown += self._order.step
         self._skipped += group.skipped
         return Batch(images, ids)
 
-    def _finish(self, squares_BHHC: Tensor, coins: Tensor) -> Tensor:
+    def _finish(self, squares_BHHC: Tensor, flips: Tensor) -> Tensor:
         images = squares_BHHC.permute(0, 3, 1, 2)
         if self._channels == 1:
             images = to_grey(images)
-        mirrored = coins if self._mirror else None
+        mirrored = flips if self._mirror else None
         return normalize(resize(images, self._resolution), mirrored, self._dtype, self._channels_last)
 
-    def _finish_on_cpu(self, squares: list[Tensor], coins: Tensor) -> Tensor:
-        """One by one, each by one thread: batches would be copied more often, and by fewer cores."""
+    def _finish_on_cpu(self, squares: list[Tensor], flips: Tensor) -> Tensor:
+        """Finish each image in one thread; finishing whole batches makes more copies and uses fewer cores."""
         shape = (len(squares), self._channels, self._resolution, self._resolution)
         images = torch.empty(shape, dtype=self._dtype, memory_format=self._layout)
 
         def finish(i: int) -> None:
-            images[i] = self._finish(squares[i][None], coins[i : i + 1])[0]
+            images[i] = self._finish(squares[i][None], flips[i : i + 1])[0]
 
         list(self._readers.map(finish, range(len(squares))))
         return images
 
-    def _finish_on_gpu(self, squares: list[Tensor], coins: Tensor) -> Tensor:
-        """All of a size at once."""
+    def _finish_on_gpu(self, squares: list[Tensor], flips: Tensor) -> Tensor:
+        """Finish images of equal size together."""
         finished: dict[int, Tensor] = {}
         for side in {len(square) for square in squares}:
-            chosen = [i for i, square in enumerate(squares) if len(square) == side]
-            same_size = torch.stack([squares[i] for i in chosen])
-            if len(chosen) == len(squares):
-                return self._finish(same_size, coins)
-            finished.update(zip(chosen, self._finish(same_size, torch.stack([coins[i] for i in chosen])), strict=True))
+            group = [i for i, square in enumerate(squares) if len(square) == side]
+            same_size = torch.stack([squares[i] for i in group])
+            if len(group) == len(squares):
+                return self._finish(same_size, flips)
+            finished.update(zip(group, self._finish(same_size, torch.stack([flips[i] for i in group])), strict=True))
         return torch.stack([finished[i] for i in range(len(squares))]).contiguous(memory_format=self._layout)
 
-    # --- what goes into DALI ---
+    # --- reading, and feeding DALI ---
 
     def _start(self) -> Any:
-        """The pipeline; begins to read and to decode after the images that were shown."""
+        """Start to read and decode after the images already shown, and return the pipeline."""
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._share = self._order.share(self._shown, self._skipped)
         for _ in range(2 * self._order.batch):  # one batch is fed while the next is read
@@ -252,50 +252,50 @@ class DaliSource:
         return self._pipeline
 
     def _stop(self) -> None:
-        """Drops all that was read and decoded ahead, and ends the threads."""
+        """Discard everything read and decoded ahead, and end the threads."""
         if self._readers is not None:
             self._readers.shutdown(wait=False, cancel_futures=True)
         self._readers = self._pipeline = None
         self._reading: deque[_Reading] = deque()
         self._decoding: deque[_Group] = deque()
-        self._problem = DataError(f"{self._images.name}: nothing is being read")
+        self._error = DataError(f"{self._images.name}: nothing is being read")
 
     def _read_one_more(self) -> None:
-        index, coin = next(self._share)
+        index, flip = next(self._share)
         file = None if index in self._left_out else self._readers.submit(self._read, index)
-        self._reading.append(_Reading(index, coin, file))
+        self._reading.append(_Reading(index, flip, file))
 
     def _read(self, index: int) -> _File:
-        """Run by the reading threads."""
+        """Read an image and its square; called by the reading threads."""
         name, encoded = self._images.image_name(index), self._images.read(index)
         header = read_header(encoded, name)
         is_plain = not (header.rotated or header.animated or header.deep or index in self._by_pillow)
         if is_plain and header.mode in _DALI_DECODES.get(header.format, ()):
-            return encoded, self._images.square(index, header.width, header.height, self._least)
+            return encoded, self._images.square(index, header.width, header.height, self._min_side)
         image = decode(encoded, name, channels=3)
-        return _as_ppm(image), self._images.square(index, image.width, image.height, self._least)
+        return _as_ppm(image), self._images.square(index, image.width, image.height, self._min_side)
 
     def _feed(self) -> list[_File]:
-        """The next batch for DALI."""
-        indices, coins, files, skipped = [], [], [], 0
+        """Return the next batch for DALI."""
+        indices, flips, files, skipped = [], [], [], 0
         while len(indices) < self._order.batch:
             reading = self._reading.popleft()
             self._read_one_more()
             try:
-                file = self._file(reading)
-            except DataError as problem:
-                self._problem = problem  # raised when the turn of this batch has come
+                file = self._await_file(reading)
+            except DataError as error:
+                self._error = error  # raised by `_next` when this batch is due
                 raise StopIteration from None
             if file is None:
                 skipped += 1
             else:
                 indices.append(reading.index)
-                coins.append(reading.coin)
+                flips.append(reading.flip)
                 files.append(file)
-        self._decoding.append(_Group(indices, coins, files, skipped))
+        self._decoding.append(_Group(indices, flips, files, skipped))
         return files
 
-    def _file(self, reading: _Reading) -> _File | None:
+    def _await_file(self, reading: _Reading) -> _File | None:
         """Return the file once it is read, or None if the image is left out.
 
         Raises:
@@ -303,42 +303,43 @@ class DaliSource:
         """
         try:
             return None if reading.file is None else reading.file.result()
-        except DataError as problem:
-            self._leave_out(reading.index, problem)
+        except DataError as error:
+            self._leave_out(reading.index, error)
             return None
 
-    # --- what cannot be decoded ---
+    # --- undecodable images ---
 
-    def _leave_out(self, index: int, problem: DataError) -> None:
-        """
+    def _leave_out(self, index: int, error: DataError) -> None:
+        """Leave out an image from now on.
+
         Raises:
-            DataError: it is not to be left out, or there is nothing else left.
+            DataError: `on_corrupt` is "stop", or no image remains.
         """
         if self._on_corrupt == "stop":
-            raise problem
+            raise error
         if index not in self._left_out:
-            _log.warning("left out: %s", problem)
+            _log.warning("left out: %s", error)
         self._left_out.add(index)
         if len(self._left_out) == len(self._images):
             raise DataError(f"{self._images.name}: none of the {len(self._images):,} images can be decoded")
 
     def _find_undecodable(self, groups: Iterable[_Group], error: RuntimeError) -> None:
-        """Find the first batch that DALI cannot decode, and leave its undecodable images to Pillow, or leave them out.
+        """Find the first batch that DALI cannot decode; assign its undecodable images to Pillow, or leave them out.
 
         Raises:
             DataError: see `_leave_out`.
-            RuntimeError: `error`, if no image is its cause.
+            RuntimeError: `error`, if it is not caused by an image.
         """
         for group in groups:
             undecodable = [i for i, file in enumerate(group.files) if not self._is_decodable(file)]
-            problems = [self._pillows_problem(group, i) for i in undecodable]
-            if len(undecodable) == len(group.files) > 1 and not any(problems):
-                break  # DALI decodes nothing, and not for the images: out of memory, say
-            for i, problem in zip(undecodable, problems, strict=True):
-                if problem is None:
+            pillow_errors = [self._pillow_error(group, i) for i in undecodable]
+            if len(undecodable) == len(group.files) > 1 and not any(pillow_errors):
+                break  # the images are not the cause: out of memory, for example
+            for i, pillow_error in zip(undecodable, pillow_errors, strict=True):
+                if pillow_error is None:
                     self._by_pillow.add(group.indices[i])
                 else:
-                    self._leave_out(group.indices[i], problem)
+                    self._leave_out(group.indices[i], pillow_error)
             if undecodable:
                 return
         raise error
@@ -351,11 +352,11 @@ class DaliSource:
             return False
         return True
 
-    def _pillows_problem(self, group: _Group, i: int) -> DataError | None:
+    def _pillow_error(self, group: _Group, i: int) -> DataError | None:
         try:
             decode(group.files[i][0], self._images.image_name(group.indices[i]), channels=3)
-        except DataError as problem:
-            return problem
+        except DataError as error:
+            return error
         return None
 
     def _device_id(self) -> int | None:
@@ -366,7 +367,7 @@ class DaliSource:
 
 
 def _decoder(feed: Callable[[], list[_File]], batch: int, threads: int, prefetch: int, device_id: int | None) -> Any:
-    """A DALI pipeline, built: what `feed` returns, batch by batch → images uint8 [H, W, C]."""
+    """Build a DALI pipeline that decodes the batches returned by `feed` to images uint8 [H, W, C]."""
     import numpy as np
 
     dali: Any = import_optional("nvidia.dali", "nvidia-dali-cuda130")
@@ -381,7 +382,7 @@ def _decoder(feed: Callable[[], list[_File]], batch: int, threads: int, prefetch
             fn.external_source(source=arrays, dtype=types.UINT8, ndim=1),
             device="cpu" if device_id is None else "mixed",
             output_type=types.RGB,
-            jpeg_fancy_upsampling=True,  # chroma on the GPU as on the CPU
+            jpeg_fancy_upsampling=True,  # the same chroma on the GPU as on the CPU
         )
 
     pipeline = decoder()
@@ -390,5 +391,5 @@ def _decoder(feed: Callable[[], list[_File]], batch: int, threads: int, prefetch
 
 
 def _as_ppm(image: Any) -> bytes:
-    """A PIL.Image.Image of mode RGB, uncompressed."""
+    """Encode a PIL.Image.Image of mode RGB, uncompressed."""
     return f"P6 {image.width} {image.height} 255\n".encode() + image.tobytes()

@@ -1,4 +1,4 @@
-"""The data sets: where their files lie, how they are split."""
+"""The data sets by name: locations of their files, and splits."""
 
 import hashlib
 import json
@@ -41,22 +41,22 @@ def load_dataset(
 def load_dataset(
     name: str, root: str | Path | None = None, split: str = "train", download: bool = False
 ) -> ImageSet | EncodedSet:
-    """Finds, checks and splits a data set.
+    """Find, check and split a data set.
 
-    Decoded at once, to 32×32 pixels:
+    Decoded when loaded, to 32×32 pixels:
 
     | name      | images                                             | train   | test   | below ROOT            |
     |-----------|----------------------------------------------------|---------|--------|-----------------------|
     | `digits`  | grey, 8×8 upscaled smoothly                        | 1,437   | 360    | (with scikit-learn)   |
     | `mnist`   | grey, 28×28 in a border of zeros                   | 60,000  | 10,000 | MNIST/raw             |
     | `cifar10` | RGB                                                | 50,000  | 10,000 | cifar-10-batches-py   |
-    | `stl10`   | RGB, 96×96 shrunk; 100,000 of train have no labels | 105,000 | 8,000  | stl10_binary          |
+    | `stl10`   | RGB, 96×96 downscaled; 100,000 are unlabelled      | 105,000 | 8,000  | stl10_binary          |
 
-    Decoded while they are shown, at any resolution:
+    Decoded during training, at any resolution:
 
     | name           | images below ROOT                                   | split                                     |
     |----------------|-----------------------------------------------------|-------------------------------------------|
-    | `celeba`       | celeba/img_align_celeba: the 128×128 round the face | celeba/list_eval_partition.txt            |
+    | `celeba`       | celeba/img_align_celeba, cropped to 128×128 faces   | celeba/list_eval_partition.txt            |
     | `celebahq`     | anywhere, named by number; any subset               | 29,000 and 1,000, by a hash of the number |
     | `lsun_bedroom` | bedroom_{train,val}_lmdb, or folders                | as published; a single folder as `folder` |
     |                | bedroom_{train,val}, or anywhere                    |                                           |
@@ -65,13 +65,13 @@ def load_dataset(
     | `shards`       | *.tar of WebDataset, as `dcvae prepare` makes them  | train*.tar and test*.tar, or as `folder`  |
 
     Args:
-        name: one of the tables.
-        root: the folder ROOT, laid out as torchvision does where torchvision knows the data set; `digits` needs none.
+        name: a name from the tables.
+        root: the folder ROOT, in torchvision's layout if torchvision has the data set; `digits` needs none.
         split: "train" or "test"; "valid" for `celeba`.
-        download: whether files that are missing under `root` may be downloaded, where torchvision can.
+        download: whether to download missing files to `root`, for data sets that torchvision can download.
 
     Raises:
-        DataError: unknown name or split; files missing or corrupt; a download that failed; a package not installed.
+        DataError: unknown name or split; files missing or corrupt; a failed download; a package not installed.
     """
     if name not in NAMES:
         raise DataError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
@@ -108,7 +108,7 @@ def _folder(name: str, root: str | Path | None) -> Path:
         raise DataError(f"{name}: data.root is not set; set --data.root to the folder that holds the images")
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{name}: looked for images in {folder}, which is no folder; set --data.root to theirs")
+        raise DataError(f"{name}: looked for images in {folder}, which is not a folder; correct --data.root")
     return folder
 
 
@@ -124,46 +124,46 @@ def _celeba(root: str | Path | None, split: str, download: bool) -> EncodedSet:
             raise DataError(f"celeba: looked for {path} and did not find it{hint}; {remedy}")
     try:
         rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
-        parts = {file: ("train", "valid", "test")[int(part)] for file, part in rows}
+        split_of = {file: ("train", "valid", "test")[int(part)] for file, part in rows}
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"celeba: {partition} is not the published list ({error}); {remedy}") from error
-    names = sorted(file for file, part in parts.items() if part == split)
-    there = set(find_images(folder))
-    if missing := [file for file in names if file not in there]:
+    names = sorted(file for file, part in split_of.items() if part == split)
+    existing = set(find_images(folder))
+    if missing := [file for file in names if file not in existing]:
         raise DataError(
             f"celeba: {len(missing):,} of the {len(names):,} {split} images that {partition} lists are missing in"
-            f" {folder}, {missing[0]} for one; {remedy}"
+            f" {folder}, for example {missing[0]}; {remedy}"
         )
     return EncodedSet("celeba", Files(folder, names), torch.arange(len(names)), box=_celeba_face)
 
 
 def _celeba_face(width: int, height: int) -> Box:
-    """128×128 around the face of an aligned image: Progressive GAN's crop."""
+    """Return the 128×128 around the face of an aligned image: Progressive GAN's crop."""
     if (width, height) != (178, 218):
         raise DataError(f"celeba: aligned images have 178 × 218 pixels; this one has {width} × {height}")
-    row, column, side = 121, 89, 128  # of the centre
+    row, column, side = 121, 89, 128  # row and column of the centre
     return row - side // 2, column - side // 2, side
 
 
 def _celebahq(folder: Path, split: str) -> EncodedSet:
-    names = _found("celebahq", folder)
+    names = _image_names("celebahq", folder)
     held_out = _celebahq_held_out()
     numbers = [re.search(r"(\d+)\.\w+$", name) for name in names]
     is_held_out = torch.tensor([number is not None and int(number[1]) in held_out for number in numbers])
-    if not is_held_out.any():  # a few of the images, and none of those
+    if not is_held_out.any():  # a subset that contains none of the held-out images
         is_held_out = _hold_out("celebahq", names)
     return EncodedSet("celebahq", Files(folder, names), _indices(is_held_out, split))
 
 
 @cache
 def _celebahq_held_out() -> frozenset[int]:
-    """Choose 1,000 of the 30,000 images by a hash of their numbers; which the paper held out is not published."""
+    """Choose 1,000 of the 30,000 images by a hash of their numbers; the paper's choice is not published."""
     return frozenset(sorted(range(30_000), key=lambda n: hashlib.sha256(f"celebahq {n}".encode()).digest())[:1000])
 
 
 def _lsun_bedroom(root: Path, split: str) -> EncodedSet:
     part = "train" if split == "train" else "val"
-    if any((root / f"bedroom_{each}_lmdb").exists() for each in ("train", "val")):
+    if any((root / f"bedroom_{suffix}_lmdb").exists() for suffix in ("train", "val")):
         folder = root / f"bedroom_{part}_lmdb"
         if not (folder / "data.mdb").is_file():
             raise DataError(
@@ -176,14 +176,14 @@ def _lsun_bedroom(root: Path, split: str) -> EncodedSet:
 
 
 def _images(name: str, root: Path, split: str, folders: dict[str, str]) -> EncodedSet:
-    """Images in a folder for each split if those are there, else in one."""
+    """Load images from one folder per split if these exist, else split all images below `root`."""
     if all((root / folder).is_dir() for folder in folders.values()):
-        names = _found(name, root / folders[split])
+        names = _image_names(name, root / folders[split])
         return EncodedSet(name, Files(root / folders[split], names), torch.arange(len(names)))
-    return _split_by_key(name, Files(root, _found(name, root)), split)
+    return _split_by_key(name, Files(root, _image_names(name, root)), split)
 
 
-def _found(name: str, folder: Path) -> list[str]:
+def _image_names(name: str, folder: Path) -> list[str]:
     if names := find_images(folder):
         return names
     raise DataError(f"{name}: looked for images (JPEG, PNG, WebP…) in {folder} and below, and found none")
@@ -192,52 +192,53 @@ def _found(name: str, folder: Path) -> list[str]:
 def _shards(root: Path, split: str) -> EncodedSet:
     paths = sorted(root.glob("*.tar"))
     if not paths:
-        raise DataError(f"shards: looked for {root}/*.tar and found none; `dcvae prepare` packs images into such")
+        raise DataError(f"shards: looked for {root}/*.tar and found none; `dcvae prepare` packs images into shards")
     _check_manifest(root)
-    of_split = {each: [path for path in paths if path.name.startswith(each)] for each in ("train", "test")}
-    if not all(of_split.values()):
+    by_split = {prefix: [path for path in paths if path.name.startswith(prefix)] for prefix in ("train", "test")}
+    if not all(by_split.values()):
         return _split_by_key("shards", Shards(paths), split)
-    store = Shards(of_split[split])
+    store = Shards(by_split[split])
     if len(store) == 0:
         raise DataError(f"shards: there are no images in {root}/*.tar")
     return EncodedSet("shards", store, torch.arange(len(store)))
 
 
 def _check_manifest(root: Path) -> None:
-    """
+    """Check that shards written by `dcvae prepare` are complete.
+
     Raises:
-        DataError: `dcvae prepare` has not finished, or shards are missing that it made.
+        DataError: `dcvae prepare` has not finished, or a shard is missing or has another size.
     """
     try:
         manifest = json.loads((root / "manifest.json").read_bytes())
         complete, shards = manifest["complete"], manifest.get("shards", [])
     except (OSError, ValueError, TypeError, KeyError):
-        return  # other people's shards
+        return  # not written by `dcvae prepare`
     if not complete:
-        raise DataError(f"shards: {root} is not complete; run the same `dcvae prepare` again, and it goes on")
+        raise DataError(f"shards: {root} is not complete; run the same `dcvae prepare` again to finish it")
     for shard in shards:
         path = root / shard["name"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            state = "has another size" if path.is_file() else "is missing"
-            raise DataError(f"shards: {path} {state}; run the same `dcvae prepare` again, which makes it")
+            problem = "has another size" if path.is_file() else "is missing"
+            raise DataError(f"shards: {path} {problem}; run the same `dcvae prepare` again to restore it")
 
 
 def _split_by_key(name: str, store: Store, split: str) -> EncodedSet:
-    """Return the images of a store that are held out by a hash of their keys, or the others."""
+    """Split a store by a hash of its keys."""
     return EncodedSet(name, store, _indices(_hold_out(name, [store.key(i) for i in range(len(store))]), split))
 
 
 def _hold_out(name: str, names: list[str]) -> Tensor:
-    """Choose 1 in 20 of the images, but at least 1 and at most 1,000: those whose names have the smallest hashes.
+    """Hold out 1 in 20 images, at least 1 and at most 1,000: those whose names have the smallest hashes.
 
     Returns:
-        bool [N], true where an image is held out.
+        bool [N], true for images that are held out.
     """
     if len(names) < 2:
-        raise DataError(f"{name}: there is one image only; training needs two, for one is held out")
-    hashes = [hashlib.sha256(each.encode(errors="surrogateescape")).digest() for each in names]
-    last = sorted(hashes)[min(1000, max(1, len(names) // 20)) - 1]
-    return torch.tensor([each <= last for each in hashes])
+        raise DataError(f"{name}: there is only one image; at least two are needed, because one is held out")
+    hashes = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in names]
+    threshold = sorted(hashes)[min(1000, max(1, len(names) // 20)) - 1]
+    return torch.tensor([digest <= threshold for digest in hashes])
 
 
 def _indices(is_held_out: Tensor, split: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Data sets small enough to be decoded at once: their files, as torchvision lays them out, and their splits."""
+"""Data sets small enough to decode into memory: their files, in torchvision's layout, and their splits."""
 
 import gzip
 import hashlib
@@ -24,12 +24,12 @@ STL10_COUNTS = {"train": 5000, "unlabeled": 100_000, "test": 8000}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A split of a data set, decoded, in host memory.
+    """Decoded split of a data set, in host memory.
 
     Attributes:
         name: the data set's name
         images: uint8 [N, C, H, W]
-        labels: int64 [N], -1 where an image has none; None where the data set has none
+        labels: int64 [N], -1 for an image without a label; None for a data set without labels
     """
 
     name: str
@@ -41,31 +41,31 @@ class ImageSet:
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Load scikit-learn's 1,797 digits; every fifth is for testing."""
-    loaded = import_optional("sklearn.datasets", "scikit-learn").load_digits()
-    held_out = torch.arange(len(loaded.target)) % 5 == 0
-    chosen = held_out if split == "test" else ~held_out
-    greys = torch.from_numpy(loaded.images).float()[chosen, None] * (255 / 16)
+    """Load scikit-learn's 1,797 digits; every fifth is a test image."""
+    dataset = import_optional("sklearn.datasets", "scikit-learn").load_digits()
+    is_test = torch.arange(len(dataset.target)) % 5 == 0
+    in_split = is_test if split == "test" else ~is_test
+    greys = torch.from_numpy(dataset.images).float()[in_split, None] * (255 / 16)
     images = F.interpolate(greys, size=(32, 32), mode="bicubic", antialias=True)  # antialias: Pillow's bicubic kernel
-    return images.clamp(0, 255).round().to(torch.uint8), torch.from_numpy(loaded.target).long()[chosen]
+    return images.clamp(0, 255).round().to(torch.uint8), torch.from_numpy(dataset.target).long()[in_split]
 
 
 def mnist(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """Read MNIST's 28×28 images, and surround them by zeros, to 32×32.
+    """Read MNIST's 28×28 images, padded with zeros to 32×32.
 
-    Each of the two files of the split may be plain or gzipped; the other split's may be missing. torchvision's data set
+    Each of the split's two files can be plain or gzipped; the other split's can be missing. torchvision's data set
     requires all four files, plain, and does not name a damaged one.
     """
     root, remedy = root_and_remedy("mnist", root, "MNIST/raw")
     stem = "train" if split == "train" else "t10k"
     paths = [root / "MNIST" / "raw" / f"{stem}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     if download and not all(map(_plain_or_gzipped, paths)):
-        published = import_optional("torchvision.datasets", "torchvision").MNIST
-        download_with("mnist", published, root, train=split == "train")
+        reader = import_optional("torchvision.datasets", "torchvision").MNIST
+        download_with("mnist", reader, root, train=split == "train")
     images, labels = (_read_idx(path, dimensions, remedy) for path, dimensions in zip(paths, (3, 1), strict=True))
     if images.shape != (len(labels), 28, 28):
-        came = f"images {list(images.shape)} and {len(labels)} labels"
-        raise DataError(f"mnist: {paths[0]} and {paths[1].name} hold {came}, not N images of 28×28 and N labels")
+        contents = f"images {list(images.shape)} and {len(labels)} labels"
+        raise DataError(f"mnist: {paths[0]} and {paths[1].name} hold {contents}, not N images of 28×28 and N labels")
     return F.pad(images, (2, 2, 2, 2))[:, None], labels.long()
 
 
@@ -74,7 +74,7 @@ def _plain_or_gzipped(path: Path) -> Path | None:
 
 
 def _read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
-    """An idx file of bytes: 0, 0, 8 (uint8), the number of dimensions; the dimensions as big-endian uint32; values."""
+    """Read an idx file: bytes 0, 0, 8 (uint8) and number of dimensions; the shape as big-endian uint32; the values."""
     file = _plain_or_gzipped(path)
     if file is None:
         raise DataError(f"mnist: looked for {path} (or {path.name}.gz) and found neither; {remedy}")
@@ -86,28 +86,28 @@ def _read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or not start < len(content) == start + math.prod(shape):
         raise DataError(
-            f"mnist: {file} is empty, truncated or no idx{dimensions} file of bytes; delete it, then {remedy}"
+            f"mnist: {file} is empty, truncated or not an idx{dimensions} file of bytes; delete it, then {remedy}"
         )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
 
 
 def cifar10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """Load CIFAR-10 by torchvision, which reads only the published bytes."""
-    published = import_optional("torchvision.datasets", "torchvision").CIFAR10
-    root, remedy = root_and_remedy("cifar10", root, published.base_folder)
+    """Load CIFAR-10 with torchvision."""
+    reader = import_optional("torchvision.datasets", "torchvision").CIFAR10
+    root, remedy = root_and_remedy("cifar10", root, reader.base_folder)
     if download:
-        download_with("cifar10", published, root, train=split == "train")
+        download_with("cifar10", reader, root, train=split == "train")
     try:
-        # The files are pickles. torchvision compares each with its published md5 before it opens the first,
-        # so only the published bytes are ever unpickled.
-        opened = published(root, train=split == "train")
+        # The files are pickles. torchvision compares the md5 of all files before it opens the first, so that only the
+        # published bytes are ever unpickled.
+        dataset = reader(root, train=split == "train")
     except (OSError, RuntimeError) as error:
-        folder = root / published.base_folder
-        md5s = dict(published.train_list + published.test_list) | {published.meta["filename"]: published.meta["md5"]}
-        wrong = ", ".join(file for file, md5 in md5s.items() if not _has_md5(folder / file, md5))
-        raise DataError(f"cifar10: missing in {folder}, or not as published (md5): {wrong}; {remedy}") from error
-    images_NHWC = torch.from_numpy(opened.data)
-    return images_NHWC.permute(0, 3, 1, 2).contiguous(), torch.tensor(opened.targets)
+        folder = root / reader.base_folder
+        md5s = dict(reader.train_list + reader.test_list) | {reader.meta["filename"]: reader.meta["md5"]}
+        files = ", ".join(file for file, md5 in md5s.items() if not _has_md5(folder / file, md5))
+        raise DataError(f"cifar10: missing in {folder} or not as published (md5): {files}; {remedy}") from error
+    images_NHWC = torch.from_numpy(dataset.data)
+    return images_NHWC.permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
 
 
 def _has_md5(file: Path, md5: str) -> bool:
@@ -118,15 +118,15 @@ def _has_md5(file: Path, md5: str) -> bool:
 
 
 def stl10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """Read STL-10; for training the 5,000 images with labels, then the 100,000 without.
+    """Read STL-10; the training split is the 5,000 labelled images, then the 100,000 unlabelled.
 
-    The files are mapped into memory. torchvision's data set computes the md5 of all five files (3.1 GB) each time,
-    requires those of the other split too, and reads the images for training into 6 GB of memory.
+    The files are memory-mapped. torchvision's data set computes the md5 of all five files (3.1 GB) each time, requires
+    the other split's files too, and reads the training images into 6 GB of memory.
     """
     root, remedy = root_and_remedy("stl10", root, "stl10_binary")
     if download:
-        published = import_optional("torchvision.datasets", "torchvision").STL10
-        download_with("stl10", published, root, split="test")  # fetches all splits; "test" is the smallest to load
+        reader = import_optional("torchvision.datasets", "torchvision").STL10
+        download_with("stl10", reader, root, split="test")  # fetches all splits; "test" is the smallest to load
     folder, parts = root / "stl10_binary", ("train", "unlabeled") if split == "train" else ("test",)
     images, labels = [], []
     for part in parts:
@@ -135,35 +135,35 @@ def stl10(root: str | Path | None, split: str, download: bool) -> tuple[Tensor, 
         if part == "unlabeled":
             labels.append(torch.full((count,), -1))
         else:
-            labels.append(_read_stl10(folder / f"{part}_y.bin", (count,), remedy).long() - 1)  # published from 1 to 10
-    # Columns come first in the files. A slice at a time: the float copies that resizing makes are large.
+            labels.append(_read_stl10(folder / f"{part}_y.bin", (count,), remedy).long() - 1)  # published as 1 to 10
+    # The files store images by columns. Resized in slices, because the temporary copies are large.
     small = [resize(slice_.transpose(2, 3).contiguous(), 32) for part in images for slice_ in part.split(1000)]
     return torch.cat(small), torch.cat(labels)
 
 
 def _read_stl10(file: Path, shape: tuple[int, ...], remedy: str) -> Tensor:
-    """Map a file, whose size is checked, into memory as uint8 of this shape."""
+    """Check the size of a file, and memory-map it as uint8 of this shape."""
     size = file.stat().st_size if file.is_file() else None
     if size != math.prod(shape):
-        came = "is missing" if size is None else f"has {size:,} bytes instead of {math.prod(shape):,}"
-        raise DataError(f"stl10: {file} {came}; {remedy}")
+        problem = "is missing" if size is None else f"has {size:,} bytes instead of {math.prod(shape):,}"
+        raise DataError(f"stl10: {file} {problem}; {remedy}")
     return torch.from_file(str(file), size=size, dtype=torch.uint8).view(shape)
 
 
 def root_and_remedy(name: str, root: str | Path | None, layout: str) -> tuple[Path, str]:
-    """Return the folder of a data set, and the advice for a user if `layout` is not in it.
+    """Return the folder of a data set, and advice for error messages if it does not contain `layout`.
 
     Raises:
         DataError: the folder is not set.
     """
-    remedy = f"set --data.root to the folder that holds {layout}, or add --data.download true to have it downloaded"
+    remedy = f"set --data.root to the folder that holds {layout}, or add --data.download true to download it"
     if root is None:
         raise DataError(f"{name}: data.root is not set; {remedy}")
     return Path(root).expanduser(), remedy
 
 
 def download_with(name: str, dataset: Callable[..., Any], root: Path, **split: Any) -> None:
-    """Download a data set by torchvision, unless it is there.
+    """Download a data set with torchvision, unless it exists.
 
     Raises:
         DataError: the download failed.
@@ -171,5 +171,5 @@ def download_with(name: str, dataset: Callable[..., Any], root: Path, **split: A
     try:
         dataset(root, **split, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split())  # torchvision's runs over several lines, one for each mirror
+        reason = " ".join(str(error).split())  # torchvision's message has a line for each mirror
         raise DataError(f"{name}: cannot be downloaded to {root}: {reason}") from error

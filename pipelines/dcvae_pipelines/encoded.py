@@ -1,4 +1,4 @@
-"""Images as they lie on disk, still encoded: in folders, in tar shards (WebDataset), in an LMDB (LSUN)."""
+"""Encoded images on disk: in folders, tar shards (WebDataset) or an LMDB (LSUN)."""
 
 import functools
 import os
@@ -17,39 +17,40 @@ from dcvae_pipelines.source import DataError
 
 
 class Store(Protocol):
-    """Encoded images by number. Threads may read at the same time."""
+    """Encoded images by index. Threads can read concurrently."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """The image's name in error messages: a path, or a path and a key."""
+        """Return the image's name for error messages: a path, or a path and a key."""
         ...
 
     def key(self, index: int) -> str:
-        """A name that is unique in the store, and does not depend on where the store lies."""
+        """Return a name that is unique in the store and does not depend on the store's location."""
         ...
 
     def read(self, index: int) -> bytes:
-        """
+        """Return the content of the image file.
+
         Raises:
-            DataError: it cannot be read any more; the message names it.
+            DataError: it cannot be read; the message names it.
         """
         ...
 
     def label(self, index: int) -> int | None:
-        """The image's class, where the store knows it."""
+        """Return the image's class, or None if the store does not know it."""
         ...
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """A split of a data set, not decoded yet.
+    """Split of a data set, not decoded yet.
 
     Attributes:
         name: the data set's name
-        store: where images lie, of this split and others
-        indices: int64 [N], which of them belong to this split
-        box: given an upright image's width and height, the square of it that is shown
+        store: the images of this split and others
+        indices: int64 [N], indices of this split's images in the store
+        box: function of the width and height of an upright image that returns the square to show
     """
 
     name: str
@@ -69,26 +70,27 @@ class EncodedSet:
     def label(self, index: int) -> int | None:
         return self.store.label(int(self.indices[index]))
 
-    def square(self, index: int, width: int, height: int, least: int = 1) -> Box:
-        """The part of an image of this width and height, upright, that is shown.
+    def square(self, index: int, width: int, height: int, min_side: int = 1) -> Box:
+        """Return the square of an upright image of this width and height that is shown.
 
         Raises:
-            DataError: images of this data set have another size, or its side is less than `least`.
+            DataError: images of this data set must have another size, or the side is below `min_side`.
         """
         try:
             box = self.box(width, height)
         except DataError as error:
             raise DataError(f"{self.image_name(index)}: {error}") from error
-        if box[2] < least:
+        if box[2] < min_side:
             raise DataError(
-                f"{self.image_name(index)}: shows {box[2]} × {box[2]} pixels, too few for a resolution of {least};"
-                " choose a lower model.resolution, or leave such images out: data.on_corrupt skip, or `dcvae prepare`"
+                f"{self.image_name(index)}: its square of {box[2]} × {box[2]} pixels is too small for resolution"
+                f" {min_side}; choose a lower model.resolution, or skip such images with data.on_corrupt skip or"
+                " `dcvae prepare`"
             )
         return box
 
 
 class Files:
-    """Image files by their paths below a folder."""
+    """Image files, by path relative to a folder."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder, names
@@ -114,14 +116,14 @@ class Files:
 
 
 def find_images(folder: Path) -> list[str]:
-    """Paths of the image files anywhere below a folder, relative to it, sorted.
+    """Return the paths of all image files below a folder, relative to it, sorted.
 
-    By their endings, `EXTENSIONS`; what is hidden (".name") does not count, and links to folders are not followed.
+    Image files have one of `EXTENSIONS`. Hidden files (".name") are ignored, and links to folders are not followed.
 
     Raises:
-        DataError: the folder cannot be read, or an image in it is a link to somewhere else.
+        DataError: the folder cannot be read, or an image in it is a broken link or a link out of the folder.
     """
-    real_folder, found, pending = folder.resolve(), [], [str(folder)]
+    real_folder, names, pending = folder.resolve(), [], [str(folder)]
     while pending:
         try:
             entries = list(os.scandir(pending.pop()))
@@ -133,31 +135,31 @@ def find_images(folder: Path) -> list[str]:
             if entry.is_dir(follow_symlinks=False):
                 pending.append(entry.path)
             elif entry.name.lower().endswith(EXTENSIONS) and _is_image_within(entry, real_folder):
-                found.append(os.path.relpath(entry.path, folder))
-    return sorted(found)
+                names.append(os.path.relpath(entry.path, folder))
+    return sorted(names)
 
 
 def _is_image_within(entry: os.DirEntry[str], folder: Path) -> bool:
     """Return whether an entry is a file; reading a pipe or device could block.
 
     Raises:
-        DataError: the entry is a link out of the folder, or to nothing.
+        DataError: the entry is a broken link or a link out of the folder.
     """
     if entry.is_symlink():
         try:
             target = Path(entry.path).resolve(strict=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop
-            raise DataError(f"{entry.path}: is a link to nothing; remove it") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            raise DataError(f"{entry.path}: is a broken link; remove it") from error
         if not target.is_relative_to(folder):
             raise DataError(f"{entry.path}: is a link out of {folder}, which is not followed; copy the image instead")
     return entry.is_file()
 
 
 class Shards:
-    """Images in tar archives, named and ordered as in WebDataset, read in any order.
+    """Images in tar archives in WebDataset's layout, with random access.
 
-    Beside each archive its index is used if it is newer: NAME.idx, as DALI's `wds2idx` and `dcvae prepare` write it.
-    Without one, the archive is read through once.
+    The index of an archive, NAME.idx as written by DALI's `wds2idx` and `dcvae prepare`, is used if it is newer than
+    the archive. Otherwise the archive is scanned once.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -166,11 +168,11 @@ class Shards:
             paths: the archives, uncompressed.
 
         Raises:
-            DataError: a path is not a tar archive, or is compressed or cut short, or has a member that would be
-                unpacked outside its folder, or an index that does not fit.
+            DataError: a path is not a tar archive, is compressed or cut short, has a member that would be unpacked
+                outside its folder, or has an index that does not match.
         """
         self.paths = list(paths)
-        self._samples: list[tuple[int, Member, Member | None]] = []  # which archive, the image, its label
+        self._samples: list[tuple[int, Member, Member | None]] = []  # index of the archive, image, label
         for shard, path in enumerate(self.paths):
             for image, label in _labelled_images(path):
                 self._samples.append((shard, image, label))
@@ -182,7 +184,7 @@ class Shards:
         return f"{self.paths[self._samples[index][0]]}: {self.key(index)}"
 
     def key(self, index: int) -> str:
-        """The member's name in its archive."""
+        """Return the member's name in its archive."""
         return self._samples[index][1][2]
 
     def read(self, index: int) -> bytes:
@@ -190,15 +192,13 @@ class Shards:
         return _read_at(self.paths[shard], image)
 
     def label(self, index: int) -> int | None:
-        """Return the content of the member KEY.cls, or None if there is none."""
+        """Return the class in the member KEY.cls, or None if it does not exist."""
         shard, _, label = self._samples[index]
         if label is None:
             return None
         text = _read_at(self.paths[shard], label).strip()
         if not text.isdigit():
-            raise DataError(
-                f"{self.paths[shard]}: its member {label[2]} holds {text[:20]!r}, not the number of a class"
-            )
+            raise DataError(f"{self.paths[shard]}: its member {label[2]} holds {text[:20]!r}, not a class number")
         return int(text)
 
 
@@ -207,14 +207,14 @@ Member = tuple[int, int, str]
 
 
 def _labelled_images(path: Path) -> Iterator[tuple[Member, Member | None]]:
-    """The archive's images, each with its label if that is there.
+    """Yield the archive's images, each with its label or None.
 
-    What has the same name up to the first dot, and stands together, belongs to one sample.
+    Consecutive members with the same name up to the first dot belong to one sample.
     """
     index = path.with_suffix(".idx")
     try:
-        fresh = index.is_file() and index.stat().st_mtime >= path.stat().st_mtime
-        members = _indexed(index, path.stat().st_size) if fresh else _scanned(path)
+        is_current = index.is_file() and index.stat().st_mtime >= path.stat().st_mtime
+        members = _read_index(index, path.stat().st_size) if is_current else _scan(path)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot be read as an uncompressed tar archive: {error}") from error
     for _, sample in groupby(members, key=lambda member: _split(member[2])[0]):
@@ -224,17 +224,17 @@ def _labelled_images(path: Path) -> Iterator[tuple[Member, Member | None]]:
             yield image, by_extension.get("cls")
 
 
-def _scanned(path: Path) -> list[Member]:
+def _scan(path: Path) -> list[Member]:
     with tarfile.open(path, "r:") as archive:
         members = []
         for member in archive:
             is_outside = _lies_outside(member.name)
             if is_outside or not (member.isfile() or member.isdir()):
                 kind = "lies outside the archive" if is_outside else "is a link or a device"
-                raise DataError(f"{path}: its member {member.name} {kind}, which is refused")
+                raise DataError(f"{path}: its member {member.name} {kind}, which is not allowed")
             if member.isfile():
                 members.append((member.offset_data, member.size, member.name))
-        # tarfile takes a damaged header for the end, which is a block of zeros, or none.
+        # tarfile takes a damaged header for the end of the archive, which must be a block of zeros or absent.
         with open(path, "rb") as file:
             file.seek(archive.offset)
             is_damaged = any(file.read(tarfile.BLOCKSIZE))
@@ -243,13 +243,13 @@ def _scanned(path: Path) -> list[Member]:
     return members
 
 
-def _indexed(index: Path, archive_size: int) -> list[Member]:
-    """An index has a line "v1.2 N", then one for each sample: extension, offset, size and name of each file."""
+def _read_index(index: Path, archive_size: int) -> list[Member]:
+    """Read an index: a line "v1.2 N", then a line per sample with extension, offset, size and name of each file."""
     members = []
     try:
         head, *lines = index.read_text(encoding="utf-8").splitlines() or [""]
         if head != f"v1.2 {len(lines)}":
-            raise ValueError("its first line does not fit")
+            raise ValueError("its first line does not match")
         for line in lines:
             words = line.split(" ")
             for _, offset, size, name in zip(*(words[i::4] for i in range(4)), strict=True):
@@ -259,7 +259,7 @@ def _indexed(index: Path, archive_size: int) -> list[Member]:
                 if not 0 <= int(offset) <= int(offset) + int(size) <= archive_size:
                     raise ValueError(f"{name} lies beyond the archive's end")
     except ValueError as error:
-        raise DataError(f"{index}: is no index of the archive beside it ({error}); delete it to do without") from error
+        raise DataError(f"{index}: is not an index of the archive next to it ({error}); delete it") from error
     return members
 
 
@@ -288,12 +288,13 @@ def _read_at(path: Path, member: Member) -> bytes:
 
 
 class Lmdb:
-    """An LMDB whose values are image files, as LSUN is published."""
+    """LMDB whose values are image files, the format of LSUN."""
 
     def __init__(self, path: Path) -> None:
-        """
+        """Open an LMDB.
+
         Raises:
-            DataError: there is no LMDB at `path`, or a damaged one, or the package lmdb is missing.
+            DataError: `path` is not an LMDB, or is damaged, or the package lmdb is not installed.
         """
         lmdb = import_optional("lmdb", "lmdb")
         self.path, self._error = path, lmdb.Error
@@ -320,14 +321,14 @@ class Lmdb:
         except self._error as error:
             raise DataError(f"{self.name(index)}: cannot be read: {error}") from error
         if value is None:
-            raise DataError(f"{self.name(index)}: is gone")
+            raise DataError(f"{self.name(index)}: no longer exists")
         return value
 
     def label(self, index: int) -> int | None:
         return None
 
 
-@functools.cache  # a process may open each only once
+@functools.cache  # a process can open each LMDB only once
 def _open_lmdb(path: Path) -> Any:
     lmdb = import_optional("lmdb", "lmdb")
     return lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)

@@ -1,4 +1,4 @@
-"""From a data set to what training and evaluation take, whichever kind of data set it is."""
+"""Batches for training and decoded images for evaluation, from either kind of data set."""
 
 import logging
 from collections.abc import Callable
@@ -29,15 +29,15 @@ def make_source(
     on_corrupt: OnCorrupt = "stop",
     **common: Any,
 ) -> Source:
-    """A source of batches for training: `ResidentSource` for what is decoded, else `DaliSource`.
+    """Create a source of training batches: `ResidentSource` for a decoded data set, else `DaliSource`.
 
     Args:
         images: the data set.
-        resolution, channels, threads, prefetch, on_corrupt: of `DaliSource`; what is decoded has to fit the first two.
-        common: batch, seed, device, rank, ranks, mirror, drop_last, dtype and channels_last, of both.
+        resolution, channels, threads, prefetch, on_corrupt: see `DaliSource`; a decoded set must fit the first two.
+        common: batch, seed, device, rank, ranks, mirror, drop_last, dtype and channels_last, see either source.
 
     Raises:
-        DataError: the data set cannot be shown so.
+        DataError: the data set does not fit these settings.
     """
     if isinstance(images, EncodedSet):
         return DaliSource(
@@ -65,19 +65,19 @@ def decode_images(
     on_corrupt: OnCorrupt = "stop",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageSet:
-    """Decode the first `count` images of a data set, or all if there are fewer, by Pillow into host memory.
+    """Decode the first `count` images of a data set, or all if it has fewer, with Pillow into host memory.
 
     Args:
-        images: the data set; one that is decoded already is only cut to `count`.
-        count: how many images.
+        images: the data set; a decoded one is only cut to `count`.
+        count: number of images.
         resolution: height and width of the result in pixels.
         channels: 3 for RGB, 1 for grey.
-        on_corrupt: whether an image that cannot be decoded stops the call or is left out with a warning.
-        progress: called after each image with the numbers of images done, including those left out, and of all.
+        on_corrupt: for an image that cannot be decoded, "stop" raises DataError, "skip" leaves it out with a warning.
+        progress: called after each image with the numbers of images done, including those left out, and in total.
 
     Raises:
-        DataError: one of them cannot be read or decoded and is not to be skipped, or the data set has another
-            resolution or other channels.
+        DataError: an image cannot be read or decoded and `on_corrupt` is "stop", or the decoded data set has another
+            resolution or number of channels.
     """
     if isinstance(images, ImageSet):
         shape = (channels, resolution, resolution)
@@ -90,10 +90,10 @@ def decode_images(
         try:
             image = decode(images.read(index), images.image_name(index), channels)
             box = images.square(index, image.width, image.height, resolution)
-        except DataError as problem:
+        except DataError as error:
             if on_corrupt == "stop":
                 raise
-            _log.warning("left out: %s", problem)
+            _log.warning("left out: %s", error)
             return None
         return resize(to_tensor(crop(image, box))[None], resolution), images.label(index)
 
@@ -108,6 +108,6 @@ def decode_images(
         pool.shutdown(cancel_futures=True)
     if not decoded:
         raise DataError(f"{images.name}: none of the first {count:,} images can be decoded")
-    labels = [label for _, label in decoded]
-    known = None if None in labels else torch.tensor(labels)
-    return ImageSet(images.name, torch.cat([pixels for pixels, _ in decoded]).contiguous(), known)
+    classes = [label for _, label in decoded]
+    labels = None if None in classes else torch.tensor(classes)
+    return ImageSet(images.name, torch.cat([pixels for pixels, _ in decoded]).contiguous(), labels)

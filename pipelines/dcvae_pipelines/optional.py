@@ -1,4 +1,4 @@
-"""Late imports: neither this package nor the ops beside it should load, or need, what a run does not use."""
+"""Optional dependencies, imported on first use: a run needs and loads only the packages that it uses."""
 
 import importlib
 from types import ModuleType
@@ -7,9 +7,10 @@ from dcvae_pipelines.source import DataError
 
 
 def import_optional(module: str, package: str) -> ModuleType:
-    """
+    """Import a module.
+
     Raises:
-        DataError: it cannot be imported; the message names the package to install.
+        DataError: the module cannot be imported; the message names the package to install.
     """
     try:
         return importlib.import_module(module)

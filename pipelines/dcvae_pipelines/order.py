@@ -1,4 +1,4 @@
-"""Which image is shown when, on which rank, and whether it is mirrored."""
+"""Order of the images: which rank shows which image when, and whether it is mirrored."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from dcvae_pipelines.source import DataError
 
 
 class Order:
-    """A fresh permutation of the data set for each epoch, shared out among ranks.
+    """A new permutation of the data set for each epoch, divided among ranks.
 
     The images shown by all ranks together are numbered 0, 1, 2…; number i belongs to epoch i // per_epoch. A step shows
-    the next `batch` × `ranks` numbers, of which rank r takes the r-th `batch`. So an epoch shows every image exactly
-    once over all ranks, and batches run across its end. What is shown depends on (seed, number) alone: any position is
-    resumed exactly from its number.
+    the next `batch` × `ranks` numbers, and rank r the r-th `batch` of them. An epoch shows every image exactly once
+    over all ranks, and batches continue across its end. The order depends on (seed, number) alone, so any position can
+    be resumed exactly from its number.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class Order:
         """
         Args:
             count: images in the data set.
-            batch: images a batch, on each rank; may exceed `count` unless `drop_last`.
-            seed: of the permutations and of the mirroring; the same on all ranks.
-            rank: this process among `ranks`.
-            ranks: processes that share the epochs.
-            drop_last: whether an epoch leaves out the last images of its permutation that fill no batch on all ranks.
-            device: where `take` puts its answers.
+            batch: batch size per rank; can exceed `count` unless `drop_last`.
+            seed: seed of the permutations and flips; the same on all ranks.
+            rank: rank of this process.
+            ranks: number of processes that share the epochs.
+            drop_last: whether an epoch drops its last images if they do not fill a batch on all ranks.
+            device: device of the results of `take`.
 
         Raises:
             DataError: batch or rank out of range.
@@ -50,9 +50,10 @@ class Order:
         self.set_batch(batch)
 
     def set_batch(self, batch: int) -> None:
-        """
+        """Set the batch size per rank.
+
         Raises:
-            DataError: out of range.
+            DataError: it is out of range.
         """
         if batch < 1:
             raise DataError(f"batch must be at least 1, not {batch}")
@@ -65,10 +66,10 @@ class Order:
         self._per_epoch = self.count // self.step * self.step if self._drop_last else self.count
 
     def take(self, shown: int) -> Tensor:
-        """This rank's batch of the step that begins after `shown` images.
+        """Return this rank's batch of the step that begins after `shown` images.
 
         Returns:
-            int64 [2, batch] on the device: each image's index in the data set; 1 where its coin says mirrored, else 0.
+            int64 [2, batch] on the device: the index of each image in the data set; 1 if it is mirrored, else 0.
         """
         number, parts = shown + self.rank * self.batch, []
         end = number + self.batch
@@ -79,32 +80,34 @@ class Order:
         return torch.cat(parts, dim=1)
 
     def share(self, shown: int, skipped: int = 0) -> Iterator[tuple[int, int]]:
-        """This rank's images one after the other, from where it is: index and coin of each.
+        """Yield index and flip of this rank's images, one by one.
 
         Args:
-            shown: images shown, by all ranks together.
-            skipped: images that this rank left out, so that it is further on in its share than what it has shown.
+            shown: images shown before, by all ranks together.
+            skipped: images that this rank left out before, in addition to those it has shown.
         """
         steps, first = divmod(skipped, self.batch)
         shown += steps * self.step
         while True:
-            ids, coins = self.take(shown)[:, first:].tolist()
-            yield from zip(ids, coins, strict=True)
+            ids, flips = self.take(shown)[:, first:].tolist()
+            yield from zip(ids, flips, strict=True)
             shown, first = shown + self.step, 0
 
     def _plan(self, epoch: int) -> Tensor:
-        """The epoch's permutation and coins, [2, count]: drawn on the CPU, so that they are the same on every device,
-        and copied to the device once an epoch."""
+        """Return the epoch's permutation and flips, [2, count].
+
+        They are drawn on the CPU, to be the same for every device, and copied to the device once per epoch.
+        """
         if self._planned is None or self._planned[0] != epoch:
-            # A hash, since neighbouring seeds and epochs must not meet: seed + epoch would repeat seed + 1's epochs.
+            # Hashed: with the seed `seed + epoch`, the runs of neighbouring seeds would share most of their epochs.
             digest = hashlib.blake2b(f"{self._seed} {epoch}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest))
             permutation = torch.randperm(self.count, generator=generator)
-            coins = torch.randint(2, (self.count,), generator=generator)
-            self._planned = epoch, to_device(torch.stack([permutation, coins]), self._device)
+            flips = torch.randint(2, (self.count,), generator=generator)
+            self._planned = epoch, to_device(torch.stack([permutation, flips]), self._device)
         return self._planned[1]
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: from pageable memory it would."""
+    """Copy to a device without blocking the host, which requires pinned memory."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,4 +1,4 @@
-"""Operations on decoded pixels, the same for every source and on every device."""
+"""Operations on decoded pixels, shared by all sources and devices."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,17 @@ from torch.nn import functional as F
 
 
 def resize(images: Tensor, resolution: int) -> Tensor:
-    """Square images uint8 [B, C, H, H] → uint8 [B, C, R, R], antialiased bicubic as Pillow's; the layout stays."""
+    """Resize uint8 [B, C, H, H] to [B, C, R, R] by antialiased bicubic, as Pillow does; keeps the memory format."""
     if images.shape[2:] == (resolution, resolution):
         return images
-    if images.device.type == "cpu":  # torch's kernel for bytes, Pillow's fixed-point arithmetic
+    if images.device.type == "cpu":  # torch's uint8 kernel has Pillow's fixed-point arithmetic
         return F.interpolate(images, size=(resolution, resolution), mode="bicubic", antialias=True)
     resized = F.interpolate(images.float(), size=(resolution, resolution), mode="bicubic", antialias=True)
     return resized.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots at edges
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] → uint8 [B, 1, H, W]: luma of ITU-R 601, bitwise as Pillow's."""
+    """Convert RGB uint8 [B, 3, H, W] to its ITU-R 601 luma uint8 [B, 1, H, W], bitwise equal to Pillow's."""
     red, green, blue = images.to(torch.int32).unbind(1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[:, None]
 
@@ -24,12 +24,12 @@ def to_grey(images: Tensor) -> Tensor:
 def normalize(
     images: Tensor, mirrored: Tensor | None = None, dtype: torch.dtype = torch.float32, channels_last: bool = False
 ) -> Tensor:
-    """uint8 [B, C, H, W] → what networks see, in [-1, 1].
+    """Convert uint8 [B, C, H, W] to network inputs in [-1, 1].
 
     Args:
-        mirrored: [B], nonzero where an image is flipped left to right.
-        dtype: of the result; bfloat16 is rounded from float32.
-        channels_last: the result's memory format, else contiguous.
+        mirrored: [B], nonzero for images to flip left to right.
+        dtype: dtype of the result; bfloat16 is rounded from float32.
+        channels_last: whether the result is channels_last instead of contiguous.
     """
     if mirrored is not None:
         images = torch.where(mirrored.bool()[:, None, None, None], images.flip(3), images)
@@ -38,13 +38,13 @@ def normalize(
 
 
 def cross_fade(images: Tensor, alpha: float) -> Tensor:
-    """Real images while a network grows to their resolution: as blended as the network's own output is.
+    """Blend real images with their half resolution, as a growing network blends its output.
 
     Progressive GAN's rule: alpha·x + (1 − alpha)·up(down(x)), with 2×2 box down and nearest up.
 
     Args:
         images: [B, C, R, R], R even.
-        alpha: share of the new resolution, 0 to 1.
+        alpha: weight of the full resolution, 0 to 1.
     """
     if alpha >= 1:
         return images

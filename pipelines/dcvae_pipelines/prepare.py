@@ -1,8 +1,8 @@
-"""`dcvae prepare`: every image of a data set is checked, made fit for training, and packed into tar shards.
+"""`dcvae prepare`: check all images of a data set, convert those unfit for training, and pack them into tar shards.
 
-DST/train-000000.tar    WebDataset: KEY.jpeg (.png, .webp…) and KEY.cls with its class, where that is known
-DST/train-000000.idx    where the members lie, as DALI's `wds2idx` writes it
-DST/train-000000.json   what became of each source image; written last: where it is, the shard is whole
+DST/train-000000.tar    WebDataset: KEY.jpeg (.png, .webp…), and KEY.cls with the class if known
+DST/train-000000.idx    offsets of the members, in the format of DALI's `wds2idx`
+DST/train-000000.json   outcome for each source image; written last, so the shard is complete if it exists
 DST/manifest.json       the settings; once "complete", also all shards' hashes and the images of each kind
 """
 
@@ -33,17 +33,17 @@ from dcvae_pipelines.source import DataError
 SPLITS: tuple[str, ...] = ("train", "test")
 
 _MANIFEST, _LOCK = "manifest.json", ".lock"
-_VERSION = 1  # of what the target holds
+_VERSION = 1  # of the format of the target
 
 
 @dataclass(frozen=True)
-class Found:
-    """The images of one kind.
+class KindSummary:
+    """Images of one kind.
 
     Attributes:
-        names: their paths below the source, or their keys
-        converted: number of them that were packed, but not byte for byte
-        skipped: number of them that were left out
+        names: their paths relative to the source, or their keys
+        converted: number of them packed after conversion
+        skipped: number of them left out
     """
 
     names: list[str]
@@ -53,14 +53,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of `prepare`; the manifest holds it too.
+    """Result of `prepare`, also stored in the manifest.
 
     Attributes:
         packed: number of images in the shards, by split
         kept: number of images packed byte for byte
-        converted: number of images packed otherwise
+        converted: number of images packed after conversion
         skipped: number of images left out
-        kinds: by all of `KINDS`; an image may be of several
+        kinds: images of each of `KINDS`; an image can be of several
         shards: name, images, bytes and sha256 of each
     """
 
@@ -68,16 +68,16 @@ class Summary:
     kept: int
     converted: int
     skipped: int
-    kinds: dict[str, Found]
+    kinds: dict[str, KindSummary]
     shards: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard that is to be made.
+    """Shard to write.
 
     Attributes:
-        stem: name without ending
+        stem: file name without extension
         images: the split
         span: indices of the shard's images in the split
         fingerprint: see `_fingerprint`
@@ -101,33 +101,34 @@ def prepare(
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-    """Checks all images of a data set's splits "train" and "test", by decoding them, and packs them into shards.
+    """Check all images of a data set's splits "train" and "test" by decoding them, and pack them into shards.
 
-    Without a resolution, images are kept byte for byte, but what is greyscale, CMYK, rotated, 16-bit or shown only in
-    part (CelebA's faces) becomes upright 8-bit RGB, as PNG. With one, the square that training shows is cropped and
-    resized just as training does it: where the format is lossless, training sees the same RGB pixels as before. What is
-    decoded at once (MNIST…) is of none of the kinds, and packed as PNG, grey where it is grey. CelebA's "valid" is left
-    out.
+    Without a resolution, images are kept byte for byte, except that greyscale, CMYK, rotated and 16-bit images, and
+    those of which only a part is shown (CelebA), become upright 8-bit RGB in PNG. With a resolution, images are cropped
+    to a square and resized as in training; with a lossless format, training sees the same RGB pixels as before. Data
+    sets that are decoded when loaded (MNIST…) are of none of the kinds, and packed as PNG; grey images stay grey.
+    CelebA's split "valid" is left out.
 
-    Can be interrupted at any point and called again: shards that are whole stay, and the same images give the same
+    The call can be interrupted at any point and repeated: complete shards are kept, and the same images give the same
     bytes. The source is only read.
 
     Args:
         source: ROOT of `load_dataset`.
-        target: the folder for the shards: absent, empty, or of an earlier call with the same settings.
-        name: of the data set, see `load_dataset`.
-        resolution: height and width of the packed images in pixels; None leaves each its own.
-        format: of images that are resized: "jpeg" (quality 95, 4:4:4), or losslessly "png" or "webp".
-        skip: kinds of images, of `KINDS`, that are left out; others are converted. "tiny" is what would be enlarged,
-            or measures less than 32 pixels.
-        per_shard: source images a shard.
-        workers: images worked on at the same time; None for the cores of this process.
-        progress: called with the numbers of images done and of all.
+        target: the folder for the shards: new, empty, or of an earlier call with the same settings.
+        name: name of the data set, see `load_dataset`.
+        resolution: height and width of the packed images in pixels; None keeps their sizes.
+        format: format of resized images: "jpeg" (quality 95, 4:4:4), or losslessly "png" or "webp".
+        skip: kinds of images, from `KINDS`, to leave out; others are converted. "tiny" images would be enlarged or,
+            without a resolution, show a square of less than 32 pixels.
+        per_shard: source images per shard.
+        workers: images processed in parallel; None: one per core of this process.
+        progress: called with the numbers of images done and in total.
 
     Raises:
-        DataError: a setting out of range; the target overlaps the source, or holds something else, or shards of other
-            images or settings; the source cannot be loaded; a corrupt image, and such are not skipped; none is left.
-        OSError: the target cannot be written, for lack of space say.
+        DataError: a setting out of range; the target overlaps the source, or holds other files, or shards of other
+            images or settings; the source cannot be loaded; an image is corrupt and these are not skipped; no image is
+            left.
+        OSError: the target cannot be written, for example because the disk is full.
     """
     for setting, value in (("resolution", resolution), ("per_shard", per_shard), ("workers", workers)):
         if value is not None and value < 1:
@@ -139,11 +140,11 @@ def prepare(
     source = None if source is None else Path(source).expanduser().resolve()
     target = Path(target).expanduser().resolve()
     if source and (target.is_relative_to(source) or source.is_relative_to(target)):
-        raise DataError(f"{target}: overlaps {source}, where nothing is ever written; choose a folder elsewhere")
+        raise DataError(f"{target}: overlaps the source {source}, which is only read; choose another folder")
     if target.exists() and not target.is_dir():
-        raise DataError(f"{target}: is no folder; choose one for the shards")
+        raise DataError(f"{target}: is not a folder; choose a folder for the shards")
     for module, package in (("PIL.Image", "Pillow"), ("numpy", "numpy")):
-        import_optional(module, package)  # or, later on, every image would seem to be corrupt
+        import_optional(module, package)  # otherwise every image would count as corrupt
 
     job = Job(
         name=name,
@@ -168,18 +169,18 @@ def prepare(
             _pack(job, target, shards, workers or len(os.sched_getaffinity(0)), progress)
             return _conclude(target, shards)
         except DataError:
-            if not any(target.glob("*-*.json")):  # nothing is bound to these settings yet
+            if not any(target.glob("*-*.json")):  # no shard was made with these settings yet
                 (target / _MANIFEST).unlink()
             raise
         finally:
-            for file in find_unfinished(target):  # of an earlier call that was killed
+            for file in find_unfinished(target):  # left by a killed call
                 file.unlink()
 
 
 def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
-    """Return a hash that tells changed source images without reading files.
+    """Return a hash that reveals changes of the source images without reading files.
 
-    It covers the pixels and labels of decoded images, else names, and the sizes and times of files.
+    It covers the pixels and labels of decoded images; otherwise names, and the sizes and times of files.
     """
     digest = hashlib.sha256()
     if isinstance(images, ImageSet):
@@ -188,39 +189,39 @@ def _fingerprint(job: Job, images: ImageSet | EncodedSet, span: range) -> str:
         return digest.hexdigest()
     for index in span:
         path = images.image_name(index)
-        there = isinstance(images.store, Files) and os.path.exists(path)
-        status = (os.stat(path).st_size, os.stat(path).st_mtime_ns) if there else None
+        is_file = isinstance(images.store, Files) and os.path.exists(path)
+        status = (os.stat(path).st_size, os.stat(path).st_mtime_ns) if is_file else None
         digest.update(f"{short_name(job, images, index)}\0{status}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _claim(target: Path, settings: dict[str, Any]) -> None:
-    """Write the manifest, or compare it with the one of an earlier call.
+    """Write the manifest, or compare the settings with the manifest of an earlier call.
 
     Raises:
         DataError: the folder holds other files, or shards made with other settings.
     """
-    there = _read_json(target / _MANIFEST)
-    if there is None:
-        if others := set(target.iterdir()) - {target / _LOCK, *find_unfinished(target)}:
-            name = min(others).name
-            raise DataError(f"{target}: holds {name}, and no intact {_MANIFEST} of ours; choose an empty folder")
+    manifest = _read_json(target / _MANIFEST)
+    if manifest is None:
+        if other_files := set(target.iterdir()) - {target / _LOCK, *find_unfinished(target)}:
+            name = min(other_files).name
+            raise DataError(f"{target}: holds {name}, but no intact {_MANIFEST}; choose an empty folder")
         _write_json(target / _MANIFEST, settings | {"complete": False})
-    elif different := [key for key, value in settings.items() if there.get(key) != value]:
-        came = f"{different[0]} {json.dumps(there.get(different[0]))}, not {json.dumps(settings[different[0]])}"
-        raise DataError(f"{target}: holds shards made with {came}; choose another folder")
+    elif different := [key for key, value in settings.items() if manifest.get(key) != value]:
+        mismatch = f"{different[0]} {json.dumps(manifest.get(different[0]))}, not {json.dumps(settings[different[0]])}"
+        raise DataError(f"{target}: holds shards made with {mismatch}; choose another folder")
 
 
 def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: Callable[[int, int], None]) -> None:
-    """Make the shards that are not whole yet."""
-    pending = [shard for shard in shards if not _is_whole(target, shard)]
+    """Write the shards that are not complete yet."""
+    pending = [shard for shard in shards if not _is_complete(target, shard)]
     total = sum(len(shard.span) for shard in shards)
     done = total - sum(len(shard.span) for shard in pending)
     calls = ((job, shard.images, index) for shard in pending for index in shard.span)
-    pool = ThreadPoolExecutor(workers)  # Pillow, torch and hashlib let other threads run meanwhile
+    pool = ThreadPoolExecutor(workers)  # not processes: Pillow, torch and hashlib release the GIL
 
     def packed() -> Iterator[Packed]:
-        """Yield images in order; only a few are worked on ahead, so that memory is bounded."""
+        """Yield images in order; only a few are processed ahead, to bound memory."""
         running: deque[Future[Packed]] = deque(pool.submit(check, *call) for call in islice(calls, 4 * workers))
         for number in range(done + 1, total + 1):
             image = running.popleft().result()
@@ -236,17 +237,17 @@ def _pack(job: Job, target: Path, shards: list[_Shard], workers: int, progress: 
         pool.shutdown(cancel_futures=True)
 
 
-def _is_whole(target: Path, shard: _Shard) -> bool:
-    """Return whether the shard was made already.
+def _is_complete(target: Path, shard: _Shard) -> bool:
+    """Return whether the shard is complete.
 
     Raises:
-        DataError: it was made of other images.
+        DataError: it was made from other images.
     """
     record = _read_json(target / f"{shard.stem}.json")
     if record is None:
         return False
     if record["fingerprint"] != shard.fingerprint:
-        raise DataError(f"{target}: the images that {shard.stem} was made of have changed since; choose another folder")
+        raise DataError(f"{target}: the images in {shard.stem} have changed since it was made; choose another folder")
     if record["packed"] == 0:
         return True
     archive, index = target / f"{shard.stem}.tar", target / f"{shard.stem}.idx"
@@ -256,7 +257,7 @@ def _is_whole(target: Path, shard: _Shard) -> bool:
 
 
 def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
-    """Write the archive, then its index, which has to be the newer one, then its record.
+    """Write the archive, then its index, which must be newer, then its record.
 
     A shard without images has only a record.
     """
@@ -267,10 +268,10 @@ def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
     ):
         for index, image in zip(shard.span, images, strict=True):
             members, key = [], member_key(index, image.record["name"])
-            for ending, content in image.files:
-                member = tarfile.TarInfo(f"{key}.{ending}")  # of no time and nobody: always the same bytes
+            for extension, content in image.files:
+                member = tarfile.TarInfo(f"{key}.{extension}")  # without time or owner: reproducible bytes
                 member.size = len(content)
-                members.append(f"{ending} {file.tell() + tarfile.BLOCKSIZE} {member.size} {member.name}")
+                members.append(f"{extension} {file.tell() + tarfile.BLOCKSIZE} {member.size} {member.name}")
                 archive.addfile(member, io.BytesIO(content))
             if members:
                 lines.append(" ".join(members))
@@ -292,7 +293,7 @@ def _conclude(target: Path, shards: list[_Shard]) -> Summary:
         DataError: no image is left.
     """
     packed, actions, archives = dict.fromkeys(SPLITS, 0), {"kept": 0, "converted": 0, "skipped": 0}, []
-    of_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
     for shard in shards:
         record = json.loads((target / f"{shard.stem}.json").read_bytes())
         packed[shard.stem.split("-")[0]] += record["packed"]
@@ -302,14 +303,14 @@ def _conclude(target: Path, shards: list[_Shard]) -> Summary:
         for image in record["images"]:
             actions[image["action"]] += 1
             for kind in image["kinds"]:
-                of_kind[kind].append((image["name"], image["action"]))
+                by_kind[kind].append((image["name"], image["action"]))
     kinds = {}
-    for kind, images in of_kind.items():
-        converted, skipped = (sum(action == each for _, action in images) for each in ("converted", "skipped"))
-        kinds[kind] = Found([name for name, _ in images], converted, skipped)
+    for kind, images in by_kind.items():
+        converted, skipped = (sum(action == outcome for _, action in images) for outcome in ("converted", "skipped"))
+        kinds[kind] = KindSummary([name for name, _ in images], converted, skipped)
     if not archives:
-        reasons = ", ".join(f"{found.skipped:,} are {kind}" for kind, found in kinds.items() if found.skipped)
-        raise DataError(f"{target}: no image is left to be packed; {reasons}")
+        reasons = ", ".join(f"{of_kind.skipped:,} are {kind}" for kind, of_kind in kinds.items() if of_kind.skipped)
+        raise DataError(f"{target}: no image is left to pack; {reasons}")
     summary, manifest = Summary(packed, **actions, kinds=kinds, shards=archives), _read_json(target / _MANIFEST) or {}
     complete = manifest | {"complete": True} | asdict(summary)
     if complete != manifest:
@@ -319,7 +320,7 @@ def _conclude(target: Path, shards: list[_Shard]) -> Summary:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. Its file is removed afterwards; one left by a killed process locks nothing.
+    """Context manager that holds the lock of a folder. A lock file left by a killed process has no effect.
 
     Raises:
         DataError: another process holds it.
@@ -333,7 +334,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink()  # while it is locked: afterwards it may be another process's
+            path.unlink()  # while locked: afterwards it could be another process's
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One image of `prepare`: what is found in it, and what is packed of it."""
+"""One image of `prepare`: its kinds, and the files to pack."""
 
 import hashlib
 import io
@@ -16,13 +16,13 @@ from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.source import DataError
 
 KINDS = ("corrupt", "tiny", "greyscale", "cmyk", "rotated", "16-bit")
-FORMATS = {"jpeg": {"quality": 95, "subsampling": 0}, "png": {}, "webp": {"lossless": True}}  # and Pillow's options
-_TINY = 32  # pixels; less is tiny where no resolution is given
+FORMATS = {"jpeg": {"quality": 95, "subsampling": 0}, "png": {}, "webp": {"lossless": True}}  # with Pillow's options
+_TINY = 32  # pixels; smaller squares are tiny if no resolution is given
 
 
 @dataclass(frozen=True)
 class Job:
-    """The settings that decide how an image is packed."""
+    """Settings that determine how images are packed."""
 
     name: str
     source: str | None
@@ -34,11 +34,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Packed:
-    """A source image once checked.
+    """Checked source image.
 
     Attributes:
         record: its entry in the shard's record
-        files: members of the shard, ending and content; none where the image is skipped
+        files: extension and content of its members of the shard; empty if it is skipped
     """
 
     record: dict[str, Any]
@@ -46,7 +46,7 @@ class Packed:
 
 
 def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
-    """Check an image, and encode it for its shard.
+    """Check an image, and encode it for its shard if needed.
 
     Raises:
         DataError: it is corrupt, and corrupt images are not skipped.
@@ -67,19 +67,19 @@ def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
             raise
         return Packed(record | {"kinds": ["corrupt"], "action": "skipped", "reason": str(error)}, [])
     record["kinds"] = kinds = _kinds(header, is_tiny=box[2] < (job.resolution or _TINY))
-    if unwanted := [kind for kind in kinds if kind in job.skip]:
-        return Packed(record | {"action": "skipped", "reason": ", ".join(unwanted)}, [])
+    if skipped := [kind for kind in kinds if kind in job.skip]:
+        return Packed(record | {"action": "skipped", "reason": ", ".join(skipped)}, [])
 
     reasons = [kind for kind in kinds if kind != "tiny"]
-    ending = {"MPO": "jpeg", "JPEG2000": "jp2"}.get(header.format, header.format.lower())
-    if f".{ending}" not in EXTENSIONS:
-        reasons.append(ending)
+    extension = {"MPO": "jpeg", "JPEG2000": "jp2"}.get(header.format, header.format.lower())
+    if f".{extension}" not in EXTENSIONS:
+        reasons.append(extension)
     if job.resolution or images.box is not centre_square:
         image = crop(image, box)
         reasons.append("resized" if job.resolution else "cropped")
     if job.resolution:
         image = _to_image(resize(to_tensor(image)[None], job.resolution)[0])
-    files = [_encode(image, job.format) if reasons else (ending, encoded)]
+    files = [_encode(image, job.format) if reasons else (extension, encoded)]
     if label is not None:
         files.append(("cls", str(label).encode()))
     action = "converted" if reasons else "kept"
@@ -100,19 +100,19 @@ def _check_decoded(job: Job, images: ImageSet, index: int) -> Packed:
 
 def _kinds(header: Header, is_tiny: bool) -> list[str]:
     is_grey = header.mode in ("1", "L", "LA") or header.mode.startswith("I")
-    are = (False, is_tiny, is_grey, header.mode == "CMYK", header.rotated, header.deep)
-    return [kind for kind, is_kind in zip(KINDS, are, strict=True) if is_kind]
+    flags = (False, is_tiny, is_grey, header.mode == "CMYK", header.rotated, header.deep)
+    return [kind for kind, is_kind in zip(KINDS, flags, strict=True) if is_kind]
 
 
 def _encode(image: Any, format: str) -> tuple[str, bytes]:
-    """A PIL.Image.Image of mode L or RGB → the ending and the content of a file."""
-    image.info = {}  # or its old colour profile would be written along
+    """Encode a PIL.Image.Image of mode L or RGB; return the extension and content of the file."""
+    image.info = {}  # otherwise the old colour profile would be written too
     image.save(content := io.BytesIO(), format, **FORMATS[format])
     return format, content.getvalue()
 
 
 def _to_image(pixels: Tensor) -> Any:
-    """uint8 [C, H, W] → PIL.Image.Image of mode L or RGB."""
+    """Convert uint8 [C, H, W] to a PIL.Image.Image of mode L or RGB."""
     channels, height, width = pixels.shape
     pil = import_optional("PIL.Image", "Pillow")
     return pil.frombytes("L" if channels == 1 else "RGB", (width, height), pixels.permute(1, 2, 0).numpy().tobytes())
@@ -123,6 +123,6 @@ def short_name(job: Job, images: EncodedSet, index: int) -> str:
 
 
 def member_key(index: int, name: str) -> str:
-    """A running number, which makes it unique, and of the image's name what neither tar nor WebDataset minds."""
+    """Return a unique key: the index, and the image's name reduced to characters safe in tar and WebDataset."""
     stem = re.split("/|: ", name)[-1].partition(".")[0]
     return f"{index:08d}-" + re.sub("[^A-Za-z0-9_-]+", "_", stem)[:60]

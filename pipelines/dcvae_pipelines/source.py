@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """Data that is missing, unreadable or unsuited; the message is one sentence that a user can act on."""
+    """Missing, unreadable or unsuitable data; the message is one sentence that a user can act on."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and their numbers, both on the training device.
+    """Images and their indices, both on the training device.
 
     Attributes:
-        images: float32, or bfloat16 if the source was asked for it, [B, C, H, W] in [-1, 1]
+        images: float32 or bfloat16 [B, C, H, W] in [-1, 1]
         ids: int64 [B], index of each image in its data set
     """
 
@@ -25,38 +25,37 @@ class Batch:
 
 
 class Source(Protocol):
-    """An endless, resumable stream of batches; one process of several sees its own share of it."""
+    """Endless, resumable stream of batches; each rank receives its own share."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end, starting after the last one shown."""
+        """Yield batches endlessly, starting after the last batch shown."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream. Every batch handed out counts as shown, the one the caller holds included."""
+        """Return the position in the stream. All batches yielded so far count as shown, including the latest."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a position that `state_dict` gave, with exactly the batches that would have followed it."""
+        """Continue from a position returned by `state_dict`, with exactly the batches that would have followed."""
         ...
 
     def set_resolution(self, resolution: int, batch: int | None = None) -> None:
-        """Show images at resolution × resolution pixels from the next batch on, and `batch` of them if that is given.
-
-        The position in the stream stays.
+        """Set the resolution, and the batch size if given, from the next batch on. The position is unchanged.
 
         Raises:
-            DataError: this source cannot show them at that resolution.
+            DataError: this source cannot show images at that resolution.
         """
         ...
 
 
 def check_size(state: Mapping[str, Any], count: int) -> None:
-    """
+    """Check that a position was saved for a data set of `count` images; the order depends on it.
+
     Raises:
-        DataError: the state was saved of a data set with another number of images, so that its order is another.
+        DataError: it was saved for a data set with another number of images.
     """
     if state.get("of", count) != count:
         raise DataError(
             f"the data set has {count:,} images now and had {state['of']:,} when this position was saved; "
-            "bring back the same images, or begin a new run"
+            "restore the same images, or start a new run"
         )

@@ -22,7 +22,7 @@ def model() -> DCVAE:
 
 @pytest.fixture
 def data() -> Splits:
-    """Colour images with labels, 60 to train with and 37 to test with."""
+    """Colour images with labels: 60 training and 37 test images."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (97, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.arange(97) % 3
@@ -31,7 +31,7 @@ def data() -> Splits:
 
 @pytest.fixture(scope="session")
 def features() -> Extractor:
-    """A random network of the kind that torch-fidelity takes, registered there as what it is."""
+    """A random feature extractor, registered in torch-fidelity under a name that says so."""
     from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
     class RandomFeatures(FeatureExtractorBase):
@@ -45,8 +45,8 @@ def features() -> Extractor:
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             assert images.dtype == torch.uint8 and images.shape[1] == 3
             pooled = self.layers(images.float() / 32 - 4).flatten(1)
-            given = {"pool": pooled, "logits": self.head(pooled)}
-            return tuple(given[name] for name in self.features_list)
+            outputs = {"pool": pooled, "logits": self.head(pooled)}
+            return tuple(outputs[name] for name in self.features_list)
 
         @staticmethod
         def get_provided_features_list() -> tuple[str, ...]:
@@ -67,12 +67,12 @@ def vgg16() -> Extractor:
 
 
 class SquaredDistance(nn.Module):
-    """Summed over an image's values on 0–255, and divided by 255²."""
+    """Sum of squared differences per image, with values 0–255 divided by 255."""
 
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        return ((one - other) / 255).square().sum((1, 2, 3), keepdim=True)
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b) / 255).square().sum((1, 2, 3), keepdim=True)
 
 
 @pytest.fixture
 def lpips() -> Extractor:
-    return Extractor("a square, not LPIPS", SquaredDistance())
+    return Extractor("squared distance, not LPIPS", SquaredDistance())

@@ -1,4 +1,4 @@
-"""`dcvae evaluate` as a user meets it."""
+"""The command `dcvae evaluate`."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def saved(tmp_path) -> Path:
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_a_run_knows_its_data_and_keeps_what_was_measured(tmp_path, features, monkeypatch, capsys):
+def test_a_run_provides_its_data_and_stores_measurements(tmp_path, features, monkeypatch, capsys):
     run = tmp_path / "run"
     settings = ["--train.images", "16", "--log.held_out", "360"]
     assert main(["train", "--recipe", TINY, *settings, "--run", str(run)]) == 0
@@ -47,16 +47,16 @@ def test_a_run_knows_its_data_and_keeps_what_was_measured(tmp_path, features, mo
     assert "1,437 / 1,437 training images" in printed.err and "64 / 64 samples" in printed.err
     assert printed.out.count("random, not Inception") == 4 and "inception" not in printed.out
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    measured = json.loads((run / "evaluation.json").read_text())["measurements"]
-    assert [one["metric"] for one in measured] == "pixel_mse pixel_squares pixel_rmse fid is fid is".split()
-    assert {one["extractor"] for one in measured} == {None, "random, not Inception"}
+    measurements = json.loads((run / "evaluation.json").read_text())["measurements"]
+    assert [m["metric"] for m in measurements] == "pixel_mse pixel_squares pixel_rmse fid is fid is".split()
+    assert {m["extractor"] for m in measurements} == {None, "random, not Inception"}
 
     assert main([*command, "--protocol", "official"]) == 0
-    again = json.loads((run / "evaluation.json").read_text())["measurements"]
-    assert again[: len(measured)] == measured and len(again) == len(measured) + 4
+    repeated = json.loads((run / "evaluation.json").read_text())["measurements"]
+    assert repeated[: len(measurements)] == measurements and len(repeated) == len(measurements) + 4
 
 
-def test_a_saved_model_is_told_its_data(saved, tmp_path, capsys):
+def test_data_options_for_a_saved_model(saved, tmp_path, capsys):
     data = ["--data.name", "folder", "--data.root", str(write_noise(tmp_path / "images", 220, 40, 32, 3))]
     out = tmp_path / "results" / "pixel.json"
     assert main(["evaluate", str(saved), "--metrics", "pixel", *data, "--out", str(out)]) == 0
@@ -79,12 +79,12 @@ def test_a_saved_model_is_told_its_data(saved, tmp_path, capsys):
         (["--weights", "{tmp}", "--data.name", "digits"], "{tmp}/weights-inception-2015-12-05-6726825d.pth"),
         (["--weights", "{tmp}", "--metrics", "pixel,perceptual", "--data.name", "digits"], "{tmp}/vgg16-397923af.pth"),
         (["--weights", "{tmp}", "--metrics", "ppl"], "{tmp}/weights-vgg16-lpips.pth"),
-        (["--out", "{tmp}/model/config.json", "--data.name", "digits"], "config.json is no file of measurements"),
-        (["--out", "{tmp}", "--data.name", "digits"], "{tmp} is no file of measurements"),
+        (["--out", "{tmp}/model/config.json", "--data.name", "digits"], "config.json is not a measurement file"),
+        (["--out", "{tmp}", "--data.name", "digits"], "{tmp} is not a measurement file"),
     ],
 )
 @pytest.mark.usefixtures("saved")
-def test_a_mistake_gives_one_line_and_exit_code_1(options, message, tmp_path, capsys):
+def test_an_error_prints_one_line_and_exits_with_1(options, message, tmp_path, capsys):
     argv = ["evaluate", str(tmp_path / "model"), *(option.format(tmp=tmp_path) for option in options)]
     assert main(argv) == 1
     error = capsys.readouterr().err
@@ -93,13 +93,13 @@ def test_a_mistake_gives_one_line_and_exit_code_1(options, message, tmp_path, ca
     assert not (tmp_path / "model" / "evaluation.json").exists()
 
 
-def test_what_is_not_installed_is_named(saved, monkeypatch, capsys):
+def test_a_missing_package_is_named(saved, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     assert main(["evaluate", str(saved), "--data.name", "digits"]) == 1
     assert "torch_fidelity is not installed: pip install 'dcvae_fast[eval]'" in capsys.readouterr().err
 
 
-def test_a_data_set_of_other_channels_is_refused(tmp_path, capsys):
+def test_a_data_set_with_other_channels_is_rejected(tmp_path, capsys):
     DCVAE(ModelConfig(latent_dim=4, decoder_width=4, encoder_width=4)).save_pretrained(tmp_path / "colour")
     assert main(["evaluate", str(tmp_path / "colour"), "--metrics", "pixel", "--data.name", "digits"]) == 1
     assert "digits has images of [1, 32, 32], but the model's are [3, 32, 32]" in capsys.readouterr().err

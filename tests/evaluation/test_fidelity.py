@@ -1,4 +1,4 @@
-"""FID and its like: torch-fidelity's numbers, SciPy's distance, streamed images, and a cache that is never stale."""
+"""FID, IS, KID, precision and recall compared with torch-fidelity and SciPy; streamed images; the feature cache."""
 
 import os
 from dataclasses import replace
@@ -19,8 +19,8 @@ from image_files import write_noise
 ALL = ("fid", "is", "kid", "prc")
 
 
-def values(measured):
-    return {(one.metric, one.of): one.value for one in measured}
+def values(measurements):
+    return {(m.metric, m.of): m.value for m in measurements}
 
 
 def by_scipy(features, real):
@@ -31,7 +31,7 @@ def by_scipy(features, real):
 
 
 @pytest.mark.parametrize(("count", "size"), [(300, 16), (5000, 64)])
-def test_frechet_distance_is_scipys(count, size):
+def test_frechet_distance_matches_scipy(count, size):
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(size, size, generator=generator)
     features = torch.randn(count, size, generator=generator) @ mixing + 0.3
@@ -40,7 +40,7 @@ def test_frechet_distance_is_scipys(count, size):
     assert frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
 
 
-class Shown(Dataset):
+class Images(Dataset):
     def __init__(self, images):
         self.images = images
 
@@ -57,55 +57,55 @@ def bytes_of(images, rounded=True):
 
 
 @torch.no_grad()
-def test_all_of_them_are_those_of_torch_fidelity_itself(model, data, features):
+def test_feature_metrics_match_torch_fidelity(model, data, features):
     from torch_fidelity import calculate_metrics
 
-    measured = evaluate(model, data, ALL, images=50, batch=7, seed=4, features=features)
-    assert {one.extractor for one in measured} == {"random, not Inception"}
-    assert {one.metric for one in measured} == {"fid", "is", "kid", "precision", "recall"}
+    measurements = evaluate(model, data, ALL, images=50, batch=7, seed=4, features=features)
+    assert {m.extractor for m in measurements} == {"random, not Inception"}
+    assert {m.metric for m in measurements} == {"fid", "is", "kid", "precision", "recall"}
     latents = torch.randn(1024, 6, generator=torch.Generator().manual_seed(4))[:50]
     real = data.test.images.float() / 127.5 - 1
-    made = {"samples": model.decode(latents), "reconstructions": model.decode(model.encode(real).mean)}
-    for of, shown in made.items():
-        theirs = calculate_metrics(
-            input1=Shown(bytes_of(shown)),
-            input2=Shown(data.train.images),
+    images_of = {"samples": model.decode(latents), "reconstructions": model.decode(model.encode(real).mean)}
+    for subject, decoded in images_of.items():
+        expected = calculate_metrics(
+            input1=Images(bytes_of(decoded)),
+            input2=Images(data.train.images),
             feature_extractor=features.name,
             **dict.fromkeys(("fid", "isc", "kid", "prc"), True),
-            kid_subset_size=len(shown),
+            kid_subset_size=len(decoded),
             save_cpu_ram=True,
             cache=False,
             cuda=False,
             verbose=False,
         )
-        ours = {one.metric: one for one in measured if one.of == of}
-        assert ours["fid"].value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-        assert ours["is"].value == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-        assert ours["is"].spread == pytest.approx(theirs["inception_score_std"], rel=1e-3, abs=1e-7)
-        assert ours["kid"].value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-        assert ours["precision"].value == theirs["precision"]
-        assert ours["recall"].value == theirs["recall"]
-        assert {one.count for one in ours.values()} == {len(shown)}
+        actual = {m.metric: m for m in measurements if m.of == subject}
+        assert actual["fid"].value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+        assert actual["is"].value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+        assert actual["is"].spread == pytest.approx(expected["inception_score_std"], rel=1e-3, abs=1e-7)
+        assert actual["kid"].value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+        assert actual["precision"].value == expected["precision"]
+        assert actual["recall"].value == expected["recall"]
+        assert {m.count for m in actual.values()} == {len(decoded)}
 
 
 @torch.no_grad()
-def test_official_is_the_authors_protocol(model, data, features):
-    """Clamped samples, draws from the posterior over and over with fresh noise, whole batches, pixels rounded down."""
-    measured = evaluate(model, data, ["fid"], protocol="official", images=50, seed=4, features=features)
-    assert [(one.of, one.count, one.protocol) for one in measured] == [
+def test_official_follows_the_authors_protocol(model, data, features):
+    """Clamped samples, repeated draws from the posterior with new noise, whole batches, pixels rounded down."""
+    measurements = evaluate(model, data, ["fid"], protocol="official", images=50, seed=4, features=features)
+    assert [(m.of, m.count, m.protocol) for m in measurements] == [
         ("samples", 64, "official"),
         ("reconstructions", 64, "official"),
     ]
     noise = torch.randn(1024, 6, generator=torch.Generator().manual_seed(4))[:64]
     real = data.test.images[torch.arange(64) % 37].float() / 127.5 - 1
-    made = {"samples": model.decode(noise.clamp(-1, 1)), "reconstructions": model.decode(model.encode(real).at(noise))}
+    latents = {"samples": noise.clamp(-1, 1), "reconstructions": model.encode(real).at(noise)}
     reference = features_of([data.train.images], features)["pool"]
-    for one in measured:
-        shown = features_of([bytes_of(made[one.of], rounded=False)], features)["pool"]
-        assert one.value == pytest.approx(by_scipy(shown, reference), rel=1e-4)
+    for m in measurements:
+        generated = features_of([bytes_of(model.decode(latents[m.of]), rounded=False)], features)["pool"]
+        assert m.value == pytest.approx(by_scipy(generated, reference), rel=1e-4)
 
 
-def test_the_configuration_may_clamp_samples(model, data, features):
+def test_the_configuration_can_clamp_samples(model, data, features):
     plain, clamped = (
         values(evaluate(model, data, ["fid"], images=20, features=features))
         for model.config in (model.config, replace(model.config, sample_clamp=0.1))
@@ -114,67 +114,68 @@ def test_the_configuration_may_clamp_samples(model, data, features):
     assert plain["fid", "reconstructions"] == clamped["fid", "reconstructions"]
 
 
-def test_numbers_do_not_depend_on_the_batch_and_repeat_by_seed(model, data, features):
+def test_values_depend_on_the_seed_but_not_on_the_batch_size(model, data, features):
     def measure(batch, seed=0, protocol="paper"):
         return values(
             evaluate(model, data, ALL, images=50, batch=batch, seed=seed, protocol=protocol, features=features)
         )
 
     for protocol in ("paper", "official"):
-        once = measure(64, protocol=protocol)
-        assert measure(64, protocol=protocol) == once
-        assert measure(7, protocol=protocol) == pytest.approx(once, rel=1e-4)
-        assert measure(64, 1, protocol)["fid", "samples"] != once["fid", "samples"]
+        first = measure(64, protocol=protocol)
+        assert measure(64, protocol=protocol) == first
+        assert measure(7, protocol=protocol) == pytest.approx(first, rel=1e-4)
+        assert measure(64, 1, protocol)["fid", "samples"] != first["fid", "samples"]
 
 
-def test_features_are_kept_by_content(model, data, features, tmp_path):
+def test_features_are_cached_by_content(model, data, features, tmp_path):
     extracted = []
 
     def measure(data, metrics=("fid",)):
         extracted.clear()
-        progress = lambda what, done, total: extracted.append(what)  # noqa: E731
-        found = evaluate(model, data, metrics, images=20, features=features, cache=tmp_path / "kept", progress=progress)
-        return values(found), "training images" in extracted
+        progress = lambda name, done, total: extracted.append(name)  # noqa: E731
+        cache = tmp_path / "cache"
+        measurements = evaluate(model, data, metrics, images=20, features=features, cache=cache, progress=progress)
+        return values(measurements), "training images" in extracted
 
-    first, new = measure(data)
-    assert new
+    first, extracts = measure(data)
+    assert extracts
     assert measure(data) == (first, False)
     assert measure(data, ("fid", "kid"))[1] is False
-    (kept,) = (tmp_path / "kept").iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])  # as a full disk leaves it
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # as if the disk had been full
     assert measure(data) == (first, True)
     assert measure(data) == (first, False)
     data.train.images[7, 0, 3, 3] ^= 255
-    other, new = measure(data)
-    assert new and other != first
+    other, extracts = measure(data)
+    assert extracts and other != first
     assert measure(replace(data, test=data.train))[1] is False
 
 
-def test_files_are_told_apart_by_what_is_in_them_whatever_their_dates(tmp_path):
-    found = load_dataset("folder", write_noise(tmp_path / "images", 24, 40, 50, 3, ending="bmp"))
-    indices, config = torch.arange(len(found)), ModelConfig()
-    key = content_key(found, indices, config)
+def test_the_content_key_depends_on_contents_not_on_dates(tmp_path):
+    files = load_dataset("folder", write_noise(tmp_path / "images", 24, 40, 50, 3, ending="bmp"))
+    indices, config = torch.arange(len(files)), ModelConfig()
+    key = content_key(files, indices, config)
     assert content_key(load_dataset("folder", tmp_path / "images"), indices, config) == key
-    assert content_key(found, indices[1:], config) != key
-    assert content_key(found, indices, replace(config, image_channels=1)) != key
+    assert content_key(files, indices[1:], config) != key
+    assert content_key(files, indices, replace(config, image_channels=1)) != key
     path = tmp_path / "images" / "20.bmp"
     before = path.stat()
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
-    assert content_key(found, indices, config) != key
+    assert content_key(files, indices, config) != key
 
 
-def test_files_are_decoded_a_part_at_a_time(tmp_path, monkeypatch):
-    found = load_dataset("folder", write_noise(tmp_path / "images", 24, 40, 50, 3, ending="bmp"))
-    (whole,) = parts(found, torch.arange(20), ModelConfig())
+def test_files_are_decoded_in_parts(tmp_path, monkeypatch):
+    files = load_dataset("folder", write_noise(tmp_path / "images", 24, 40, 50, 3, ending="bmp"))
+    (single,) = parts(files, torch.arange(20), ModelConfig())
     monkeypatch.setattr(images, "PART_BYTES", 3 * 32**2 * 6)
-    some = list(parts(found, torch.arange(20), ModelConfig()))
-    assert [len(part) for part in some] == [6, 6, 6, 2]
-    assert torch.equal(torch.cat([part.images for part in some]), whole.images)
+    several = list(parts(files, torch.arange(20), ModelConfig()))
+    assert [len(part) for part in several] == [6, 6, 6, 2]
+    assert torch.equal(torch.cat([part.images for part in several]), single.images)
 
 
-def test_decoded_images_are_shrunk_to_what_the_model_has_grown_to(data, model):
+def test_decoded_images_are_downscaled_to_the_resolution_of_the_model(data, model):
     small = ModelConfig(architecture="progressive", resolution=16)
     (part,) = parts(data.train, torch.arange(5), small)
     assert part.images.shape == (5, 3, 16, 16)
@@ -184,12 +185,12 @@ def test_decoded_images_are_shrunk_to_what_the_model_has_grown_to(data, model):
         next(parts(data.train, torch.arange(5), ModelConfig(architecture="progressive", resolution=64)))
 
 
-def test_evenly():
+def test_evenly_spaced_indices():
     assert evenly_spaced(10, 20).tolist() == list(range(10))
     assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
 
 
-def test_grey_images_are_shown_as_rgb(features):
+def test_grey_images_are_repeated_to_rgb(features):
     grey = torch.randint(256, (5, 1, 32, 32), dtype=torch.uint8)
-    shown, colour = (features_of([each], features)["pool"] for each in (grey, grey.repeat(1, 3, 1, 1)))
-    assert torch.equal(shown, colour)
+    of_grey, of_rgb = (features_of([x], features)["pool"] for x in (grey, grey.repeat(1, 3, 1, 1)))
+    assert torch.equal(of_grey, of_rgb)

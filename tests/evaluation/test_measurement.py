@@ -1,4 +1,4 @@
-"""The file of measurements, what is asked for wrongly, and weights that are missing or are not what they should be."""
+"""The measurement file, invalid arguments, and missing, damaged or malicious weights."""
 
 import hashlib
 import json
@@ -28,37 +28,37 @@ FID = Measurement(
 )
 
 
-def test_a_measurement_takes_the_place_of_its_older_self_and_no_other(model, tmp_path):
+def test_a_measurement_replaces_only_its_older_value(model, tmp_path):
     path, head = tmp_path / "new" / "evaluation.json", describe(model, 640)
     others = [replace(FID, of="reconstructions"), replace(FID, protocol="official"), replace(FID, metric="is")]
-    for one in (FID, *others):
-        store(path, head, one)
+    for measurement in (FID, *others):
+        store(path, head, measurement)
     store(path, head, replace(FID, value=16.0))
     stored = json.loads(path.read_text())
     assert (stored["images"], stored["device"], stored["versions"]["torch"]) == (640, "cpu", torch.__version__[:6])
-    assert sorted(one["value"] for one in stored["measurements"]) == [16.0, 17.9, 17.9, 17.9]
-    assert {one["extractor"] for one in stored["measurements"]} == {"random, not Inception"}
+    assert sorted(m["value"] for m in stored["measurements"]) == [16.0, 17.9, 17.9, 17.9]
+    assert {m["extractor"] for m in stored["measurements"]} == {"random, not Inception"}
 
     store(path, {**head, "device": "another"}, replace(FID, metric="ppl"))
     stored = json.loads(path.read_text())
-    assert [one.get("device") for one in stored["measurements"]] == ["cpu"] * 4 + [None]
+    assert [m.get("device") for m in stored["measurements"]] == ["cpu"] * 4 + [None]
 
     with torch.no_grad():
         next(model.parameters()).add_(1)
     store(path, describe(model, 640), FID)
-    assert [one["metric"] for one in json.loads(path.read_text())["measurements"]] == ["fid"]
+    assert [m["metric"] for m in json.loads(path.read_text())["measurements"]] == ["fid"]
 
 
-def test_other_files_are_left_alone(model, tmp_path):
+def test_other_files_are_not_overwritten(model, tmp_path):
     path = tmp_path / "summary.json"
-    for content in ('{"images": 3}', "[1, 2]", "no JSON"):
+    for content in ('{"images": 3}', "[1, 2]", "not JSON"):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"summary\.json is no file of measurements"):
+        with pytest.raises(UserError, match=r"summary\.json is not a measurement file"):
             store(path, describe(model, None), FID)
         assert path.read_text() == content
 
 
-def test_the_table_says_what_measured():
+def test_the_table_names_the_extractor():
     lines = table([FID, replace(FID, metric="is", value=8.2, spread=0.061)]).splitlines()
     assert lines[1].split() == ["fid", "samples", "paper", "17.9", "50,000", "random,", "not", "Inception"]
     assert "8.2 ± 0.061" in lines[2]
@@ -77,19 +77,19 @@ def test_weights_are_hashed_with_their_names(model):
     [
         ({"metrics": ["fid", "fld"]}, "metrics has fld; known are fid, is, kid"),
         ({"metrics": []}, "metrics is empty"),
-        ({"protocol": "mine"}, "protocol is 'mine'; it must be paper or official"),
+        ({"protocol": "other"}, "protocol is 'other'; it must be paper or official"),
         ({"images": 9}, "images is 9; it must be at least 10"),
         ({"batch": 0}, "batch is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"data": None}, "only ppl does without"),
+        ({"data": None}, "only ppl can be measured without it"),
     ],
 )
-def test_what_has_no_meaning_is_refused_before_anything_is_loaded(model, data, arguments, message):
+def test_invalid_arguments_are_rejected_before_anything_is_loaded(model, data, arguments, message):
     with pytest.raises(UserError, match=message):
         evaluate(model, **{"data": data, "metrics": METRICS, **arguments})
 
 
-def test_a_handful_of_images_will_do_for_distances_only(model, data, features):
+def test_a_few_images_suffice_for_distances_only(model, data, features):
     few = replace(data, test=ImageSet("noise", data.test.images[:3], None))
     assert evaluate(model, few, ["pixel"])[0].count == 3
     with pytest.raises(UserError, match="noise has 3 test images; fid, is, kid and prc need 10"):
@@ -102,23 +102,23 @@ def test_missing_weights_are_named_with_their_origin_and_hash(tmp_path):
 
     with pytest.raises(UserError) as caught:
         load_features(tmp_path)
-    for said in (str(tmp_path / "weights-inception-2015-12-05-6726825d.pth"), URL_INCEPTION_V3, "SHA-256 6726825d…"):
-        assert said in str(caught.value)
-    with pytest.raises(UserError, match=r"weights-vgg16-lpips\.pth.*of which no hash is published") as caught:
+    for part in (str(tmp_path / "weights-inception-2015-12-05-6726825d.pth"), URL_INCEPTION_V3, "SHA-256 6726825d…"):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match=r"weights-vgg16-lpips\.pth.*no hash is published") as caught:
         load_lpips(tmp_path)
     assert URL_VGG16_LPIPS in str(caught.value)
 
 
-def test_weights_are_downloaded_where_torch_keeps_them_and_checked(tmp_path, monkeypatch):
+def test_weights_are_downloaded_to_the_cache_of_torch_and_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     content = b"weights"
     digits = hashlib.sha256(content).hexdigest()[:8]
     url = f"https://example.org/net-{digits}.pth"
 
-    def refuse(*arguments):
+    def fail(*arguments):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(UserError, match=rf"net-{digits}\.pth cannot be downloaded .*no route.*--weights DIR"):
         find_weights(url, None)
 
@@ -134,7 +134,7 @@ def test_weights_are_downloaded_where_torch_keeps_them_and_checked(tmp_path, mon
         find_weights(url, None)
 
 
-def test_weights_that_would_run_code_are_refused(tmp_path):
+def test_weights_that_would_execute_code_are_rejected(tmp_path):
     class Harm:
         def __reduce__(self):
             return (open, (str(tmp_path / "harm"), "w"))

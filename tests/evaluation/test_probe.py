@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn."""
+"""The linear probe, compared with scikit-learn."""
 
 import pytest
 import scipy.stats
@@ -12,7 +12,7 @@ from dcvae_pipelines import ImageSet, load_dataset
 CPU = torch.device("cpu")
 
 
-def test_probe_finds_as_much_as_logistic_regression():
+def test_probe_is_as_accurate_as_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
     generator = torch.Generator().manual_seed(0)
@@ -33,13 +33,13 @@ def test_probe_finds_as_much_as_logistic_regression():
 def test_probe_error_is_in_percent_of_the_images_with_labels(model):
     train, test = (load_dataset("digits", split=split) for split in ("train", "test"))
     assert train.labels is not None
-    known = train.labels.clone()
-    known[::3] = -1
-    colour = [ImageSet(each.name, each.images.repeat(1, 3, 1, 1), each.labels) for each in (train, test)]
-    few = Splits(ImageSet("digits", colour[0].images, known), colour[1])
-    (one,) = evaluate(model, few, ["probe"])
-    assert 0 < one.value < 80 and one.spread is not None and one.spread_is is not None
-    assert (one.metric, one.of, one.count) == ("probe_error", "latents", 360)
-    assert one.data == "digits: 360 test images, 1,437 training images"
+    labels = train.labels.clone()
+    labels[::3] = -1
+    colour = [ImageSet(split.name, split.images.repeat(1, 3, 1, 1), split.labels) for split in (train, test)]
+    partly_labelled = Splits(ImageSet("digits", colour[0].images, labels), colour[1])
+    (error,) = evaluate(model, partly_labelled, ["probe"])
+    assert 0 < error.value < 80 and error.spread is not None and error.spread_is is not None
+    assert (error.metric, error.of, error.count) == ("probe_error", "latents", 360)
+    assert error.data == "digits: 360 test images, 1,437 training images"
     with pytest.raises(UserError, match="a probe needs labels, which digits does not have"):
         evaluate(model, Splits(ImageSet("digits", colour[0].images, None), colour[1]), ["probe"])

@@ -1,4 +1,4 @@
-"""Encoded images, and what stores them, for the tests of this folder."""
+"""Helpers that encode images, and write folders, shards and LMDBs."""
 
 import io
 import tarfile
@@ -47,7 +47,7 @@ def make_shard(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def make_lmdb(path: Path, contents: dict[str, bytes]) -> None:
-    import lmdb  # machines with a GPU for tests may lack it
+    import lmdb  # imported here, because machines for GPU tests can lack it
 
     path.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:

@@ -24,7 +24,7 @@ COUNT = 24
 
 
 def make_images(folder: Path, count: int = COUNT, width: int = 20, height: int = 16) -> EncodedSet:
-    """PNGs of noise, image i in the file i.png."""
+    """Write PNGs of noise, image i to file i.png."""
     folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(0)
     for i in range(count):
@@ -49,23 +49,23 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.ids, b.ids) and torch.equal(a.images, b.images)
 
 
-# --- what is shown ---
+# --- batches ---
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_batches_are_a_resident_sources(images: EncodedSet, channels: int):
-    """The same order, coins and pixels: whether a data set is decoded once or each time makes no difference."""
-    at_once = decode_images(images, COUNT, resolution=8, channels=channels).images
+def test_batches_equal_those_of_a_resident_source(images: EncodedSet, channels: int):
+    """Order, flips and pixels are equal, whether a data set is decoded once or in each epoch."""
+    decoded = decode_images(images, COUNT, resolution=8, channels=channels).images
     settings = {"batch": 5, "seed": 3, "mirror": True}
-    resident, dali = ResidentSource(at_once, **settings), source(images, channels=channels, **settings)
+    resident, dali = ResidentSource(decoded, **settings), source(images, channels=channels, **settings)
     assert all(same(a, b) for a, b in islice(zip(resident, dali, strict=True), 12))
 
 
 @pytest.mark.parametrize("finish", ["_finish_on_cpu", "_finish_on_gpu"])
 def test_batches_in_bfloat16_and_channels_last(images: EncodedSet, finish: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(DaliSource, "_finish_on_cpu", getattr(DaliSource, finish))
-    plain, other = source(images), source(images, dtype=torch.bfloat16, channels_last=True)
-    a, b = next(iter(plain)).images, next(iter(other)).images
+    plain, converted = source(images), source(images, dtype=torch.bfloat16, channels_last=True)
+    a, b = next(iter(plain)).images, next(iter(converted)).images
     assert a.dtype == torch.float32 and a.is_contiguous() and a.shape == (4, 3, 8, 8)
     assert b.dtype == torch.bfloat16 and b.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(a.bfloat16(), b)
@@ -88,7 +88,7 @@ def test_images_of_many_sizes_share_a_batch(finish: str, tmp_path: Path, monkeyp
     assert torch.equal(batch.images, (40 * batch.ids / 127.5 - 1)[:, None, None, None].expand(6, 3, 8, 8))
 
 
-def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
+def test_every_kind_of_image_is_decoded_like_pillow(tmp_path: Path):
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8))
     grey = colour.convert("L")
     transparent = colour.copy()
@@ -111,7 +111,7 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
         encode(deep, "PNG"),
         encode(colour, "WEBP"),
         encode(transparent, "WEBP", lossless=True),
-        encode(colour, "WEBP", lossless=True, exif=plain_exif),  # which DALI does not take
+        encode(colour, "WEBP", lossless=True, exif=plain_exif),  # which DALI rejects
         encode(colour.convert("P"), "GIF", save_all=True, append_images=[grey]),
         encode(colour.convert("P"), "GIF"),
         encode(colour.convert("CMYK"), "TIFF"),
@@ -131,15 +131,15 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path: Path):
         pillow = decode_images(files, len(kinds), resolution=16, channels=channels).images
         batch = next(iter(source(files, batch=len(kinds), resolution=16, channels=channels)))
         difference = (batch.images - (pillow[batch.ids].float() / 127.5 - 1)).abs().amax((1, 2, 3)) * 127.5
-        # Grey is weighted in fixed point by both, but not in the same.
+        # Both compute grey in fixed point, but with different weights.
         assert difference.max() <= (1.01 if channels == 1 else 0.01), dict(
             zip(batch.ids.tolist(), difference, strict=True)
         )
 
 
-def agreement(ours: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Mean and 99.9th percentile of the differences, in steps of 1/255."""
-    difference = (ours.float() - reference.float()).abs().flatten() * 127.5
+def agreement(images: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return mean and 99.9th percentile of the differences, in steps of 1/255."""
+    difference = (images.float() - reference.float()).abs().flatten() * 127.5
     return difference.mean().item(), difference.kthvalue(int(0.999 * difference.numel())).values.item()
 
 
@@ -148,7 +148,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("folder", ["faces1024", "bedroom256"])
-def test_real_images_are_what_pillow_and_torch_make_of_them(real_data: Path, folder: str, device: str):
+def test_real_images_match_pillow_and_torch(real_data: Path, folder: str, device: str):
     files = sorted(path.name for path in (real_data / folder).glob("*.jpg"))[:24]
     real = EncodedSet(folder, Files(real_data / folder, files), torch.arange(len(files)))
     dali = source(real, batch=len(files), device=device)
@@ -170,34 +170,34 @@ def test_real_images_are_what_pillow_and_torch_make_of_them(real_data: Path, fol
         assert mean <= 2 and tail <= 4, f"{folder} at {resolution}: {mean:.2f}, {tail:.2f} of 255"
 
 
-# --- where it is ---
+# --- position ---
 
 
-def test_any_position_is_resumed_exactly(images: EncodedSet):
-    whole = list(islice(source(images, mirror=True, batch=5), 14))
+def test_resuming_at_any_position_is_exact(images: EncodedSet):
+    uninterrupted = list(islice(source(images, mirror=True, batch=5), 14))
     for shown in (0, 1, 4, 5, 9, 13):
         first = source(images, mirror=True, batch=5)
         list(islice(first, shown))
         assert first.state_dict() == {"images": 5 * shown, "of": COUNT, "skipped": 0, "ranks": 1}
         resumed = source(images, mirror=True, batch=5, prefetch=1, threads=1)
         resumed.load_state_dict(first.state_dict())
-        assert same(next(iter(resumed)), whole[shown])
+        assert same(next(iter(resumed)), uninterrupted[shown])
 
 
 def test_a_position_holds_for_other_ranks_and_for_a_resident_source(images: EncodedSet):
-    alone = source(images, batch=6)
-    list(islice(alone, 3))
-    pair = [source(images, batch=3, rank=rank, ranks=2) for rank in range(2)]
+    single_rank = source(images, batch=6)
+    list(islice(single_rank, 3))
+    two_ranks = [source(images, batch=3, rank=rank, ranks=2) for rank in range(2)]
     resident = ResidentSource(decode_images(images, COUNT, resolution=8).images, batch=6, seed=0)
-    for other in (*pair, resident):
-        other.load_state_dict(alone.state_dict())
-    expected, halves = next(iter(alone)), [next(iter(one)) for one in pair]
+    for other in (*two_ranks, resident):
+        other.load_state_dict(single_rank.state_dict())
+    expected, halves = next(iter(single_rank)), [next(iter(rank)) for rank in two_ranks]
     assert same(next(iter(resident)), expected)
     assert torch.equal(torch.cat([half.ids for half in halves]), expected.ids)
     assert torch.equal(torch.cat([half.images for half in halves]), expected.images)
 
 
-def test_another_resolution_leaves_the_position(images: EncodedSet):
+def test_changing_the_resolution_keeps_the_position(images: EncodedSet):
     grown, plain = source(images), source(images)
     a, b = iter(grown), iter(plain)
     for resolution in (8, 4, 16, 16, 8):
@@ -207,7 +207,7 @@ def test_another_resolution_leaves_the_position(images: EncodedSet):
     assert grown.state_dict() == plain.state_dict()
 
 
-def test_another_batch_leaves_the_position(images: EncodedSet):
+def test_changing_the_batch_size_keeps_the_position(images: EncodedSet):
     grown = source(images, batch=4)
     order = ids(iter(source(images, batch=6)), 6)
     batches = iter(grown)
@@ -219,23 +219,23 @@ def test_another_batch_leaves_the_position(images: EncodedSet):
     assert ids(batches, 2) == order[14:18] and grown.state_dict()["images"] == 18
 
 
-def test_other_images_than_before_are_refused(images: EncodedSet):
+def test_a_position_in_another_data_set_is_rejected(images: EncodedSet):
     with pytest.raises(DataError, match="has 24 images now and had 23 when this position was saved"):
         source(images).load_state_dict({"images": 8, "of": 23})
 
 
-# --- what cannot be decoded ---
+# --- undecodable images ---
 
 
 def damage_png(path: Path) -> None:
-    """Readable until its pixels are decoded."""
+    """Damage the pixels but not the header."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
 
 
 DAMAGES = {
-    "vanished": os.remove,
+    "removed": os.remove,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("not an image"),
@@ -244,44 +244,44 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_image_stops_when_its_turn_comes(damage: str, tmp_path: Path):
+def test_a_damaged_image_raises_when_it_would_be_shown(damage: str, tmp_path: Path):
     damaged = make_images(tmp_path / "images")
     order = ids(iter(source(damaged)), 6)
     DAMAGES[damage](tmp_path / "images" / f"{order[13]:02d}.png")
-    broken = source(damaged, prefetch=1)
-    batches = iter(broken)
+    stopping = source(damaged, prefetch=1)
+    batches = iter(stopping)
     with pytest.raises(DataError, match=rf"{order[13]:02d}\.png: cannot be read"):
         for _ in range(6):
             next(batches)
-    shown = broken.state_dict()["images"]
-    # What DALI finds out while it decodes ahead, it may say a batch before.
+    shown = stopping.state_dict()["images"]
+    # DALI decodes ahead, and can report an error one batch early.
     assert shown == 12 or (damage in ("flipped", "truncated") and shown == 8)
-    healed = source(make_images(tmp_path / "images"))
-    healed.load_state_dict(broken.state_dict())
-    assert ids(iter(healed), 1) == order[shown : shown + 4]
+    repaired = source(make_images(tmp_path / "images"))
+    repaired.load_state_dict(stopping.state_dict())
+    assert ids(iter(repaired), 1) == order[shown : shown + 4]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_image_is_skipped_with_a_warning(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     damaged = make_images(tmp_path / "images")
     order = ids(iter(source(damaged)), 18)
-    bad = order[5], order[17]
-    for index in bad:
+    damaged_ids = order[5], order[17]
+    for index in damaged_ids:
         DAMAGES[damage](tmp_path / "images" / f"{index:02d}.png")
     with caplog.at_level(logging.WARNING):
         skipping = source(damaged, on_corrupt="skip", mirror=True)
         batches = list(islice(skipping, 16))
     shown = torch.cat([batch.ids for batch in batches]).tolist()
-    assert shown == [index for index in order if index not in bad][: len(shown)]  # the others, once an epoch
+    assert shown == [index for index in order if index not in damaged_ids][: len(shown)]  # the others, once per epoch
     assert skipping.state_dict() == {
         "images": 64,
         "of": COUNT,
-        "skipped": sum(i in bad for i in order[:70]),
+        "skipped": sum(i in damaged_ids for i in order[:70]),
         "ranks": 1,
     }
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2 and all(message.startswith("left out: ") for message in messages)
-    assert {Path(message.split(": ")[1]).stem for message in messages} == {f"{index:02d}" for index in bad}
+    assert {Path(message.split(": ")[1]).stem for message in messages} == {f"{index:02d}" for index in damaged_ids}
 
     resumed = source(damaged, on_corrupt="skip", mirror=True)
     first = source(damaged, on_corrupt="skip", mirror=True)
@@ -290,10 +290,10 @@ def test_a_damaged_image_is_skipped_with_a_warning(damage: str, tmp_path: Path, 
     assert all(same(a, b) for a, b in zip(islice(resumed, 9), batches[7:], strict=True))
 
 
-def test_images_smaller_than_they_will_be_shown_are_named_or_left_out(images: EncodedSet):
-    message = r"\.png: shows 16 × 16 pixels, too few for a resolution of 32; choose a lower model.resolution"
+def test_too_small_images_are_named_or_left_out(images: EncodedSet):
+    message = r"\.png: its square of 16 × 16 pixels is too small for resolution 32; choose a lower model.resolution"
     growing = source(images, resolution=32)
-    growing.set_resolution(4)  # said before it comes to 32
+    growing.set_resolution(4)  # the error comes before resolution 32 is reached
     with pytest.raises(DataError, match=message):
         next(iter(growing))
     with pytest.raises(DataError, match=message):
@@ -303,7 +303,7 @@ def test_images_smaller_than_they_will_be_shown_are_named_or_left_out(images: En
     next(iter(source(images, resolution=16)))
 
 
-def test_if_nothing_can_be_decoded_it_says_so(tmp_path: Path):
+def test_a_data_set_without_decodable_images_is_an_error(tmp_path: Path):
     damaged = make_images(tmp_path / "images", count=6)
     for i in range(6):
         damage_png(tmp_path / "images" / f"{i:02d}.png")
@@ -315,13 +315,13 @@ def test_if_nothing_can_be_decoded_it_says_so(tmp_path: Path):
         next(iter(source(damaged, on_corrupt="skip")))
 
 
-def test_a_decompression_bomb_is_refused(images: EncodedSet, monkeypatch: pytest.MonkeyPatch):
+def test_a_decompression_bomb_is_rejected(images: EncodedSet, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dcvae_pipelines.image, "MAX_PIXELS", 20 * 16 - 1)
     with pytest.raises(DataError, match=r"\.png: .* its 20 × 16 pixels could be a decompression bomb"):
         next(iter(source(images)))
 
 
-def test_an_error_of_dali_about_no_image_is_shown_as_it_is(images: EncodedSet, monkeypatch: pytest.MonkeyPatch):
+def test_a_dali_error_not_caused_by_an_image_is_raised_unchanged(images: EncodedSet, monkeypatch: pytest.MonkeyPatch):
     failing = source(images)
     batches = iter(failing)
     next(batches)
@@ -336,7 +336,7 @@ def test_an_error_of_dali_about_no_image_is_shown_as_it_is(images: EncodedSet, m
         next(batches)
 
 
-def test_nothing_goes_on_when_nobody_listens(images: EncodedSet):
+def test_closing_the_iterator_ends_the_threads(images: EncodedSet):
     before = set(threading.enumerate())
     batches = iter(source(images))
     next(batches)
@@ -369,7 +369,7 @@ def test_settings_out_of_range_are_named(images: EncodedSet, monkeypatch: pytest
         source(images)
 
 
-def test_a_folder_of_real_faces_is_a_source(real_data: Path):
+def test_a_folder_of_real_faces_is_shown_once_per_epoch(real_data: Path):
     faces = load_dataset("folder", real_data / "faces1024")
     shown = ids(iter(source(faces, batch=18, resolution=4)), 3)
     assert sorted(shown) == list(range(len(faces))) and len(faces) == 54

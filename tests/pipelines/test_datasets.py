@@ -42,7 +42,7 @@ def tiny_mnist(tmp_path: Path) -> Path:
 # --- digits ---
 
 
-def test_digits_are_split_into_every_fifth_and_the_others():
+def test_every_fifth_digit_is_a_test_image():
     train, test = load_dataset("digits"), load_dataset("digits", split="test")
     assert train.name == "digits"
     assert train.images.shape == (1437, 1, 32, 32) and test.images.shape == (360, 1, 32, 32)
@@ -54,7 +54,7 @@ def test_digits_are_split_into_every_fifth_and_the_others():
     assert labels_of(train)[:8].tolist() == [*labels[1:5], *labels[6:10]]
 
 
-def test_digits_are_upscaled_as_pillow_does():
+def test_digits_are_upscaled_like_pillow():
     images = load_dataset("digits", split="test").images
     assert images.min() == 0 and images.max() == 255
     for image, digit in zip(images[:50, 0], DIGITS.images[::5], strict=False):
@@ -85,7 +85,7 @@ def test_mnist_is_read_plain_or_gzipped(tiny_mnist: Path):
     assert labels_of(mnist).tolist() == [3, 1, 4, 1, 5]
 
 
-def test_missing_mnist_says_what_was_looked_for_and_what_to_do(tiny_mnist: Path):
+def test_missing_mnist_names_the_file_and_the_options(tiny_mnist: Path):
     with pytest.raises(DataError) as caught:
         load_dataset("mnist", tiny_mnist, "test")
     for part in (str(tiny_mnist / "MNIST/raw/t10k-images-idx3-ubyte"), ".gz", "--data.root", "--data.download true"):
@@ -125,7 +125,7 @@ def test_mnist_images_and_labels_must_agree(tiny_mnist: Path):
 
 
 def atlas(real_data: Path, batch: str) -> tuple[Tensor, list[int]]:
-    """The images [10000, 3, 32, 32] and labels of an official batch, cut from its atlas."""
+    """Return the images [10000, 3, 32, 32] and labels of an official batch, cut from its atlas."""
     with Image.open(real_data / "cifar10" / f"{batch}.webp") as file:
         pixels = np.asarray(file.convert("RGB"))
     tiles = pixels.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
@@ -171,7 +171,7 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(tmp_path: Path):
     assert not trap.exists()
 
 
-def test_missing_cifar10_says_what_was_looked_for_and_what_to_do(tmp_path: Path):
+def test_missing_cifar10_names_the_file_and_the_options(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         load_dataset("cifar10", tmp_path)
     for part in (str(tmp_path / "cifar-10-batches-py"), "data_batch_1", "--data.root", "--data.download true"):
@@ -181,24 +181,24 @@ def test_missing_cifar10_says_what_was_looked_for_and_what_to_do(tmp_path: Path)
 # --- all data sets ---
 
 
-def test_an_unknown_name_lists_the_known():
+def test_an_unknown_name_lists_the_known_names():
     with pytest.raises(DataError, match="unknown data set 'svhn'; known are digits, mnist, cifar10, stl10"):
         load_dataset("svhn")
 
 
-def test_an_unknown_split_lists_the_known():
+def test_an_unknown_split_lists_the_known_splits():
     with pytest.raises(DataError, match="digits: unknown split 'valid'; known are train, test"):
         load_dataset("digits", split="valid")
 
 
 @pytest.mark.parametrize(("name", "layout"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")])
-def test_without_a_root_the_setting_is_named(name: str, layout: str):
+def test_a_missing_root_names_the_setting(name: str, layout: str):
     with pytest.raises(DataError, match=f"{name}: data.root is not set; set --data.root to the folder .* {layout}"):
         load_dataset(name)
 
 
 @pytest.mark.parametrize(("name", "loader"), [("mnist", "MNIST"), ("cifar10", "CIFAR10")])
-def test_a_failed_download_is_one_error(name: str, loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_download_raises_one_error(name: str, loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def offline(self, *args, **kwargs):
         raise URLError("no route to host")
 
@@ -207,7 +207,7 @@ def test_a_failed_download_is_one_error(name: str, loader: str, tmp_path: Path, 
         load_dataset(name, tmp_path, download=True)
 
 
-def test_nothing_is_downloaded_unasked_or_in_vain(tiny_mnist: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_missing_files_are_downloaded_and_only_on_request(tiny_mnist: Path, monkeypatch: pytest.MonkeyPatch):
     def never(self, *args, **kwargs):
         raise AssertionError("a download was started")
 
@@ -219,7 +219,7 @@ def test_nothing_is_downloaded_unasked_or_in_vain(tiny_mnist: Path, monkeypatch:
     assert len(load_dataset("mnist", tiny_mnist, download=True).images) == 5
 
 
-def test_a_download_is_then_read(tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_downloaded_data_set_is_read(tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fetch(root: Path, train: bool, download: bool):
         (tiny_mnist / "MNIST").rename(root / "MNIST")
 
@@ -229,7 +229,7 @@ def test_a_download_is_then_read(tiny_mnist: Path, tmp_path: Path, monkeypatch: 
     assert labels_of(load_dataset("mnist", root, download=True)).tolist() == [3, 1, 4, 1, 5]
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(DataError, match=r"torchvision is needed here .*: pip install torchvision"):
         load_dataset("cifar10", tmp_path)

@@ -1,4 +1,4 @@
-"""Where data sets lie and how they are split: folders, shards, LMDBs."""
+"""Locations and splits of data sets: folders, shards, LMDBs."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from image_files import encode, make_lmdb, make_shard
 
 
 def jpeg(value: int, width: int = 8, height: int = 8) -> bytes:
-    """A grey image of one value, which JPEG keeps."""
+    """Uniform grey image, which JPEG preserves exactly."""
     return encode(Image.new("RGB", (width, height), (value, value, value)), "JPEG")
 
 
 def make_folder(folder: Path, names: list[str]) -> Path:
-    """Image i has the value i."""
+    """Write uniform images; image i has the value i."""
     for value, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +44,10 @@ def names(images: EncodedSet) -> list[str]:
 # --- folders ---
 
 
-def test_images_are_found_by_their_endings_in_order(tmp_path: Path):
-    wanted = ["B.JPG", "a/z.png", "a/b/c.webp", "a.jpeg", "d.tiff", "Z.GIF"]
-    make_folder(tmp_path, [*wanted, ".hidden.jpg", ".cache/e.jpg", "notes.txt", "jpg", "a/Thumbs.db"])
-    assert find_images(tmp_path) == sorted(wanted)
+def test_images_are_found_by_extension_and_sorted(tmp_path: Path):
+    images = ["B.JPG", "a/z.png", "a/b/c.webp", "a.jpeg", "d.tiff", "Z.GIF"]
+    make_folder(tmp_path, [*images, ".hidden.jpg", ".cache/e.jpg", "notes.txt", "jpg", "a/Thumbs.db"])
+    assert find_images(tmp_path) == sorted(images)
 
 
 def test_one_in_twenty_images_is_held_out_by_its_name(tmp_path: Path):
@@ -58,11 +58,11 @@ def test_one_in_twenty_images_is_held_out_by_its_name(tmp_path: Path):
     assert [int(Path(name).stem) for name in names(test)] == values(test) == sorted(int(name[:3]) for name in held_out)
     assert sorted(values(train) + values(test)) == list(range(60))
 
-    make_folder(tmp_path, [*files, "later.jpg"])  # the others stay where they were
+    make_folder(tmp_path, [*files, "later.jpg"])  # existing images stay in their split
     assert set(names(train)) < set(names(load_dataset("folder", tmp_path)))
 
 
-def test_no_more_than_a_thousand_are_held_out():
+def test_at_most_1000_images_are_held_out():
     held_out = datasets._hold_out("x", [str(i) for i in range(30_000)])
     assert held_out.sum() == 1000 and datasets._hold_out("x", ["a", "b"]).sum() == 1
 
@@ -73,17 +73,17 @@ def test_folders_named_train_and_test_are_the_split(tmp_path: Path):
     assert values(load_dataset("folder", tmp_path, "test")) == [2]
 
 
-def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(tmp_path: Path):
+def test_links_out_of_the_folder_are_rejected_and_links_within_are_followed(tmp_path: Path):
     inside, outside = make_folder(tmp_path / "in", ["a.jpg", "b.jpg"]), make_folder(tmp_path / "out", ["c.jpg"])
     (inside / "same.jpg").symlink_to("a.jpg")
     assert find_images(inside) == ["a.jpg", "b.jpg", "same.jpg"]
-    (tmp_path / "link").symlink_to(inside)  # the folder itself may be one
+    (tmp_path / "link").symlink_to(inside)  # the folder itself can be a link
     assert find_images(tmp_path / "link") == ["a.jpg", "b.jpg", "same.jpg"]
-    os.mkfifo(inside / "pipe.png")  # who opens it waits for ever
+    os.mkfifo(inside / "pipe.png")  # opening it would block
     assert find_images(inside) == ["a.jpg", "b.jpg", "same.jpg"]
     for target in ("gone.jpg", "e.jpg"):
         (inside / "e.jpg").symlink_to(target)
-        with pytest.raises(DataError, match=rf"{inside / 'e.jpg'}: is a link to nothing"):
+        with pytest.raises(DataError, match=rf"{inside / 'e.jpg'}: is a broken link"):
             find_images(inside)
         (inside / "e.jpg").unlink()
     (inside / "d.jpg").symlink_to(outside / "c.jpg")
@@ -95,15 +95,15 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(tmp_path: Pat
 def test_a_missing_or_empty_folder_is_named(name: str, tmp_path: Path):
     with pytest.raises(DataError, match=f"{name}: data.root is not set; set --data.root"):
         load_dataset(name)
-    with pytest.raises(DataError, match=f"{name}: looked for images in {tmp_path / 'absent'}, which is no folder"):
+    with pytest.raises(DataError, match=f"{name}: looked for images in {tmp_path / 'absent'}, which is not a folder"):
         load_dataset(name, tmp_path / "absent")
     with pytest.raises(DataError, match=f"{name}: looked for images .* in {tmp_path} and below, and found none"):
         load_dataset(name, tmp_path)
-    with pytest.raises(DataError, match=f"{name}: there is one image only"):
+    with pytest.raises(DataError, match=f"{name}: there is only one image"):
         load_dataset(name, make_folder(tmp_path, ["a.jpg"]))
 
 
-def test_a_file_that_vanishes_or_is_locked_is_named(tmp_path: Path):
+def test_a_removed_file_is_named(tmp_path: Path):
     images = load_dataset("folder", make_folder(tmp_path, ["a.jpg", "b.jpg", "c.jpg"]))
     name = images.image_name(0)
     os.remove(name)
@@ -115,7 +115,7 @@ def test_a_file_that_vanishes_or_is_locked_is_named(tmp_path: Path):
 
 
 def celeba(root: Path) -> Path:
-    """Six images of 178×218, two of each part: grey, but white in the 128×128 around the face."""
+    """Write six images of 178×218, two per split: grey, but white in the 128×128 around the face."""
     array = np.full((218, 178, 3), 128, np.uint8)
     array[57:185, 25:153] = 255
     folder = root / "celeba" / "img_align_celeba"
@@ -136,12 +136,12 @@ def test_celeba_is_split_as_published_and_cropped_to_the_face(tmp_path: Path):
     assert faces.shape == (2, 3, 128, 128) and faces.min() > 245
 
 
-def test_what_celeba_lacks_is_named(tmp_path: Path):
+def test_missing_parts_of_celeba_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"looked for .*/celeba/img_align_celeba and did not find it; set --data.root"):
         load_dataset("celeba", tmp_path)
     folder = celeba(tmp_path) / "celeba"
     (folder / "img_align_celeba" / "000002.jpg").unlink()
-    with pytest.raises(DataError, match=r"celeba: 1 of the 2 train images .* are missing in .*, 000002.jpg for one"):
+    with pytest.raises(DataError, match=r"celeba: 1 of the 2 train images .* missing in .*, for example 000002\.jpg"):
         load_dataset("celeba", tmp_path)
     (folder / "list_eval_partition.txt").write_text("000001.jpg 7\n")
     with pytest.raises(DataError, match=r"list_eval_partition\.txt is not the published list"):
@@ -171,16 +171,16 @@ def test_celebahq_holds_out_a_fixed_thousand(tmp_path: Path):
     held_out = datasets._celebahq_held_out()
     assert len(held_out) == 1000 and held_out <= set(range(30_000))
     digest = hashlib.sha256("".join(f"{number}\n" for number in sorted(held_out)).encode()).hexdigest()
-    assert digest == "660ab6cb749bff9e2ac894f1868864382a561e05c78f3b284f5e85574095be29"  # of earlier versions
-    some = sorted(held_out)[:2] + sorted(set(range(200)) - held_out)[:5]
-    make_folder(tmp_path, [f"{number:05d}.jpg" for number in some[:4]] + [f"face_{number}.png" for number in some[4:]])
+    assert digest == "660ab6cb749bff9e2ac894f1868864382a561e05c78f3b284f5e85574095be29"  # as in earlier versions
+    numbers = sorted(held_out)[:2] + sorted(set(range(200)) - held_out)[:5]
+    make_folder(tmp_path, [f"{n:05d}.jpg" for n in numbers[:4]] + [f"face_{n}.png" for n in numbers[4:]])
     assert values(load_dataset("celebahq", tmp_path, "test")) == [0, 1]
     assert sorted(values(load_dataset("celebahq", tmp_path, "train"))) == [2, 3, 4, 5, 6]
 
 
 def test_a_subset_of_celebahq_without_held_out_images_is_split_like_a_folder(tmp_path: Path):
-    wanted = sorted(set(range(200)) - datasets._celebahq_held_out())[:21]
-    make_folder(tmp_path, [f"{number:05d}.jpg" for number in wanted])
+    numbers = sorted(set(range(200)) - datasets._celebahq_held_out())[:21]
+    make_folder(tmp_path, [f"{number:05d}.jpg" for number in numbers])
     train, test = (load_dataset("celebahq", tmp_path, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (20, 1)
 
@@ -198,8 +198,8 @@ def test_lsun_is_read_from_folders(tmp_path: Path):
     make_folder(tmp_path, ["bedroom_train/a.jpg", "bedroom_val/b.jpg"])
     assert values(load_dataset("lsun_bedroom", tmp_path)) == [0]
     assert values(load_dataset("lsun_bedroom", tmp_path, "test")) == [1]
-    one = make_folder(tmp_path / "one", [f"{i}.jpg" for i in range(20)])
-    assert len(load_dataset("lsun_bedroom", one, "test")) == 1
+    folder = make_folder(tmp_path / "one", [f"{i}.jpg" for i in range(20)])
+    assert len(load_dataset("lsun_bedroom", folder, "test")) == 1
 
 
 def test_a_missing_or_broken_lmdb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,12 +239,12 @@ def test_without_test_shards_images_are_held_out(tmp_path: Path):
     assert len(test) == 2 and sorted(train + test) == list(range(40))
 
 
-def test_an_index_is_used_only_while_it_is_newer(tmp_path: Path):
+def test_an_index_is_used_only_if_it_is_newer(tmp_path: Path):
     shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
     index = tmp_path / "a.idx"
     with tarfile.open(shard) as archive:
         offset = archive.getmembers()[1].offset_data
-    index.write_text(f"v1.2 1\njpg {offset} {len(jpeg(2))} b.jpg\n")  # of the second only
+    index.write_text(f"v1.2 1\njpg {offset} {len(jpeg(2))} b.jpg\n")  # lists the second image only
     assert [Shards([shard]).key(i) for i in range(len(Shards([shard])))] == ["b.jpg"]
     assert Shards([shard]).read(0) == jpeg(2)
     os.utime(index, (0, 0))
@@ -265,41 +265,41 @@ def test_an_index_is_used_only_while_it_is_newer(tmp_path: Path):
         "\0\0",
     ],
 )
-def test_an_index_that_does_not_fit_is_refused(content: str, tmp_path: Path):
+def test_an_invalid_index_is_rejected(content: str, tmp_path: Path):
     shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1)})
     (tmp_path / "a.idx").write_text(content)
-    with pytest.raises(DataError, match=r"a\.idx: is no index of the archive beside it \(.*\); delete it"):
+    with pytest.raises(DataError, match=r"a\.idx: is not an index of the archive next to it \(.*\); delete it"):
         Shards([shard])
 
 
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "b/../../a.jpg"])
-def test_members_outside_the_archive_are_refused(name: str, tmp_path: Path):
+def test_members_outside_the_archive_are_rejected(name: str, tmp_path: Path):
     make_shard(tmp_path / "a.tar", {"fine.jpg": jpeg(1), name: jpeg(2)})
     with pytest.raises(DataError, match=rf"a\.tar: its member {re.escape(name)} lies outside the archive"):
         load_dataset("shards", tmp_path)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_in_an_archive_are_refused(kind: bytes, tmp_path: Path):
+def test_links_and_devices_in_an_archive_are_rejected(kind: bytes, tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         header = tarfile.TarInfo("a.jpg")
         header.type, header.linkname = kind, "/etc/passwd"
         archive.addfile(header)
-    with pytest.raises(DataError, match=r"its member a.jpg is a link or a device, which is refused"):
+    with pytest.raises(DataError, match=r"its member a.jpg is a link or a device, which is not allowed"):
         load_dataset("shards", tmp_path)
 
 
-def test_archives_that_are_none_are_named(tmp_path: Path):
+def test_invalid_archives_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"looked for .*/\*\.tar and found none; `dcvae prepare`"):
         load_dataset("shards", tmp_path)
-    whole = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1) + bytes(3000), "b.jpg": jpeg(2)}).read_bytes()
-    for content in (b"no archive" * 100, whole[:1000]):
+    shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1) + bytes(3000), "b.jpg": jpeg(2)}).read_bytes()
+    for content in (b"no archive" * 100, shard[:1000]):
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(DataError, match=r"a\.tar: "):
             load_dataset("shards", tmp_path)
     make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "a.cls": b"seven"})
     make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "a.cls": b"seven", "b.jpg": jpeg(2)})
-    with pytest.raises(DataError, match=r"a\.tar: its member a\.cls holds b'seven', not the number of a class"):
+    with pytest.raises(DataError, match=r"a\.tar: its member a\.cls holds b'seven', not a class number"):
         Shards([tmp_path / "a.tar"]).label(0)
     make_shard(tmp_path / "a.tar", {"a.txt": b"no image"})
     with pytest.raises(DataError, match="shards: "):
@@ -310,7 +310,7 @@ def test_archives_that_are_none_are_named(tmp_path: Path):
     "damage",
     [lambda tar: tar.__setitem__(1024 + 10, tar[1024 + 10] ^ 1), lambda tar: tar.__delitem__(slice(1300, None))],
 )
-def test_a_damaged_header_is_not_taken_for_the_end(damage: Callable[[bytearray], None], tmp_path: Path):
+def test_a_damaged_header_is_not_mistaken_for_the_end(damage: Callable[[bytearray], None], tmp_path: Path):
     shard = make_shard(tmp_path / "a.tar", {"a.jpg": b"x", "b.jpg": b"y", "c.jpg": b"z"})
     content = bytearray(shard.read_bytes())
     damage(content)
@@ -319,7 +319,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(damage: Callable[[bytearray],
         Shards([shard])
 
 
-def test_shards_that_prepare_has_not_finished_or_that_are_gone_are_named(tmp_path: Path):
+def test_unfinished_or_missing_shards_are_named(tmp_path: Path):
     shard = make_shard(tmp_path / "train-000000.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
     size = shard.stat().st_size
     for manifest, message in (
@@ -330,18 +330,18 @@ def test_shards_that_prepare_has_not_finished_or_that_are_gone_are_named(tmp_pat
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(DataError, match=message):
             load_dataset("shards", tmp_path)
-    for content in ("[]", "{}", "none of ours"):
+    for content in ("[]", "{}", "not a manifest"):
         (tmp_path / "manifest.json").write_text(content)
         assert len(load_dataset("shards", tmp_path)) == 1
 
 
-def test_the_image_of_a_sample_is_what_is_nothing_else(tmp_path: Path):
+def test_masks_and_hidden_members_are_not_images(tmp_path: Path):
     members = {"._a.jpg": b"of a Mac", "a.seg.png": b"a mask", "a.jpg": jpeg(1), "b.JPG": jpeg(2)}
     store = Shards([make_shard(tmp_path / "a.tar", members)])
     assert [store.key(i) for i in range(len(store))] == ["a.jpg", "b.JPG"]
 
 
-def test_an_archive_cut_short_while_it_is_read_is_named(tmp_path: Path):
+def test_an_archive_cut_short_after_opening_is_named(tmp_path: Path):
     shard = make_shard(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
     store = Shards([shard])
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -352,20 +352,21 @@ def test_an_archive_cut_short_while_it_is_read_is_named(tmp_path: Path):
 # --- STL-10 ---
 
 
-def test_stl10_is_read_shrunk_and_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_stl10_is_downscaled_and_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decoded, "STL10_COUNTS", {"train": 3, "unlabeled": 4, "test": 2})
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     images = torch.randint(256, (9, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for part, chosen, labels in (("train", images[:3], [1, 10, 5]), ("unlabeled", images[3:7], None)):
-        (folder / f"{part}_X.bin").write_bytes(chosen.transpose(2, 3).contiguous().numpy().tobytes())  # columns first
+    for part, part_images, labels in (("train", images[:3], [1, 10, 5]), ("unlabeled", images[3:7], None)):
+        columns_first = part_images.transpose(2, 3).contiguous()
+        (folder / f"{part}_X.bin").write_bytes(columns_first.numpy().tobytes())
         if labels:
             (folder / f"{part}_y.bin").write_bytes(bytes(labels))
     stl10 = load_dataset("stl10", tmp_path)
     assert stl10.labels is not None and stl10.labels.tolist() == [0, 9, 4, -1, -1, -1, -1]
-    for image, small in zip(images, stl10.images, strict=False):
-        pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC)
-        assert (torch.from_numpy(np.array(pil)).permute(2, 0, 1).int() - small.int()).abs().max() <= 1
+    for image, downscaled in zip(images, stl10.images, strict=False):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+        assert (torch.from_numpy(np.array(expected)).permute(2, 0, 1).int() - downscaled.int()).abs().max() <= 1
 
     with pytest.raises(DataError, match=r"stl10: .*test_X\.bin is missing; set --data.root"):
         load_dataset("stl10", tmp_path, "test")

@@ -47,7 +47,7 @@ def test_grey_becomes_rgb_and_rgb_becomes_grey(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 40), (40, 16), (17, 40)])
-def test_the_centre_square_is_taken(tmp_path: Path, height: int, width: int):
+def test_images_are_cropped_to_the_centre_square(tmp_path: Path, height: int, width: int):
     array, side = pixels(0, height, width), min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = load_image(save(array, tmp_path / "a.png"), channels=1, resolution=side)
@@ -56,7 +56,7 @@ def test_the_centre_square_is_taken(tmp_path: Path, height: int, width: int):
     )
 
 
-def test_shrinking_is_antialiased_as_pillow_does(tmp_path: Path):
+def test_downscaling_is_antialiased_like_pillow(tmp_path: Path):
     stripes = np.zeros((256, 256), np.uint8)
     stripes[:, ::2] = 255  # without antialiasing, all black or all white
     image = load_image(save(stripes, tmp_path / "stripes.png"), channels=1, resolution=32)
@@ -114,7 +114,7 @@ def test_transparency_is_dropped_silently(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_exif_rotated_images_stand_upright(tmp_path: Path, orientation: int, turns: int):
+def test_exif_rotated_images_are_turned_upright(tmp_path: Path, orientation: int, turns: int):
     array = pixels(0, 16, 24)
     image = load_image(save(array, tmp_path / "turned.png", exif=turned(orientation)), channels=1, resolution=16)
     upright = torch.from_numpy(array[:, 4:20].copy()).rot90(turns)
@@ -122,27 +122,27 @@ def test_exif_rotated_images_stand_upright(tmp_path: Path, orientation: int, tur
 
 
 def test_unreadable_images_name_the_file(tmp_path: Path):
-    with pytest.raises(DataError, match=r"absent\.png: there is no such image file"):
+    with pytest.raises(DataError, match=r"absent\.png: no such image file"):
         load_image(tmp_path / "absent.png", channels=3, resolution=32)
 
-    whole = save(pixels(0, 64, 64, 3), tmp_path / "whole.png").read_bytes()
+    content = save(pixels(0, 64, 64, 3), tmp_path / "a.png").read_bytes()
     (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "broken.png").write_bytes(whole[:40] + bytes(100) + whole[140:])
+    (tmp_path / "truncated.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "broken.png").write_bytes(content[:40] + bytes(100) + content[140:])
     save(np.zeros((8, 8), np.float32), tmp_path / "floats.tif")
     for file in ("text.png", "truncated.png", "broken.png", "floats.tif", ""):
         with pytest.raises(DataError, match=f"{tmp_path / file}: cannot be read as an image"):
             load_image(tmp_path / file, channels=3, resolution=32)
 
 
-def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_decompression_bombs_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save(pixels(0, 64, 64), tmp_path / "bomb.png")
     monkeypatch.setattr(dcvae_pipelines.image, "MAX_PIXELS", 64 * 64)
     assert load_image(path, channels=1, resolution=32).shape == (1, 32, 32)
     monkeypatch.setattr(dcvae_pipelines.image, "MAX_PIXELS", 64 * 64 - 1)
-    for refused in (lambda: load_image(path, 1, 32), lambda: read_header(path.read_bytes(), str(path))):
+    for read in (lambda: load_image(path, 1, 32), lambda: read_header(path.read_bytes(), str(path))):
         with pytest.raises(DataError, match=r"bomb\.png: .* its 64 × 64 pixels could be a decompression bomb"):
-            refused()
+            read()
 
 
 def test_a_real_face_is_read(real_data: Path):
@@ -153,7 +153,7 @@ def test_a_real_face_is_read(real_data: Path):
     assert (to_8_bits(image) - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() <= 1.01
 
 
-def test_other_channel_counts_are_refused(tmp_path: Path):
+def test_other_channel_counts_are_rejected(tmp_path: Path):
     with pytest.raises(DataError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), not 4"):
         load_image(tmp_path / "any.png", channels=4, resolution=32)
 
@@ -161,7 +161,7 @@ def test_other_channel_counts_are_refused(tmp_path: Path):
 # --- headers ---
 
 
-def test_a_header_says_what_an_image_is():
+def test_the_header_describes_the_image():
     def header(*args, **options) -> Header:
         return read_header(encode(*args, **options), "x")
 
@@ -180,7 +180,7 @@ def test_a_header_says_what_an_image_is():
     assert header(pixels(2, 4, 5), "GIF", save_all=True, append_images=frames).animated
 
 
-def test_the_orientation_of_a_png_is_found_in_its_xmp_too():
+def test_png_orientation_is_also_read_from_xmp():
     xmp = PngInfo()
     xmp.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta tiff:Orientation="6"/>', zip=True)
     content = encode(pixels(0, 10, 30, 3), "PNG", pnginfo=xmp)
@@ -189,15 +189,15 @@ def test_the_orientation_of_a_png_is_found_in_its_xmp_too():
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}])
-def test_a_jpeg_without_its_end_is_named(options: dict):
-    whole = encode(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
-    assert read_header(whole + b"\0trailing bytes", "x").format == "JPEG"
-    for end in (len(whole) - 2, len(whole) - 100, len(whole) * 3 // 4):
+def test_a_truncated_jpeg_is_named(options: dict):
+    content = encode(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
+    assert read_header(content + b"\0trailing bytes", "x").format == "JPEG"
+    for end in (len(content) - 2, len(content) - 100, len(content) * 3 // 4):
         with pytest.raises(DataError, match=r"a\.jpg: cannot be read as an image: it is truncated"):
-            read_header(whole[:end], "a.jpg")
+            read_header(content[:end], "a.jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 100, b"\xff\xd8\xff"])
-def test_what_is_no_image_is_named(content: bytes):
-    with pytest.raises(DataError, match=r"^a\.jpg: cannot be read as an image: no known format$"):
+def test_files_that_are_not_images_are_named(content: bytes):
+    with pytest.raises(DataError, match=r"^a\.jpg: cannot be read as an image: unknown format$"):
         read_header(content, "a.jpg")

@@ -20,7 +20,7 @@ def png(value: int) -> bytes:
     return encode(Image.new("L", (8, 8), value))
 
 
-def test_progress_counts_each_image_those_left_out_included(tmp_path: Path):
+def test_progress_counts_images_that_are_left_out(tmp_path: Path):
     images, calls = files(tmp_path, [png(1), b"broken", png(3), png(4)]), []
     for count, total in ((3, 3), (9, 4)):
         calls.clear()
@@ -31,14 +31,14 @@ def test_progress_counts_each_image_those_left_out_included(tmp_path: Path):
         assert decoded.images[:, 0, 0, 0].tolist() == [1, 3, 4][: total - 1]
 
 
-def test_progress_ends_at_an_image_that_stops(tmp_path: Path):
+def test_progress_ends_at_a_corrupt_image(tmp_path: Path):
     images, calls = files(tmp_path, [png(1), b"broken", png(3)]), []
     with pytest.raises(DataError, match=r"1\.png: cannot be read as an image"):
         decode_images(images, 3, resolution=8, channels=1, progress=lambda *numbers: calls.append(numbers))
     assert calls == [(1, 3)]
 
 
-def test_images_decoded_already_make_no_progress():
+def test_decoded_images_report_no_progress():
     images = ImageSet("decoded", torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None)
     decoded = decode_images(images, 2, resolution=8, channels=1, progress=lambda done, total: pytest.fail("decoded"))
     assert len(decoded) == 2

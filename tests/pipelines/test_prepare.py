@@ -30,7 +30,7 @@ MODULE: Any = sys.modules[prepare.__module__]
 
 
 def pixels(seed: int, height: int = 40, width: int = 48, channels: int = 3) -> np.ndarray:
-    """uint8 [H, W, C], or [H, W]; smooth, for JPEG to keep it about as it is."""
+    """uint8 [H, W, C] or [H, W]; smooth, so that JPEG changes it little."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, channels, 4, 4, generator=generator) * 255
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
@@ -38,7 +38,7 @@ def pixels(seed: int, height: int = 40, width: int = 48, channels: int = 3) -> n
 
 
 def fill(folder: Path, train: dict[str, bytes], test: dict[str, bytes] | None = None) -> Path:
-    """Lays images out as the data set "folder" has them, with one fine image for testing if none is given."""
+    """Write images in the layout of the data set "folder", by default with one valid test image."""
     for split, files in (("train", train), ("test", test or {"fine.png": encode(pixels(1000))})):
         for name, content in files.items():
             path = folder / split / name
@@ -47,7 +47,7 @@ def fill(folder: Path, train: dict[str, bytes], test: dict[str, bytes] | None = 
     return folder
 
 
-def some(count: int) -> dict[str, bytes]:
+def mixed_images(count: int) -> dict[str, bytes]:
     formats = ("JPEG", "PNG", "WEBP")
     return {f"{i}.{formats[i % 3].lower()}": encode(pixels(i), formats[i % 3]) for i in range(count)}
 
@@ -58,12 +58,12 @@ def members(archive: Path) -> dict[str, bytes]:
 
 
 def records(folder: Path, stem: str = "train-000000") -> dict[str, dict]:
-    """By the images' names."""
+    """Read a shard's record: entries by image name."""
     return {image["name"]: image for image in json.loads((folder / f"{stem}.json").read_text())["images"]}
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Of all that is there, when it was changed and what it holds."""
+    """Modification time and content of everything in a folder, by path."""
     paths = sorted(folder.rglob("*"))
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths}
 
@@ -80,10 +80,10 @@ def rgb(content: bytes) -> np.ndarray:
 
 TURNED = turned(6)
 
-# Images that are not plain, and what they are.
+# Images of special kinds, and their kinds.
 ODD: dict[str, tuple[bytes, list[str]]] = {
     "train/broken.jpg": (encode(pixels(0), "JPEG")[:-200], ["corrupt"]),
-    "train/text.png": (b"no image", ["corrupt"]),
+    "train/text.png": (b"not an image", ["corrupt"]),
     "train/small.png": (encode(pixels(1, 31, 40)), ["tiny"]),
     "train/grey.png": (encode(pixels(2, channels=1)), ["greyscale"]),
     "train/grey_alpha.png": (encode(pixels(3, channels=2)), ["greyscale"]),
@@ -106,8 +106,8 @@ def odd(tmp_path: Path) -> Path:
 # --- images without a resolution ---
 
 
-def test_images_are_kept_byte_for_byte_in_the_order_of_their_names(tmp_path: Path):
-    images = some(7) | {"deep er/na me.v2 é.JPG": encode(pixels(7), "JPEG"), "wrong.jpg": encode(pixels(8))}
+def test_images_are_kept_byte_for_byte_sorted_by_name(tmp_path: Path):
+    images = mixed_images(7) | {"deep er/na me.v2 é.JPG": encode(pixels(7), "JPEG"), "wrong.jpg": encode(pixels(8))}
     summary = prepare(fill(tmp_path / "src", images), tmp_path / "dst")
     assert members(tmp_path / "dst/train-000000.tar") == {
         "00000000-0.jpeg": images["0.jpeg"],
@@ -123,7 +123,7 @@ def test_images_are_kept_byte_for_byte_in_the_order_of_their_names(tmp_path: Pat
     assert members(tmp_path / "dst/test-000000.tar") == {"00000000-fine.png": encode(pixels(1000))}
     assert (summary.kept, summary.converted, summary.skipped) == (10, 0, 0)
     assert summary.packed == {"train": 9, "test": 1}
-    assert all(found.names == [] for found in summary.kinds.values())
+    assert all(kind.names == [] for kind in summary.kinds.values())
     assert records(tmp_path / "dst")["train/deep er/na me.v2 é.JPG"] == {
         "name": "train/deep er/na me.v2 é.JPG",
         "sha256": hashlib.sha256(images["deep er/na me.v2 é.JPG"]).hexdigest(),
@@ -136,11 +136,11 @@ def test_images_are_kept_byte_for_byte_in_the_order_of_their_names(tmp_path: Pat
     }
 
 
-def test_every_kind_is_found_and_converted_or_left_out(odd: Path, tmp_path: Path):
+def test_every_kind_is_detected_and_converted_or_left_out(odd: Path, tmp_path: Path):
     summary = prepare(odd, tmp_path / "dst")
-    found = {kind: [name for name in sorted(ODD) if kind in ODD[name][1]] for kind in KINDS}
-    assert {kind: each.names for kind, each in summary.kinds.items()} == found
-    counts = {kind: (each.converted, each.skipped) for kind, each in summary.kinds.items()}
+    expected = {kind: [name for name in sorted(ODD) if kind in ODD[name][1]] for kind in KINDS}
+    assert {kind: images.names for kind, images in summary.kinds.items()} == expected
+    counts = {kind: (images.converted, images.skipped) for kind, images in summary.kinds.items()}
     assert counts == {
         "corrupt": (0, 2),
         "tiny": (0, 2),
@@ -171,17 +171,17 @@ def test_any_kind_can_be_left_out(odd: Path, tmp_path: Path, kind: str):
     images = records(tmp_path / "dst")
     assert {name for name, image in images.items() if image["action"] == "skipped"} == left_out
     assert summary.kinds[kind].skipped == len(summary.kinds[kind].names) > 0
-    if kind != "tiny":  # small, and nothing else
+    if kind != "tiny":  # small, but of no other kind
         assert images["train/small.png"]["action"] == "kept"
 
 
-def test_a_corrupt_image_stops_where_it_is_not_left_out(odd: Path, tmp_path: Path):
+def test_a_corrupt_image_is_an_error_unless_left_out(odd: Path, tmp_path: Path):
     with pytest.raises(DataError, match=f"{odd}/train/broken.jpg: cannot be read as an image"):
         prepare(odd, tmp_path / "dst", skip=())
     assert list(contents(tmp_path / "dst")) == []
 
 
-def test_colour_profiles_of_before_are_not_written_along(tmp_path: Path):
+def test_old_colour_profiles_are_not_written(tmp_path: Path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     file = encode(pixels(0), "JPEG", exif=TURNED, icc_profile=profile)
     for resolution in (None, 32):
@@ -213,10 +213,10 @@ def celeba(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("resolution", [None, 64])
-def test_of_celeba_only_the_faces_are_packed(celeba: Path, tmp_path: Path, resolution: int | None):
+def test_celeba_is_packed_as_crops_of_the_faces(celeba: Path, tmp_path: Path, resolution: int | None):
     summary = prepare(celeba, tmp_path / "dst", name="celeba", resolution=resolution, format="png")
     assert summary.packed == {"train": 2, "test": 1}
-    assert summary.kinds["corrupt"].names == ["celeba/img_align_celeba/000004.jpg"]  # the crop does not fit into it
+    assert summary.kinds["corrupt"].names == ["celeba/img_align_celeba/000004.jpg"]  # too low for the crop
     packed = members(tmp_path / "dst/train-000000.tar")
     assert list(packed) == ["00000000-000000.png", "00000001-000001.png"]
     source = load_dataset("celeba", celeba)
@@ -229,7 +229,7 @@ def test_of_celeba_only_the_faces_are_packed(celeba: Path, tmp_path: Path, resol
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_training_sees_the_same_pixels_as_before(odd: Path, tmp_path: Path, format: str):
+def test_training_sees_the_same_pixels_as_without_prepare(odd: Path, tmp_path: Path, format: str):
     prepare(odd, tmp_path / "dst", resolution=24, format=format, skip=("corrupt",))
     images, packed = records(tmp_path / "dst"), members(tmp_path / "dst/train-000000.tar")
     assert len(packed) == len(ODD) + 1 - 2
@@ -247,8 +247,8 @@ def test_training_sees_the_same_pixels_as_before(odd: Path, tmp_path: Path, form
     assert images["train/ink.jpg"]["reason"] == "cmyk, resized"
 
 
-def test_jpegs_are_good_and_have_full_colour(tmp_path: Path):
-    source = fill(tmp_path / "src", some(3))
+def test_jpegs_have_high_quality_and_full_colour_resolution(tmp_path: Path):
+    source = fill(tmp_path / "src", mixed_images(3))
     prepare(source, tmp_path / "dst", resolution=32)
     before = decode_images(load_dataset("folder", source), 3, resolution=32)
     after = decode_images(load_dataset("shards", tmp_path / "dst"), 3, resolution=32)
@@ -259,7 +259,7 @@ def test_jpegs_are_good_and_have_full_colour(tmp_path: Path):
             assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
 
 
-def test_tiny_is_what_would_be_enlarged(tmp_path: Path):
+def test_images_that_would_be_enlarged_are_tiny(tmp_path: Path):
     images = {f"{side}.png": encode(pixels(side, side, 60)) for side in (39, 40, 41)}
     source = fill(tmp_path / "src", images)
     summary = prepare(source, tmp_path / "left_out", resolution=40, format="png")
@@ -274,27 +274,27 @@ def test_tiny_is_what_would_be_enlarged(tmp_path: Path):
 # --- shards ---
 
 
-def test_the_index_is_dalis(tmp_path: Path):
-    prepare(fill(tmp_path / "src", some(25)), tmp_path / "images", per_shard=10)
+def test_the_index_equals_that_of_wds2idx(tmp_path: Path):
+    prepare(fill(tmp_path / "src", mixed_images(25)), tmp_path / "images", per_shard=10)
     prepare(None, tmp_path / "digits", name="digits", per_shard=1000)
     for archive in [*(tmp_path / "images").glob("*.tar"), *(tmp_path / "digits").glob("test*.tar")]:
-        with IndexCreator(str(archive), str(tmp_path / "theirs.idx"), verbose=False) as creator:
+        with IndexCreator(str(archive), str(tmp_path / "expected.idx"), verbose=False) as creator:
             creator.create_index()
         index = archive.with_suffix(".idx")
-        assert index.read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+        assert index.read_bytes() == (tmp_path / "expected.idx").read_bytes()
         assert index.stat().st_mtime_ns >= archive.stat().st_mtime_ns
 
 
-def test_members_are_of_no_time_and_nobody(tmp_path: Path):
-    prepare(fill(tmp_path / "src", some(1)), tmp_path / "dst")
+def test_members_have_no_time_and_no_owner(tmp_path: Path):
+    prepare(fill(tmp_path / "src", mixed_images(1)), tmp_path / "dst")
     with tarfile.open(tmp_path / "dst/train-000000.tar") as tar:
         (member,) = tar
     assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
     assert member.mode == 0o644 and member.isfile() and not member.pax_headers
 
 
-def test_shards_hold_so_many_source_images_each(tmp_path: Path):
-    images = some(7) | {"3.jpeg": b"broken"}
+def test_per_shard_counts_source_images(tmp_path: Path):
+    images = mixed_images(7) | {"3.jpeg": b"broken"}
     summary = prepare(fill(tmp_path / "src", images), tmp_path / "dst", per_shard=3)
     assert [(shard["name"], shard["images"]) for shard in summary.shards] == [
         ("train-000000.tar", 3),
@@ -305,7 +305,7 @@ def test_shards_hold_so_many_source_images_each(tmp_path: Path):
     assert list(members(tmp_path / "dst/train-000001.tar")) == ["00000004-4.png", "00000005-5.webp"]
 
 
-def test_the_manifest_says_what_is_there(odd: Path, tmp_path: Path):
+def test_the_manifest_describes_the_shards(odd: Path, tmp_path: Path):
     target = tmp_path / "dst"
     summary = prepare(odd, target, per_shard=4, resolution=16)
     manifest = json.loads((target / "manifest.json").read_text())
@@ -380,7 +380,7 @@ def test_lsun_is_packed_from_its_lmdbs(tmp_path: Path):
     assert tree(tmp_path / "src") == before
 
 
-def test_any_lmdb_of_images_is_split_as_a_folder_is(tmp_path: Path):
+def test_an_lmdb_of_images_is_split_like_a_folder(tmp_path: Path):
     make_lmdb(tmp_path / "lmdb", FORMATS)
     prepare(tmp_path / "lmdb", tmp_path / "dst")
     held_out = min(FORMATS, key=lambda key: hashlib.sha256(key.encode()).digest())
@@ -396,28 +396,28 @@ def test_real_faces_are_packed_as_training_sees_them(real_data: Path, tmp_path: 
     for face in faces:
         shutil.copy(face, tmp_path / "src")
     before = tree(tmp_path / "src")
-    prepare(tmp_path / "src", tmp_path / "same")
+    prepare(tmp_path / "src", tmp_path / "unchanged")
     prepare(tmp_path / "src", tmp_path / "small", resolution=64, format="png")
     assert tree(tmp_path / "src") == before
     for split in ("train", "test"):
-        source, same, small = (
+        source, unchanged, small = (
             load_dataset(name, tmp_path / folder, split)
-            for name, folder in (("folder", "src"), ("shards", "same"), ("shards", "small"))
+            for name, folder in (("folder", "src"), ("shards", "unchanged"), ("shards", "small"))
         )
-        assert isinstance(source, EncodedSet) and isinstance(same, EncodedSet)
-        assert [same.read(i) for i in range(len(same))] == [source.read(i) for i in range(len(source))]
+        assert isinstance(source, EncodedSet) and isinstance(unchanged, EncodedSet)
+        assert [unchanged.read(i) for i in range(len(unchanged))] == [source.read(i) for i in range(len(source))]
         expected = decode_images(source, 6, resolution=64).images
         assert torch.equal(decode_images(small, 6, resolution=64).images, expected)
         assert len(expected) == {"train": 5, "test": 1}[split]
 
 
-# --- interrupted, and called again ---
+# --- interrupted and repeated calls ---
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three shards of four images for training, one of them empty, and one for testing."""
-    images = some(12) | {f"1{i}.{ending}": b"broken" for i, ending in ((0, "png"), (1, "webp"))}
+    """Images for three training shards of four images, one of them empty, and one test shard."""
+    images = mixed_images(12) | {f"1{i}.{ending}": b"broken" for i, ending in ((0, "png"), (1, "webp"))}
     images |= {name: b"broken" for name in sorted(images)[4:8]}
     return fill(tmp_path / "source", images)
 
@@ -426,18 +426,18 @@ def run(source: Path, target: Path, **options):
     return prepare(source, target, **{"resolution": 16, "format": "png", "per_shard": 4, **options})
 
 
-def test_shards_of_nothing_are_not_there_and_not_made_again(source: Path, tmp_path: Path):
+def test_empty_shards_are_not_written_and_not_made_again(source: Path, tmp_path: Path):
     target = tmp_path / "dst"
     summary = run(source, target)
     archives = ["test-000000.tar", "train-000000.tar", "train-000002.tar"]
     assert sorted(path.name for path in target.glob("*.tar")) == archives
     assert summary.kinds["corrupt"].skipped == 12 - summary.packed["train"]
     before = tree(target)
-    assert run(source, target, progress=lambda done, total: pytest.fail("worked again")) == summary
+    assert run(source, target, progress=lambda done, total: pytest.fail("made again")) == summary
     assert tree(target) == before
 
 
-def test_any_number_of_workers_makes_the_same_bytes_and_the_source_is_not_touched(source: Path, tmp_path: Path):
+def test_the_bytes_do_not_depend_on_workers_and_the_source_is_unchanged(source: Path, tmp_path: Path):
     before = tree(source)
     for workers in (1, 3):
         run(source, tmp_path / f"{workers}", workers=workers)
@@ -454,7 +454,7 @@ def test_progress_counts_each_image(source: Path, tmp_path: Path):
     assert calls == [(done, 13) for done in range(10, 14)]
 
 
-def test_few_images_are_worked_on_ahead(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_few_images_are_processed_ahead(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check, started, ahead = MODULE.check, [], []
     monkeypatch.setattr(MODULE, "check", lambda *call: [started.append(call), check(*call)][1])
     run(source, tmp_path / "dst", workers=1, progress=lambda done, total: ahead.append(len(started) - done))
@@ -462,7 +462,7 @@ def test_few_images_are_worked_on_ahead(source: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("done", [1, 4, 9, 13])
-def test_after_an_interrupt_the_rest_is_made(source: Path, tmp_path: Path, done: int):
+def test_a_call_after_an_interrupt_makes_the_rest(source: Path, tmp_path: Path, done: int):
     def interrupt(now: int, total: int) -> None:
         if now == done:
             raise KeyboardInterrupt
@@ -470,18 +470,18 @@ def test_after_an_interrupt_the_rest_is_made(source: Path, tmp_path: Path, done:
     target = tmp_path / "interrupted"
     with pytest.raises(KeyboardInterrupt):
         run(source, target, progress=interrupt)
-    whole = run(source, tmp_path / "whole")
-    left, expected = tree(target), contents(tmp_path / "whole")
-    assert json.loads(left.pop("manifest.json")[1])["complete"] is False
-    assert sum(name.endswith(".json") for name in left) == (done - 1) // 4  # records
-    assert all(expected[name] == content for name, (_, content) in left.items())
-    assert run(source, target) == whole
+    summary = run(source, tmp_path / "whole")
+    partial, expected = tree(target), contents(tmp_path / "whole")
+    assert json.loads(partial.pop("manifest.json")[1])["complete"] is False
+    assert sum(name.endswith(".json") for name in partial) == (done - 1) // 4  # records
+    assert all(expected[name] == content for name, (_, content) in partial.items())
+    assert run(source, target) == summary
     assert contents(target) == expected
-    assert {name: tree(target)[name] for name in left} == left  # not made again
+    assert {name: tree(target)[name] for name in partial} == partial  # not made again
 
 
 @pytest.mark.multiprocess
-def test_after_a_kill_the_rest_is_made(source: Path, tmp_path: Path):
+def test_a_call_after_a_kill_makes_the_rest(source: Path, tmp_path: Path):
     script = """if True:
         import os, signal, sys
         from dcvae_pipelines.prepare import prepare
@@ -507,7 +507,7 @@ def test_after_a_kill_the_rest_is_made(source: Path, tmp_path: Path):
     assert contents(target) == contents(tmp_path / "whole")
 
 
-def test_a_full_disk_leaves_whole_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_leaves_complete_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real, count = tarfile.TarFile.addfile, 0
 
     def addfile(self, member, content):
@@ -580,33 +580,33 @@ def test_shards_of_other_images_are_not_mixed(source: Path, tmp_path: Path):
         run(source, target)
     (source / "train/more.png").unlink()
     (source / "train/9.jpeg").write_bytes(encode(pixels(0)))
-    with pytest.raises(DataError, match="the images that train-000002 was made of have changed since"):
+    with pytest.raises(DataError, match="the images in train-000002 have changed since it was made"):
         run(source, target)
 
 
-# --- what is refused ---
+# --- rejected arguments ---
 
 
 def test_nothing_is_written_into_the_source(source: Path, tmp_path: Path):
     (tmp_path / "link").symlink_to(source)
     before = tree(source)
     for target in (source, source / "shards", tmp_path, tmp_path / "link", tmp_path / "link" / "shards"):
-        with pytest.raises(DataError, match="where nothing is ever written; choose a folder elsewhere"):
+        with pytest.raises(DataError, match="which is only read; choose another folder"):
             run(source, target)
     assert tree(source) == before
 
 
-def test_a_folder_that_holds_something_else_is_refused(source: Path, tmp_path: Path):
+def test_a_folder_with_other_files_is_rejected(source: Path, tmp_path: Path):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst/thesis.tex").write_text("")
-    with pytest.raises(DataError, match=r"holds thesis\.tex, and no intact manifest\.json of ours; choose an empty"):
+    with pytest.raises(DataError, match=r"holds thesis\.tex, but no intact manifest\.json; choose an empty"):
         run(source, tmp_path / "dst")
     assert contents(tmp_path / "dst") == {"thesis.tex": b""}
-    with pytest.raises(DataError, match=r"thesis\.tex: is no folder"):
+    with pytest.raises(DataError, match=r"thesis\.tex: is not a folder"):
         run(source, tmp_path / "dst/thesis.tex")
 
 
-def test_two_at_once_are_refused(source: Path, tmp_path: Path):
+def test_a_second_process_is_rejected(source: Path, tmp_path: Path):
     (tmp_path / "dst").mkdir()
     with open(tmp_path / "dst" / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -620,10 +620,10 @@ def test_a_missing_source_leaves_nothing_behind(tmp_path: Path):
     assert not (tmp_path / "dst").exists()
 
 
-def test_nothing_left_is_an_error_each_time(tmp_path: Path):
+def test_a_result_without_images_is_an_error_in_each_call(tmp_path: Path):
     source = fill(tmp_path / "src", {"a.png": b"", "b.png": encode(pixels(0, 8, 8))}, {"c.png": b""})
     for _ in range(2):
-        with pytest.raises(DataError, match="no image is left to be packed; 2 are corrupt, 1 are tiny"):
+        with pytest.raises(DataError, match="no image is left to pack; 2 are corrupt, 1 are tiny"):
             prepare(source, tmp_path / "dst")
 
 
@@ -642,7 +642,7 @@ def test_settings_out_of_range_are_named(tmp_path: Path, options: dict, message:
         prepare(tmp_path / "src", tmp_path / "dst", **options)
 
 
-def test_a_missing_pillow_is_no_corrupt_image(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_pillow_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(DataError, match="pip install Pillow"):
         run(source, tmp_path / "dst")

@@ -10,7 +10,7 @@ from dcvae_pipelines.pixels import normalize, resize
 
 
 def numbered(count: int) -> Tensor:
-    """Images that tell their index (first pixel) and whether they are mirrored (last column brighter or darker)."""
+    """Images with their index in the middle of the first row; the bright last column is first if they are mirrored."""
     images = torch.zeros(count, 1, 2, 3, dtype=torch.uint8)
     images[:, 0, 0, 1] = torch.arange(count, dtype=torch.uint8)
     images[:, 0, :, 2] = 255
@@ -37,14 +37,14 @@ def test_values_are_normalised_exactly():
     assert torch.equal(images, values.float() / 127.5 - 1)
 
 
-def test_ids_name_the_images():
+def test_ids_are_indices_of_the_images():
     batch = next(iter(ResidentSource(numbered(50), batch=20, seed=3)))
     assert batch.ids.dtype == torch.int64
     assert torch.equal(batch.images, numbered(50)[batch.ids].float() / 127.5 - 1)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7, 20, 100, 250])
-def test_each_image_once_an_epoch(batch: int):
+def test_each_epoch_shows_each_image_once(batch: int):
     shown = ids(ResidentSource(numbered(100), batch=batch, seed=0), batches=-(-300 // batch))
     for epoch in range(3):
         assert sorted(shown[100 * epoch : 100 * (epoch + 1)]) == list(range(100))
@@ -58,18 +58,18 @@ def test_three_ranks_share_an_epoch_without_overlap():
         assert sorted(shown[100 * epoch : 100 * (epoch + 1)]) == list(range(100))
 
 
-def test_the_order_does_not_depend_on_how_many_ranks_share_it():
+def test_the_order_does_not_depend_on_the_number_of_ranks():
     sources = [ResidentSource(numbered(50), batch=3, seed=1, rank=rank, ranks=2, mirror=True) for rank in range(2)]
-    alone = ResidentSource(numbered(50), batch=6, seed=1, mirror=True)
-    for first, second, both in islice(zip(*sources, alone, strict=True), 20):
-        assert same(both, Batch(torch.cat([first.images, second.images]), torch.cat([first.ids, second.ids])))
+    single_rank = ResidentSource(numbered(50), batch=6, seed=1, mirror=True)
+    for first, second, expected in islice(zip(*sources, single_rank, strict=True), 20):
+        assert same(expected, Batch(torch.cat([first.images, second.images]), torch.cat([first.ids, second.ids])))
 
 
 def test_drop_last_shows_whole_batches_of_each_permutation():
-    kept, whole = (ResidentSource(numbered(100), batch=15, seed=0, ranks=2, drop_last=drop) for drop in (True, False))
-    first = ids(kept, batches=3)
-    assert kept.state_dict() == {"images": 90, "of": 100}
-    assert first == ids(whole, batches=3)
+    dropping, full = (ResidentSource(numbered(100), batch=15, seed=0, ranks=2, drop_last=x) for x in (True, False))
+    first = ids(dropping, batches=3)
+    assert dropping.state_dict() == {"images": 90, "of": 100}
+    assert first == ids(full, batches=3)
     assert len(set(first)) == 45
 
     ranks = [ResidentSource(numbered(100), batch=15, seed=0, rank=rank, ranks=2, drop_last=True) for rank in range(2)]
@@ -81,8 +81,8 @@ def test_epochs_and_seeds_differ():
     source = ResidentSource(numbered(100), batch=100, seed=0)
     epochs = [ids(source, batches=1) for _ in range(3)]
     # Seed 1 must not show what seed 0 shows an epoch later.
-    other = ResidentSource(numbered(100), batch=100, seed=1)
-    orders = epochs + [ids(other, batches=1) for _ in range(3)]
+    seed_1 = ResidentSource(numbered(100), batch=100, seed=1)
+    orders = epochs + [ids(seed_1, batches=1) for _ in range(3)]
     assert len({tuple(order) for order in orders}) == 6
     assert list(range(100)) not in orders
 
@@ -96,18 +96,18 @@ def test_the_order_is_fixed():
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_resumes_at_any_batch_with_identical_batches(drop_last: bool):
-    def fresh() -> ResidentSource:
+def test_resuming_at_any_batch_gives_identical_batches(drop_last: bool):
+    def new_source() -> ResidentSource:
         return ResidentSource(numbered(23), batch=3, seed=5, rank=1, ranks=2, mirror=True, drop_last=drop_last)
 
-    source, states, batches = fresh(), [], []
-    for batch in islice(source, 14):  # more than three epochs, with borders inside batches
+    source, states, batches = new_source(), [], []
+    for batch in islice(source, 14):  # more than three epochs, with their boundaries inside batches
         batches.append(batch)
         states.append(source.state_dict())
     assert [state["images"] for state in states] == [6 * (k + 1) for k in range(14)]
 
     for k in range(13):
-        resumed = fresh()
+        resumed = new_source()
         resumed.load_state_dict(states[k])
         assert all(same(a, b) for a, b in zip(resumed, batches[k + 1 :], strict=False))
 
@@ -121,7 +121,7 @@ def test_an_iterator_follows_a_state_loaded_later():
     assert same(next(iter(source)), expected[2])
 
 
-def test_mirror_flips_about_half_afresh_each_epoch():
+def test_mirror_flips_about_half_of_the_images_and_others_in_each_epoch():
     source = ResidentSource(numbered(200), batch=200, seed=0, mirror=True)
     first, second = islice(source, 2)
     for batch in (first, second):
@@ -133,10 +133,10 @@ def test_mirror_flips_about_half_afresh_each_epoch():
 
 
 def test_mirror_depends_on_seed_epoch_and_position_only():
-    whole = next(iter(ResidentSource(numbered(200), batch=200, seed=0, mirror=True)))
+    single = next(iter(ResidentSource(numbered(200), batch=200, seed=0, mirror=True)))
     parts = list(islice(ResidentSource(numbered(200), batch=8, seed=0, mirror=True), 25))
-    assert torch.equal(torch.cat([mirrored(batch) for batch in parts]), mirrored(whole))
-    assert ids(ResidentSource(numbered(200), batch=200, seed=0), 1) == whole.ids.tolist()
+    assert torch.equal(torch.cat([mirrored(batch) for batch in parts]), mirrored(single))
+    assert ids(ResidentSource(numbered(200), batch=200, seed=0), 1) == single.ids.tolist()
 
 
 def test_batches_do_not_share_memory():
@@ -149,12 +149,12 @@ def test_batches_do_not_share_memory():
     assert torch.equal(second.images, numbered(8)[expected].float() / 127.5 - 1)
 
 
-def test_a_lower_resolution_is_resized_and_a_higher_one_refused():
+def test_images_are_downscaled_but_not_enlarged():
     images = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ResidentSource(images, batch=4, seed=0)
     source.set_resolution(32)
-    whole = next(iter(source))
-    assert torch.equal(whole.images, images[whole.ids].float() / 127.5 - 1)
+    full = next(iter(source))
+    assert torch.equal(full.images, images[full.ids].float() / 127.5 - 1)
     source.set_resolution(8, batch=6)
     small = next(iter(source))
     assert torch.equal(small.images, normalize(resize(images, 8)[small.ids])) and len(small.ids) == 6
@@ -180,13 +180,13 @@ def test_a_lower_resolution_is_resized_and_a_higher_one_refused():
         (lambda: ResidentSource(numbered(0), batch=1, seed=0), r"N > 0, not torch.uint8 \[0, 1, 2, 3\]"),
     ],
 )
-def test_errors_name_the_argument_and_what_came(build: Callable[[], ResidentSource], message: str):
+def test_errors_name_the_argument_and_its_value(build: Callable[[], ResidentSource], message: str):
     with pytest.raises(DataError, match=message):
         build()
 
 
 @pytest.mark.gpu
-def test_on_the_gpu_batches_are_the_same_and_nothing_waits():
+def test_gpu_batches_match_the_cpu_without_synchronisation():
     on_cpu = islice(ResidentSource(numbered(23), batch=5, seed=0, mirror=True), 12)
     source = ResidentSource(numbered(23), batch=5, seed=0, mirror=True, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
@@ -199,7 +199,7 @@ def test_on_the_gpu_batches_are_the_same_and_nothing_waits():
         assert same(expected, Batch(batch.images.cpu(), batch.ids.cpu()))
 
 
-def test_a_position_in_other_images_is_refused():
+def test_a_position_in_another_data_set_is_rejected():
     source = ResidentSource(numbered(20), batch=4, seed=0)
     with pytest.raises(DataError, match="has 20 images now and had 19 when this position was saved"):
         source.load_state_dict({"images": 8, "of": 19})
@@ -208,6 +208,7 @@ def test_a_position_in_other_images_is_refused():
 def test_batches_in_bfloat16_and_channels_last():
     images = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain = next(iter(ResidentSource(images, batch=8, seed=0, mirror=True)))
-    other = next(iter(ResidentSource(images, batch=8, seed=0, mirror=True, dtype=torch.bfloat16, channels_last=True)))
-    assert torch.equal(other.images, plain.images.bfloat16()) and other.images.dtype == torch.bfloat16
-    assert other.images.is_contiguous(memory_format=torch.channels_last) and plain.images.is_contiguous()
+    settings = {"dtype": torch.bfloat16, "channels_last": True}
+    converted = next(iter(ResidentSource(images, batch=8, seed=0, mirror=True, **settings)))
+    assert torch.equal(converted.images, plain.images.bfloat16()) and converted.images.dtype == torch.bfloat16
+    assert converted.images.is_contiguous(memory_format=torch.channels_last) and plain.images.is_contiguous()

@@ -9,7 +9,7 @@ from dcvae_pipelines import ResidentSource, Source
 
 
 def test_importing_the_package_imports_torch_only():
-    # A mock in torch's place: importing torch takes seconds, and what it imports itself is not this package's doing.
+    # torch is mocked, because importing it takes seconds, and its own imports must not count.
     program = """
 import sys
 from unittest.mock import MagicMock
@@ -20,11 +20,11 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_m
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["dcvae_pipelines"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["dcvae_pipelines"]
 
 
-def test_a_resident_source_is_a_source():
+def test_resident_source_implements_source():
     source: Source = ResidentSource(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), batch=1, seed=0)
     batch = next(iter(source))
     assert batch.images.shape == (1, 1, 4, 4) and batch.ids.shape == (1,)

@@ -1,6 +1,6 @@
 """Print a hash of all weights, Adam moments and losses of short trainings, to compare two versions bit by bit:
 
-    PYTHONPATH=tests/training python tests/training/fingerprint.py > before.txt    # likewise after, then diff
+    PYTHONPATH=tests/training python tests/training/fingerprint.py > before.txt    # then after.txt, and diff
 
 The trainings cover all objectives, orders and penalties, growth, micro-batches, lower precision, and a resumed run.
 """
@@ -38,7 +38,7 @@ MORE_CASES = {
 
 
 def fingerprint(state: Any, digest: Any) -> None:
-    """Feed all tensors and numbers of a nested state to the digest, by name."""
+    """Update the digest with all tensors and numbers of a nested state, sorted by name."""
     if isinstance(state, dict):
         for name in sorted(state, key=str):
             digest.update(str(name).encode())
@@ -56,11 +56,11 @@ def main() -> None:
         for i, metrics in enumerate(advance(step, iterations)):
             fingerprint(metrics, digest)
             if i == iterations // 2:
-                middle = deepcopy(step.state_dict())
+                middle_state = deepcopy(step.state_dict())
         fingerprint(step.state_dict()["networks"], digest)
         fingerprint(step.state_dict()["optimizers"]["moments"], digest)
         resumed = TrainStep(config)
-        resumed.load_state_dict(middle)
+        resumed.load_state_dict(middle_state)
         for metrics in advance(resumed, iterations - iterations // 2 - 1):
             fingerprint(metrics, digest)
         fingerprint(resumed.state_dict()["optimizers"]["moments"], digest)

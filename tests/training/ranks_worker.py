@@ -1,7 +1,7 @@
 """Train as one of several ranks, with one engine after the other: `ranks_worker.py FOLDER ENGINES`.
 
-ENGINES `torch,1` is torch, then ZeRO stage 1 of DeepSpeed. FOLDER holds the states of one process without DeepSpeed on
-the same images. The environment is that of a launcher: see test_ranks.py.
+ENGINES `torch,1` is torch, then DeepSpeed with ZeRO stage 1. FOLDER has the states of one process without DeepSpeed on
+the same images. test_ranks.py starts this script with a launcher's environment.
 """
 
 import gc
@@ -39,10 +39,10 @@ from dcvae_pipelines import Batch
 State = dict[str, Any]
 
 HALF, ITERATIONS = 5, 10
-# With the default ε, Adam makes full steps from gradients that are rounding errors, and the same steps from gradients
-# that are wrong by a factor. With a larger ε, steps are proportional to gradients.
+# With the default ε, Adam makes full steps from gradients that are rounding errors, and does not notice gradients that
+# are wrong by a factor. With a larger ε, steps are proportional to gradients.
 SMOOTH = OptimConfig(eps=1e-2)
-# Steps the autoencoder in every second iteration, with local patches from the fifth on. Both queues wrap around.
+# Updates the autoencoder in every second iteration, with local patches from the fifth on. Both queues wrap around.
 FIXED = Config(
     model=ModelConfig(latent_dim=4, image_channels=1, decoder_width=4, encoder_width=4, discriminator_width=4),
     contrast=ContrastConfig(negatives=20, local_start_images=24),
@@ -63,7 +63,7 @@ CASES = {"fixed": FIXED, "growing": GROWING}
 
 
 def batch_of(step: TrainStep, number: int, refill: bool = False) -> Batch:
-    """This rank's share of the images of an iteration."""
+    """Return this rank's share of the images of an iteration."""
     n = step.schedule.batch * step.ranks.world_size
     generator = torch.Generator().manual_seed(2 * number + refill)
     shape = (n, step.config.model.image_channels, step.resolution, step.resolution)
@@ -84,7 +84,7 @@ def record(config: Config) -> list[State]:
     """Return the states of one process without DeepSpeed, before training and after each iteration."""
     step, states = TrainStep(config), []
     with torch.no_grad():
-        # At 32×32 log-variances start between -40 and 30; the gradient of their exp would dominate all others.
+        # At 32×32 initial log-variances are between -40 and 30; the gradient of their exp would dominate all others.
         for name, parameter in step.networks.encoder.named_parameters():
             if name.endswith("bias"):
                 parameter *= 0.01
@@ -94,31 +94,29 @@ def record(config: Config) -> list[State]:
     return states
 
 
-def learned(state: State) -> dict[str, torch.Tensor]:
-    """Return all that an iteration changes: networks, averages, batch statistics, queues, Adam's moments."""
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    """Return all tensors that an iteration changes: networks, EMAs, batch statistics, queues and Adam's moments."""
     moments = state["optimizers"]["moments"]
-    flat = {f"{name}/{kind}": torch.as_tensor(x) for name, found in moments.items() for kind, x in found.items()}
+    flat = {f"{name}/{kind}": torch.as_tensor(x) for name, values in moments.items() for kind, x in values.items()}
     return {**state["networks"], **flat}
 
 
-def assert_same(state: State, expected: State) -> None:
-    found, wanted = learned(state), learned(expected)
-    assert found.keys() == wanted.keys()
-    for name, x in wanted.items():
-        # A moment's smallest elements are differences of much larger ones.
-        tolerance = 1e-4 * x.abs().max().item() + 2e-5 if "/exp_avg" in name else 5e-7
-        torch.testing.assert_close(
-            found[name], x, rtol=2e-6, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+def assert_close(state: State, expected_state: State) -> None:
+    actual, expected = tensors(state), tensors(expected_state)
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        # The smallest elements of moments are differences of much larger numbers.
+        atol = 1e-4 * x.abs().max().item() + 2e-5 if "/exp_avg" in name else 5e-7
+        torch.testing.assert_close(actual[name], x, rtol=2e-6, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def adopt(step: TrainStep, state: State) -> None:
-    """Load the state of another training after the same number of iterations into the existing optimizers."""
+    """Load the state of another training after the same number of iterations, and keep the existing optimizers."""
     step.networks.load_state_dict(state["networks"])
     if not isinstance(step.engine, UnitEngine):
         step.engine.load_state_dict(state["optimizers"])
         return
-    moments = {name: Moments(**found) for name, found in state["optimizers"]["moments"].items()}
+    moments = {name: Moments(**values) for name, values in state["optimizers"]["moments"].items()}
     names = {parameter: name for name, parameter in step.networks.named_parameters()}
     for unit in step.engine.optimizer.units:
         unit._load([moments[names[parameter]] for parameter in unit.parameters])  # type: ignore[attr-defined]
@@ -128,7 +126,7 @@ def adopt(step: TrainStep, state: State) -> None:
 
 
 def follow(step: TrainStep, states: list[State], until: int = ITERATIONS) -> State:
-    """Run each iteration from the recorded state before it, compare with the recorded state after it, return the last.
+    """Run each iteration from its recorded initial state, compare with the recorded result, and return the last state.
 
     Without loading the recorded states the trainings would diverge, because adversarial training amplifies rounding
     errors.
@@ -136,37 +134,37 @@ def follow(step: TrainStep, states: list[State], until: int = ITERATIONS) -> Sta
     while True:
         advance(step, step.iterations + 1)
         state = step.state_dict()
-        assert_same(state, states[step.iterations])
-        check_same_everywhere(step, state)
+        assert_close(state, states[step.iterations])
+        check_equal_on_all_ranks(step, state)
         if step.iterations == until:
             return state
         adopt(step, states[step.iterations])
 
 
-def check_same_everywhere(step: TrainStep, state: State) -> None:
-    """Bit by bit, on all ranks."""
-    digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in learned(state).values())).digest()
+def check_equal_on_all_ranks(step: TrainStep, state: State) -> None:
+    """Check that the state is bitwise equal on all ranks."""
+    digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in tensors(state).values())).digest()
     assert step.ranks.all_gather_object(digest) == [digest] * step.ranks.world_size
 
 
 def collect_garbage_early() -> None:
-    """Collect garbage right after DeepSpeed makes an engine, when an older engine could harm the new one."""
+    """Collect garbage right after DeepSpeed creates an engine, when deleting an old engine could break the new one."""
     import deepspeed
 
     initialize = deepspeed.initialize
 
     @wraps(initialize)
-    def and_collect(*args: Any, **kwargs: Any) -> Any:
-        made = initialize(*args, **kwargs)
+    def initialize_and_collect(*args: Any, **kwargs: Any) -> Any:
+        result = initialize(*args, **kwargs)
         gc.collect()
-        return made
+        return result
 
-    deepspeed.initialize = and_collect
-    gc.freeze()  # without imported modules, collection is fast
+    deepspeed.initialize = initialize_and_collect
+    gc.freeze()  # excludes imported modules, so that collection is fast
 
 
 def check_overflow(config: Config, ranks: Ranks) -> None:
-    """Check that no rank steps, and every rank halves the loss scale, if float16 gradients overflow on one rank."""
+    """Check that all ranks skip the step and halve the loss scale if float16 gradients overflow on one rank."""
     engine = TrainStep(replace(config, train=replace(config.train, precision="float16")), ranks=ranks).engine
     parameters, scale = engine.groups["heads"], engine.scaler.get_scale()
     before = [parameter.detach().clone() for parameter in parameters]
@@ -205,7 +203,7 @@ def check_collectives(step: TrainStep) -> None:
     trunk, score = nbytes(groups["trunk"]), nbytes(groups["score"])
     heads = nbytes(step.networks.discriminator.heads["b2"].parameters())
     autoencoder = nbytes([*groups["encoder"], *groups["decoder"]])
-    batch, width = step.point.batch * world_size, config.model.discriminator_width
+    batch, width = step.schedule.batch * world_size, config.model.discriminator_width
     statistics = 4 * config.model.decoder_width
     for _ in range(config.train.n_critic):
         steps_autoencoder = step.iterations % config.train.n_critic == 0
@@ -229,7 +227,7 @@ def check_collectives(step: TrainStep) -> None:
 
 
 def main(folder: Path, engines: list[str]) -> None:
-    """Train as a rank. Raises AssertionError where the state differs from the recorded one."""
+    """Train as one rank, and check that the states equal the recorded ones."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     ranks = init_distributed()
     for name, config in CASES.items():
@@ -240,14 +238,14 @@ def main(folder: Path, engines: list[str]) -> None:
             settings = replace(config.train, zero=None if engine == "torch" else int(engine))
             step = TrainStep(replace(config, train=settings), ranks=ranks)
             step.load_state_dict(states[0])
-            half = deepcopy(follow(step, states, HALF))
+            half_state = deepcopy(follow(step, states, HALF))
             adopt(step, states[HALF])
             follow(step, states)
             if name == "fixed" and ranks.world_size > 1:
                 check_collectives(step)
-            if engine == engines[-1]:  # one process continues from the state of several, and several from that of one
+            if engine == engines[-1]:  # one process resumes from the state of several, and several from that of one
                 if ranks.is_first:
-                    torch.save(half, folder / f"{name}-of-{ranks.world_size}.pt")
+                    torch.save(half_state, folder / f"{name}-of-{ranks.world_size}.pt")
                 step = TrainStep(replace(config, train=settings), ranks=ranks)
                 step.load_state_dict(states[HALF])
                 follow(step, states)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive damage and full disks; run folders that keep their configuration."""
+"""Checkpoints survive damage and full disks, and run folders keep their configuration."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def test_the_newest_are_kept_and_the_newest_is_read(run):
+def test_newest_checkpoints_are_kept_and_the_newest_is_loaded(run):
     assert load_checkpoint(run) is None
     for images in (10, 9_000_000, 20):
         save_checkpoint(run, images, state(images), keep=2)
@@ -67,16 +67,16 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def other_contents(path: Path) -> None:
+def replace_contents(path: Path) -> None:
     torch.save([1, 2], path)
 
 
-def a_part_missing(path: Path) -> None:
+def remove_a_part(path: Path) -> None:
     torch.save({"format": 1, "config": {}}, path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, empty, other_contents, a_part_missing])
-def test_a_damaged_newest_is_named_and_the_one_before_is_used(run, damage, caplog):
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, empty, replace_contents, remove_a_part])
+def test_damaged_newest_checkpoint_is_named_and_the_previous_one_loaded(run, damage, caplog):
     save_checkpoint(run, 1, state(1), keep=3)
     newest = save_checkpoint(run, 2, state(2), keep=3)
     damage(newest)
@@ -102,7 +102,7 @@ def test_a_checkpoint_is_never_unpickled_unsafely(run):
 
 @pytest.mark.multiprocess
 def test_a_full_disk_loses_nothing(run):
-    """A limit on the size of files stands for the full disk; in a child, for it cannot be raised again."""
+    """A file size limit simulates a full disk, in a child process because the limit cannot be raised again."""
     save_checkpoint(run, 1, state(1), keep=2)
     if (child := os.fork()) == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -110,10 +110,8 @@ def test_a_full_disk_loses_nothing(run):
         try:
             save_checkpoint(run, 2, state(2), keep=2)
         except RunError as error:
-            told = (
-                "000000000002.pt" in str(error) and "File too large" in str(error) and "000000000001.pt" in str(error)
-            )
-            os._exit(0 if told else 1)
+            details = ("000000000002.pt", "File too large", "000000000001.pt")
+            os._exit(0 if all(detail in str(error) for detail in details) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert checkpoints(run) == ["000000000001.pt"]
@@ -121,28 +119,28 @@ def test_a_full_disk_loses_nothing(run):
     assert loaded is not None and loaded["step"]["images"] == 1
 
 
-def test_what_a_kill_left_half_written_is_ignored_and_cleared(run):
+def test_unfinished_files_are_ignored_and_deleted(run):
     save_checkpoint(run, 1, state(1), keep=2)
     (run / "grids").mkdir()
-    half_written = [run / "checkpoints" / ".000000000002.pt.1.unfinished", run / "grids" / ".a.png.1.unfinished"]
-    evaluating = run / ".evaluation.json.1.unfinished"  # by another process, which may still be writing
-    for path in (*half_written, evaluating):
+    unfinished = [run / "checkpoints" / ".000000000002.pt.1.unfinished", run / "grids" / ".a.png.1.unfinished"]
+    evaluation = run / ".evaluation.json.1.unfinished"  # another process may still be writing it
+    for path in (*unfinished, evaluation):
         path.write_bytes(b"half")
     loaded = load_checkpoint(run)
     assert loaded is not None and loaded["step"]["images"] == 1
     with locked(run):
         assert checkpoints(run) == ["000000000001.pt"]
-        assert not any(path.exists() for path in half_written) and evaluating.exists()
+        assert not any(path.exists() for path in unfinished) and evaluation.exists()
 
 
-def test_other_files_are_no_checkpoints(run):
+def test_other_files_are_not_checkpoints(run):
     save_checkpoint(run, 1, state(1), keep=2)
     torch.save({"format": 1, **state(9)}, run / "checkpoints" / "best.pt")
     loaded = load_checkpoint(run)
     assert loaded is not None and loaded["step"]["images"] == 1
 
 
-def test_damaged_checkpoints_take_no_place_among_those_kept(run):
+def test_damaged_checkpoints_do_not_count_as_kept(run):
     for images in (1, 2, 3):
         save_checkpoint(run, images, state(images), keep=3)
     quarantine_newer(run, 2)
@@ -150,34 +148,34 @@ def test_damaged_checkpoints_take_no_place_among_those_kept(run):
     assert checkpoints(run) == ["000000000002.pt", "000000000003.damaged", "000000000003.pt"]
 
 
-@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints", ".config.yaml.1.unfinished"]])
-def test_a_start_that_was_killed_can_be_made_again(left, tmp_path):
+@pytest.mark.parametrize("names", [[], ["checkpoints"], ["checkpoints", ".config.yaml.1.unfinished"]])
+def test_killed_start_can_be_repeated(names, tmp_path):
     folder = tmp_path / "run"
-    for name in left:
+    for name in names:
         (folder / name).mkdir(parents=True) if name == "checkpoints" else (folder / name).write_bytes(b"da")
     prepare_run(folder, Config())
     assert is_run(folder)
 
 
-def test_two_cannot_train_in_one_folder(run):
+def test_two_processes_cannot_train_in_one_folder(run):
     with locked(run), pytest.raises(RunError, match="is being trained by another process"), locked(run):
         pass
     with locked(run):
         pass
 
 
-def test_weights_are_the_encoder_and_the_averaged_decoder(run):
+def test_loaded_weights_are_the_encoder_and_the_decoder_ema(run):
     networks = {"encoder.a": 1.0, "decoder.b": 2.0, "decoder_ema.b": 3.0, "discriminator.encoder.c": 4.0}
     tensors = {name: torch.tensor(value) for name, value in networks.items()}
     step = {"networks": tensors, "resolution": 8, "alpha": 0.5}
     model = {"latent_dim": 3, "resolution": 32, "alpha": 1.0}
     save_checkpoint(run, 5, {"config": {"model": model}, "step": step, "sources": [{}]}, keep=2)
     config, weights = load_weights(run)
-    assert config == {"model": {"latent_dim": 3, "resolution": 8, "alpha": 0.5}}  # as far as it has grown
+    assert config == {"model": {"latent_dim": 3, "resolution": 8, "alpha": 0.5}}  # current stage of growth
     assert {name: value.item() for name, value in weights.items()} == {"encoder.a": 1.0, "decoder.b": 3.0}
 
 
-def test_another_configuration_is_refused_with_its_differences(run):
+def test_different_configuration_is_rejected_and_differences_are_listed(run):
     prepare_run(run, Config())
     longer = replace(Config(), train=replace(Config().train, images=7))
     prepare_run(run, longer)
@@ -186,7 +184,7 @@ def test_another_configuration_is_refused_with_its_differences(run):
         prepare_run(run, other)
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+def test_folder_with_other_files_is_rejected(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(RunError, match=r"exists and is not a run folder \(config\.yaml is missing\)"):
         prepare_run(tmp_path, Config())
@@ -201,6 +199,6 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         prepare_run(tmp_path, Config())
 
 
-def test_a_run_without_a_checkpoint_says_so(run):
+def test_run_without_checkpoint_is_reported(run):
     with pytest.raises(RunError, match="no checkpoint yet"):
         load_weights(run)

@@ -1,4 +1,4 @@
-"""Gradients to steps: which parameters are stepped together, and losses that are scaled for float16."""
+"""Engines: which parameters are stepped together, and loss scaling for float16."""
 
 from dataclasses import replace
 
@@ -25,89 +25,89 @@ class Net(nn.Module):
         self.a, self.b, self.c = (nn.Parameter(torch.ones(2)) for _ in range(3))
 
 
-def engine(config: Config = CONFIG, kind: type[Engine] = Engine) -> tuple[Net, Engine]:
+def make(config: Config = CONFIG, engine_class: type[Engine] = Engine) -> tuple[Net, Engine]:
     net = Net()
-    return net, kind(net, {"ab": [net.a, net.b], "c": [net.c]}, config)
+    return net, engine_class(net, {"ab": [net.a, net.b], "c": [net.c]}, config)
 
 
-def units(of: Engine, net: Net) -> list[list[str]]:
+def units(engine: Engine, net: Net) -> list[list[str]]:
     names = {p: name for name, p in net.named_parameters()}
-    assert isinstance(of, UnitEngine)
-    return sorted(sorted(names[p] for p in unit.parameters) for unit in of.optimizer.units)
+    assert isinstance(engine, UnitEngine)
+    return sorted(sorted(names[p] for p in unit.parameters) for unit in engine.optimizer.units)
 
 
-def test_units_are_what_is_always_stepped_together():
-    net, ours = engine(kind=UnitEngine)
-    ours.backward((net.a + net.b + net.c).sum(), ["ab", "c"])
-    ours.step()
-    assert units(ours, net) == [["a", "b", "c"]]
-    ours.backward((net.a + net.c).sum(), ["ab"])  # nothing for b; c is not asked for
-    ours.step()
-    assert units(ours, net) == [["a"], ["b", "c"]]
-    steps = {net_name: moments["step"] for net_name, moments in ours.state_dict()["moments"].items()}
+def test_units_hold_parameters_that_are_always_stepped_together():
+    net, engine = make(engine_class=UnitEngine)
+    engine.backward((net.a + net.b + net.c).sum(), ["ab", "c"])
+    engine.step()
+    assert units(engine, net) == [["a", "b", "c"]]
+    engine.backward((net.a + net.c).sum(), ["ab"])  # b has no gradient, c is not in the group
+    engine.step()
+    assert units(engine, net) == [["a"], ["b", "c"]]
+    steps = {name: moments["step"] for name, moments in engine.state_dict()["moments"].items()}
     assert steps == {"a": 2, "b": 1, "c": 1}
 
-    # Loaded, those of one step count begin as one.
-    other_net, other = engine(kind=UnitEngine)
-    other.load_state_dict(ours.state_dict())
+    # After loading, parameters with the same step count form a unit.
+    other_net, other = make(engine_class=UnitEngine)
+    other.load_state_dict(engine.state_dict())
     assert other.state_dict()["moments"].keys() == {"a", "b", "c"}
     other.backward((other_net.a + other_net.b + other_net.c).sum(), ["ab", "c"])
     other.step()
     assert units(other, other_net) == [["a"], ["b", "c"]]
     assert {moments.step for moments in other.moments().values()} == {2, 3}
-    ours.reset(0.2, 1)
-    assert not ours.moments()
+    engine.reset(0.2, 1)
+    assert not engine.moments()
 
 
 @pytest.mark.parametrize("case", ["local", "joint", "growing", "float16"])
-def test_units_and_one_adam_learn_the_same_bit_by_bit(case):
+def test_units_are_bitwise_equal_to_one_adam(case):
     config, iterations = CASES.get(case, (GROWING, 12))
     if case == "float16":
         config = replace(config, train=replace(config.train, precision="float16"))
-    ours, in_units = TrainStep(config), TrainStep(config)
+    step, in_units = TrainStep(config), TrainStep(config)
     in_units.engine = UnitEngine(
         in_units.networks, in_units.networks.groups(), config, scales=learning_rate_scales(in_units.networks)
     )
     in_units.grow(in_units.schedule)
-    for expected, metrics in zip(advance(ours, iterations), advance(in_units, iterations), strict=True):
+    for expected, metrics in zip(advance(step, iterations), advance(in_units, iterations), strict=True):
         assert_equal(metrics, expected)
-    assert_equal(dict(in_units.networks.state_dict()), dict(ours.networks.state_dict()))
-    assert_equal(in_units.engine.state_dict(), ours.engine.state_dict())
+    assert_equal(dict(in_units.networks.state_dict()), dict(step.networks.state_dict()))
+    assert_equal(in_units.engine.state_dict(), step.engine.state_dict())
 
 
-@pytest.mark.parametrize("kind", [Engine, UnitEngine])
-def test_losses_are_scaled_and_steps_that_overflow_are_left_out(kind):
-    net, ours = engine(kind=kind)
-    plain_net, plain = engine(replace(CONFIG, train=TrainConfig()), kind)
-    scaler = ours.scaler
-    assert scaler.is_enabled() and not plain.scaler.is_enabled()
+@pytest.mark.parametrize("engine_class", [Engine, UnitEngine])
+def test_losses_are_scaled_and_overflowing_steps_skipped(engine_class):
+    net, engine = make(engine_class=engine_class)
+    float32_net, float32_engine = make(replace(CONFIG, train=TrainConfig()), engine_class)
+    scaler = engine.scaler
+    assert scaler.is_enabled() and not float32_engine.scaler.is_enabled()
 
-    def both(factor: float) -> None:
-        for one, of in ((net, ours), (plain_net, plain)):
-            of.backward((factor * one.a * one.b).sum(), ["ab"])
-        assert net.a.grad is not None and plain_net.a.grad is not None
-        torch.testing.assert_close(net.a.grad, plain_net.a.grad * scaler.get_scale())
-        for of in (ours, plain):
-            of.step()
-        torch.testing.assert_close(net.a, plain_net.a)
-        torch.testing.assert_close(net.b, plain_net.b)
+    def step_both(factor: float) -> None:
+        for n, e in ((net, engine), (float32_net, float32_engine)):
+            e.backward((factor * n.a * n.b).sum(), ["ab"])
+        assert net.a.grad is not None and float32_net.a.grad is not None
+        torch.testing.assert_close(net.a.grad, float32_net.a.grad * scaler.get_scale())
+        for e in (engine, float32_engine):
+            e.step()
+        torch.testing.assert_close(net.a, float32_net.a)
+        torch.testing.assert_close(net.b, float32_net.b)
 
-    both(1.0)
-    both(1e-3)
+    step_both(1.0)
+    step_both(1e-3)
     assert scaler.get_scale() == 2**10
-    both(2.0)
+    step_both(2.0)
     assert scaler.get_scale() == 2**11  # a window of three steps
 
     before = net.a.detach().clone()
-    ours.backward((net.a - before).sqrt().sum(), ["ab"])  # 0, whose gradient is infinite
-    ours.step()
+    engine.backward((net.a - before).sqrt().sum(), ["ab"])  # √0 has an infinite gradient
+    engine.step()
     assert torch.equal(net.a, before) and scaler.get_scale() == 2**10
-    assert {moments.step for moments in ours.moments().values()} == {3} and net.a.grad is None
-    both(1.0)
-    both(1.0)
-    state = ours.state_dict()
+    assert {moments.step for moments in engine.moments().values()} == {3} and net.a.grad is None
+    step_both(1.0)
+    step_both(1.0)
+    state = engine.state_dict()
     assert state["loss_scale"] == {"value": 2**10, "steps": 2}
-    resumed_net, resumed = engine(kind=kind)
+    resumed_net, resumed = make(engine_class=engine_class)
     resumed.load_state_dict(state)
     assert resumed.state_dict()["loss_scale"] == state["loss_scale"]
     resumed.backward((resumed_net.a * resumed_net.b).sum(), ["ab"])
@@ -115,26 +115,26 @@ def test_losses_are_scaled_and_steps_that_overflow_are_left_out(kind):
     assert resumed.scaler.get_scale() == 2**11  # the third step of the window
     with pytest.raises(DivergedError, match="at any loss scale"):
         for _ in range(60):
-            ours.backward((net.a - net.a.detach()).sqrt().sum(), ["ab"])
-            ours.step()
+            engine.backward((net.a - net.a.detach()).sqrt().sum(), ["ab"])
+            engine.step()
 
 
 def test_float16_follows_float32():
     config = replace(GROWING_FAST, optim=replace(GROWING_FAST.optim, loss_scale=64.0))
-    wide, narrow = (
+    float32, float16 = (
         TrainStep(replace(config, train=replace(config.train, precision=p))) for p in ("float32", "float16")
     )
-    distances = [distance for _, _, distance in follow_weights(narrow, wide, 10)]
-    apart, moved = (sum(each) for each in zip(*distances, strict=True))
-    assert apart < 0.05 * moved, distances
-    assert all(p.dtype == torch.float32 for p in narrow.networks.parameters())
-    assert narrow.engine.scaler.get_scale() == 64
-    steps = [{found.step for found in step.engine.moments().values()} for step in (wide, narrow)]
+    distances = [distance for _, _, distance in follow_weights(float16, float32, 10)]
+    difference, change = (sum(values) for values in zip(*distances, strict=True))
+    assert difference < 0.05 * change, distances
+    assert all(p.dtype == torch.float32 for p in float16.networks.parameters())
+    assert float16.engine.scaler.get_scale() == 64
+    steps = [{moments.step for moments in step.engine.moments().values()} for step in (float32, float16)]
     assert steps[0] == steps[1]
 
 
-def test_float16_finds_a_scale_for_networks_of_32():
-    """From 65,536 down, leaving out steps meanwhile."""
+def test_float16_finds_a_loss_scale_at_32x32():
+    """The scale decreases from 65,536, and overflowing steps are skipped."""
     width = {"decoder_width": 8, "encoder_width": 8, "discriminator_width": 8}
     train = replace(SMALL.train, batch=2, sampled_batch=2, precision="float16")
     step = TrainStep(replace(SMALL, model=replace(SMALL.model, **width), optim=OptimConfig(), train=train))

@@ -1,8 +1,9 @@
-"""Iterations from graphs are those that run eagerly; here with a stand-in for CUDA graphs, and with these on a GPU."""
+"""Replayed iterations equal eager ones, with a CPU emulation of CUDA graphs; test_compiled.py has the GPU test."""
 
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ SMALL = Config(
     optim=OptimConfig(lr=1e-3),
     train=TrainConfig(batch=4, sampled_batch=6, n_critic=2, ema_decay=0.9),
 )
-# Iterations: 8 at 4×4; 8 that fade in 8×8 and 8 at it; 8 that fade in 16×16 and then 16×16.
+# Iterations: 8 at 4×4, 8 fading in 8×8, 8 at 8×8, 8 fading in 16×16, then 16×16.
 GROWING = Config(
     model=ModelConfig(
         architecture="progressive",
@@ -56,14 +57,14 @@ def batch_of(step: TrainStep, seed: int, n: int | None = None) -> Batch:
 
 
 def state_of(step: TrainStep) -> Sequence[Tensor]:
-    """All that an iteration writes to."""
+    """Return all tensors that an iteration writes to."""
     networks = [*step.networks.parameters(), *step.networks.buffers()]
     moments = [x for state in step.engine.optimizer.state.values() for x in state.values()]
     return networks + moments
 
 
 def with_graphs(config: Config) -> tuple[TrainStep, list[CpuRecorder]]:
-    """An iteration on the CPU that records graphs, and the recorders it has used."""
+    """Return a step on the CPU that records graphs, and a list of the recorders it creates."""
     step, recorders = TrainStep(config), []
 
     def make() -> CpuRecorder:
@@ -75,7 +76,7 @@ def with_graphs(config: Config) -> tuple[TrainStep, list[CpuRecorder]]:
 
 
 def advance(step: TrainStep, iterations: int, sizes: Sequence[int | None] = (None,)) -> Iterator[Metrics]:
-    """Train, growing where it is time."""
+    """Train, and grow when due."""
     for i in range(iterations):
         if step.schedule.resolution != step.resolution:
             step.grow(step.schedule)
@@ -83,35 +84,34 @@ def advance(step: TrainStep, iterations: int, sizes: Sequence[int | None] = (Non
         yield step(batch_of(step, i, sizes[i % len(sizes)]))
 
 
-def follow(ours: TrainStep, theirs: TrainStep, iterations: int) -> Iterator[tuple[Metrics, Metrics]]:
-    """Train both, starting each iteration from the state of `theirs`, and yield the metrics of both.
+def follow(step: TrainStep, reference: TrainStep, iterations: int) -> Iterator[tuple[Metrics, Metrics]]:
+    """Train both steps, starting each iteration from the state of `reference`, and yield the metrics of both.
 
     Without copying the state the two would diverge: Adam makes full steps from gradients that are rounding errors, and
     adversarial training amplifies the differences.
     """
-    advancing = zip(advance(ours, iterations), advance(theirs, iterations), strict=True)
-    for metrics in advancing:
+    for metrics in zip(advance(step, iterations), advance(reference, iterations), strict=True):
         yield metrics
         with torch.no_grad():
-            for x, y in zip(state_of(ours), state_of(theirs), strict=True):
+            for x, y in zip(state_of(step), state_of(reference), strict=True):
                 x.copy_(y)
 
 
 def follow_weights(
-    ours: TrainStep, theirs: TrainStep, iterations: int
+    step: TrainStep, reference: TrainStep, iterations: int
 ) -> Iterator[tuple[Metrics, Metrics, tuple[float, float]]]:
-    """Like `follow`, and also yield two sums over all weights: |ours - theirs| and |theirs after - theirs before|."""
-    before = [p.detach().clone() for p in theirs.networks.parameters()]
-    for found, expected in follow(ours, theirs, iterations):
-        after = [p.detach() for p in theirs.networks.parameters()]
-        apart = sum((x - y).abs().sum().item() for x, y in zip(ours.networks.parameters(), after, strict=True))
-        moved = sum((x - y).abs().sum().item() for x, y in zip(before, after, strict=True))
-        yield found, expected, (apart, moved)
+    """Like `follow`; also yield two sums over all weights: |step - reference| and the change of the reference."""
+    before = [p.detach().clone() for p in reference.networks.parameters()]
+    for metrics, expected in follow(step, reference, iterations):
+        after = [p.detach() for p in reference.networks.parameters()]
+        difference = sum((x - y).abs().sum().item() for x, y in zip(step.networks.parameters(), after, strict=True))
+        change = sum((x - y).abs().sum().item() for x, y in zip(before, after, strict=True))
+        yield metrics, expected, (difference, change)
         before = [x.clone() for x in after]
 
 
-def assert_equal(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+def assert_equal(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def with_loss(**settings: Any) -> Config:
@@ -134,19 +134,19 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_replayed_iterations_are_the_eager_ones(case: str):
-    """Bit for bit: weights, averages, queue, moments, and all metrics."""
+def test_replayed_iterations_equal_eager_ones(case: str):
+    """Weights, EMAs, queue, moments and all metrics are bitwise equal."""
     config, iterations = CASES[case]
-    (ours, recorders), eager = with_graphs(config), TrainStep(config)
-    for found, expected in zip(advance(ours, iterations), advance(eager, iterations), strict=True):
-        assert_equal(found, expected)
-    assert_equal(dict(ours.networks.state_dict()), dict(eager.networks.state_dict()))
-    assert_equal(ours.engine.state_dict(), eager.engine.state_dict())
+    (step, recorders), eager = with_graphs(config), TrainStep(config)
+    for metrics, expected in zip(advance(step, iterations), advance(eager, iterations), strict=True):
+        assert_equal(metrics, expected)
+    assert_equal(dict(step.networks.state_dict()), dict(eager.networks.state_dict()))
+    assert_equal(step.engine.state_dict(), eager.engine.state_dict())
     replays = sum(recorder.replays for recorder in recorders)
     assert replays >= iterations // 4, "most of the iterations ran eagerly"
 
 
-def test_graphs_are_recorded_once_for_each_kind_and_anew_where_the_networks_grow():
+def test_graphs_are_recorded_once_per_kind_and_phase():
     step, recorders = with_graphs(replace(SMALL, train=replace(SMALL.train, n_critic=4)))
     list(advance(step, 4 * (WARM_UPS + 4)))
     (recorder,) = recorders
@@ -158,17 +158,17 @@ def test_graphs_are_recorded_once_for_each_kind_and_anew_where_the_networks_grow
     assert [len(recorder.operations) for recorder in recorders] == [1] * 5  # 4; 8 fading; 8; 16 fading; 16
 
 
-def test_batches_of_another_size_are_a_kind_of_their_own():
-    """The last batch of an epoch may be smaller."""
-    (ours, recorders), eager = with_graphs(with_loss(objective="vae")), TrainStep(with_loss(objective="vae"))
+def test_each_batch_size_has_its_own_graph():
+    """The last batch of an epoch can be smaller."""
+    (step, recorders), eager = with_graphs(with_loss(objective="vae")), TrainStep(with_loss(objective="vae"))
     sizes = (None, None, 3)
-    for found, expected in zip(advance(ours, 18, sizes), advance(eager, 18, sizes), strict=True):
-        assert_equal(found, expected)
+    for metrics, expected in zip(advance(step, 18, sizes), advance(eager, 18, sizes), strict=True):
+        assert_equal(metrics, expected)
     assert len(recorders[0].operations) == 2
 
 
-def test_no_kind_is_recorded_while_another_still_needs_memory_but_none_waits_forever():
-    recorded = []
+def test_recording_waits_for_the_warm_up_of_other_kinds_but_not_forever():
+    graph_counts = []
 
     def record(work: Any) -> Any:
         result = work()
@@ -178,51 +178,46 @@ def test_no_kind_is_recorded_while_another_still_needs_memory_but_none_waits_for
 
     def run(kind: str) -> None:
         graphs.run(kind, lambda inputs: {"kind": inputs[0]}, x)
-        recorded.append(len(graphs._graphs))
+        graph_counts.append(len(graphs._graphs))
 
     for kind in ["often"] * 2 + ["seldom"] + ["often"] * 5 + ["seldom"] * 2 + ["often", "seldom"]:
         run(kind)
-    assert recorded == [0] * 10 + [1, 2]
+    assert graph_counts == [0] * 10 + [1, 2]
     run("once")
     run("often")
-    assert recorded[-1] == 2
+    assert graph_counts[-1] == 2
     graphs.forget()
-    recorded.clear()
+    graph_counts.clear()
     for kind in ["once"] + ["often"] * PATIENCE:
         run(kind)
-    assert recorded == [0] * (PATIENCE - 1) + [1, 1]
+    assert graph_counts == [0] * (PATIENCE - 1) + [1, 1]
 
 
-def test_metrics_outlive_the_next_iteration():
+def test_metrics_are_not_overwritten_by_the_next_iteration():
     step, recorders = with_graphs(with_loss(objective="vae"))
-    seen = list(advance(step, 8))
+    history = list(advance(step, 8))
     assert recorders[0].replays > 2
-    assert len({metrics["pixel_mse"].item() for metrics in seen}) == len(seen)
+    assert len({metrics["pixel_mse"].item() for metrics in history}) == len(history)
 
 
-def test_a_state_that_is_loaded_is_gone_on_from():
-    """What was recorded holds the moments of the optimizers there were."""
+def test_training_continues_from_a_loaded_state():
+    """Recorded graphs refer to the moments of the previous optimizers."""
     config = with_loss(objective="vae_contrastive")
-    (ours, recorders), eager = with_graphs(config), TrainStep(config)
-    for step in (ours, eager):
-        list(advance(step, 6))
-    stored = eager.state_dict()
-    saved = {**stored, "networks": {name: x.clone() for name, x in stored["networks"].items()}}
-    moments = {name: {k: v for k, v in found.items()} for name, found in stored["optimizers"]["moments"].items()}
-    for found in moments.values():
-        found.update({name: found[name].clone() for name in ("exp_avg", "exp_avg_sq")})
-    saved["optimizers"] = {**stored["optimizers"], "moments": moments}
-    list(advance(ours, 3))
-    for step in (ours, eager):
-        step.load_state_dict(saved)
-    for found, expected in zip(advance(ours, 8), advance(eager, 8), strict=True):
-        assert_equal(found, expected)
-    assert_equal(dict(ours.networks.state_dict()), dict(eager.networks.state_dict()))
+    (step, recorders), eager = with_graphs(config), TrainStep(config)
+    for s in (step, eager):
+        list(advance(s, 6))
+    saved = deepcopy(eager.state_dict())
+    list(advance(step, 3))
+    for s in (step, eager):
+        s.load_state_dict(saved)
+    for metrics, expected in zip(advance(step, 8), advance(eager, 8), strict=True):
+        assert_equal(metrics, expected)
+    assert_equal(dict(step.networks.state_dict()), dict(eager.networks.state_dict()))
     assert len(recorders) == 2
 
 
 def test_garbage_is_collected_before_a_capture(monkeypatch: pytest.MonkeyPatch):
-    """Reference cycles may keep autograd graphs of earlier iterations alive."""
+    """Reference cycles can keep autograd graphs of earlier iterations alive."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -234,8 +229,7 @@ def test_garbage_is_collected_before_a_capture(monkeypatch: pytest.MonkeyPatch):
     assert CudaRecorder(torch.device("cuda"))(alive)[0] is None
 
 
-def test_a_plan_is_made_of_runs_with_graphs_too():
-    """On the meta device."""
+def test_graphs_are_disabled_on_the_meta_device():
     assert TrainStep(replace(SMALL, train=replace(SMALL.train, graphs=True)), "meta").graphs is None
 
 
@@ -249,7 +243,7 @@ def test_a_plan_is_made_of_runs_with_graphs_too():
         ({"device": "cpu"}, "the device is cpu"),
     ],
 )
-def test_graphs_are_used_where_there_can_be_any(settings: dict[str, Any], obstacle: str | None):
+def test_uses_graphs(settings: dict[str, Any], obstacle: str | None):
     def configured(graphs: bool | None) -> Config:
         config = replace(Config(), train=replace(Config().train, graphs=graphs))
         for name, value in settings.items():
@@ -265,5 +259,5 @@ def test_graphs_are_used_where_there_can_be_any(settings: dict[str, Any], obstac
     if obstacle is None:
         assert uses_graphs(configured(True), device) and uses_graphs(configured(True), device, Ranks(world_size=2))
         return
-    with pytest.raises(ConfigError, match=f"train.graphs is true, but {obstacle}"):
+    with pytest.raises(ConfigError, match=f"train.graphs is true, but CUDA graphs cannot be used: .*{obstacle}"):
         uses_graphs(configured(True), device)

@@ -1,4 +1,4 @@
-"""Runs whose networks grow: what growing changes and what it leaves, resuming, models of every stage."""
+"""Growing networks: what growth resets and keeps, resuming at any stage, and models saved at any stage."""
 
 import math
 from copy import deepcopy
@@ -41,7 +41,7 @@ def batches(resolution: int, count: int, n: int = 4) -> list[Batch]:
 
 
 def advance(step: TrainStep, count: int) -> list[dict[str, float]]:
-    """Iterations, with growth where it is due, on images of whichever resolution is."""
+    """Train for `count` iterations, and grow when due; return the metrics."""
     metrics = []
     for _ in range(count):
         if step.schedule.resolution != step.resolution:
@@ -52,7 +52,7 @@ def advance(step: TrainStep, count: int) -> list[dict[str, float]]:
     return metrics
 
 
-def test_growth_begins_anew_what_it_has_to_and_leaves_the_rest():
+def test_growth_resets_moments_and_queue_and_keeps_weights():
     step = TrainStep(CONFIG)
     advance(step, 4)
     assert (step.images, step.resolution, step.schedule.resolution, step.schedule.alpha) == (16, 4, 8, 0.0)
@@ -66,19 +66,21 @@ def test_growth_begins_anew_what_it_has_to_and_leaves_the_rest():
     assert not step.engine.moments()
     assert int(contrast.queue.valid) == 0
 
-    # C′'s layers of 8×8 are C's: nothing has moved them yet.
-    live, slow = step.networks.discriminator, contrast.momentum
-    for (name, mine), theirs in zip(slow.named_parameters(), live.parameters(), strict=True):
-        assert torch.equal(mine, theirs) == (".8." in name or ".16." in name or "heads.low" in name), name
+    # The layers that have not been trained yet are equal in C′ and C.
+    for (name, slow), live in zip(
+        contrast.momentum.named_parameters(), step.networks.discriminator.parameters(), strict=True
+    ):
+        assert torch.equal(slow, live) == (".8." in name or ".16." in name or "heads.low" in name), name
 
-    fresh = batches(8, 3)
-    step.refill(fresh)
+    refill_batches = batches(8, 3)
+    step.refill(refill_batches)
     assert int(contrast.queue.valid) == 10 and contrast.queue.ids.sort().values.tolist() == list(range(2, 12))
-    keys = contrast.keys(fresh[2].images)[0]  # the fade's first images are blends with nothing new in them
-    order = contrast.queue.ids.argsort()[-4:]
-    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(fresh[2].images, 2), scale_factor=2)
-    torch.testing.assert_close(contrast.queue.keys[:, order], contrast.keys(blurred)[0])
-    assert keys.shape == (1, 4, 5)
+    images = refill_batches[2].images
+    assert contrast.keys(images)[0].shape == (1, 4, 5)
+    newest = contrast.queue.ids.argsort()[-4:]
+    # At the start of a fade-in, images are upsampled from the previous resolution.
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(images, 2), scale_factor=2)
+    torch.testing.assert_close(contrast.queue.keys[:, newest], contrast.keys(blurred)[0])
 
     advance(step, 8)
     assert step.schedule.resolution == 16
@@ -96,32 +98,32 @@ def stopped() -> tuple[dict[int, dict], list[dict[str, float]], TrainStep]:
     for stop in STOPS:
         advance(step, stop - step.iterations)
         states[stop] = deepcopy(step.state_dict())
-    whole = TrainStep(CONFIG)
-    return states, advance(whole, 20), whole
+    uninterrupted = TrainStep(CONFIG)
+    return states, advance(uninterrupted, 20), uninterrupted
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_a_step_goes_on_from_its_state_at_any_point_of_growth(
+def test_a_step_resumes_from_its_state_at_any_point_of_growth(
     stop: int, stopped: tuple[dict[int, dict], list[dict[str, float]], TrainStep]
 ):
-    states, expected, whole = stopped
-    second = TrainStep(CONFIG)
-    second.load_state_dict(deepcopy(states[stop]))
-    assert advance(second, 20 - stop) == expected[stop:]
-    for mine, theirs in zip(second.networks.state_dict().values(), whole.networks.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs)
+    states, expected, uninterrupted = stopped
+    resumed = TrainStep(CONFIG)
+    resumed.load_state_dict(deepcopy(states[stop]))
+    assert advance(resumed, 20 - stop) == expected[stop:]
+    weights, expected_weights = (step.networks.state_dict().values() for step in (resumed, uninterrupted))
+    assert all(torch.equal(x, y) for x, y in zip(weights, expected_weights, strict=True))
 
 
 @pytest.mark.parametrize("objective", ["vae", "vae_gan", "vae_contrastive"])
-def test_the_other_objectives_grow_too(objective: str):
+def test_other_objectives_grow(objective: str):
     step = TrainStep(replace(CONFIG, loss=replace(CONFIG.loss, objective=objective)))
-    metrics = advance(step, 15)
-    assert step.resolution == 16 and all(math.isfinite(value) for each in metrics for value in each.values())
+    history = advance(step, 15)
+    assert step.resolution == 16 and all(math.isfinite(value) for metrics in history for value in metrics.values())
     instance = {"vae": "pixel", "vae_gan": "feature", "vae_contrastive": "contrast"}[objective]
-    assert all(each[f"loss/{instance}"] > 0 for each in metrics[1:])  # at first the queue is empty
+    assert all(metrics[f"loss/{instance}"] > 0 for metrics in history[1:])  # in the first iteration the queue is empty
 
 
-def test_layers_not_grown_to_are_never_touched():
+def test_layers_of_later_resolutions_do_not_change():
     step = TrainStep(CONFIG)
     before = {name: value.clone() for name, value in step.networks.named_parameters()}
     advance(step, 6)
@@ -132,28 +134,28 @@ def test_layers_not_grown_to_are_never_touched():
     assert not any(p in moments for name, p in step.networks.named_parameters() if ".16." in name)
 
 
-def test_checkpointed_activations_give_the_same_gradients_and_hold_less():
-    plain, frugal = (
+def test_activation_checkpointing_keeps_gradients_and_saves_memory():
+    plain, checkpointed = (
         TrainStep(replace(CONFIG, train=replace(CONFIG.train, checkpoint_activations=on))) for on in (False, True)
     )
-    assert advance(frugal, 14) == advance(plain, 14)
-    for mine, theirs in zip(frugal.networks.parameters(), plain.networks.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert advance(checkpointed, 14) == advance(plain, 14)
+    for x, y in zip(checkpointed.networks.parameters(), plain.networks.parameters(), strict=True):
+        assert torch.equal(x, y)
 
-    def held(step: TrainStep) -> int:
-        seen: dict[int, int] = {}
+    def saved_bytes(step: TrainStep) -> int:
+        sizes: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         parameters = {p.untyped_storage().data_ptr() for p in step.networks.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             images = step.networks.decoder(torch.randn(8, Z, requires_grad=True))
         del images
-        return sum(size for pointer, size in seen.items() if pointer not in parameters)
+        return sum(size for pointer, size in sizes.items() if pointer not in parameters)
 
-    assert held(frugal) < 0.6 * held(plain)
+    assert saved_bytes(checkpointed) < 0.6 * saved_bytes(plain)
 
 
 @pytest.mark.parametrize("adversarial", ["wgan_gp", "logistic_r1", "hinge"])
@@ -164,66 +166,68 @@ def test_micro_batches_give_the_same_gradients(adversarial: str, order: str):
     config = replace(CONFIG, growth=growth, loss=loss, optim=replace(CONFIG.optim, eps=1e-3))
     torch.set_default_dtype(torch.float64)
     try:
-        whole = TrainStep(config)
-        parts = TrainStep(replace(config, train=replace(config.train, micro_batch=4)))
+        full = TrainStep(config)
+        split = TrainStep(replace(config, train=replace(config.train, micro_batch=4)))
         for _ in range(9):
-            a, b = advance(whole, 1)[0], advance(parts, 1)[0]
-            shares = {name for name in a if name.startswith("contrast/top")}  # in float32
-            assert a == {name: pytest.approx(b[name], rel=1e-6 if name in shares else 1e-10) for name in b}
-        assert whole.resolution == 16
-        for mine, theirs in zip(parts.networks.parameters(), whole.networks.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+            expected, metrics = advance(full, 1)[0], advance(split, 1)[0]
+            float32 = {name for name in expected if name.startswith("contrast/top")}
+            rtol = {name: 1e-6 if name in float32 else 1e-10 for name in metrics}
+            assert expected == {name: pytest.approx(metrics[name], rel=rtol[name]) for name in metrics}
+        assert full.resolution == 16
+        for x, y in zip(split.networks.parameters(), full.networks.parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_bfloat16_follows_float32():
-    wide, narrow = (
+    float32, bfloat16 = (
         TrainStep(replace(GROWING_FAST, train=replace(GROWING_FAST.train, precision=precision)))
         for precision in ("float32", "bfloat16")
     )
     distances = []
-    for found, expected, distance in follow_weights(narrow, wide, 10):
+    for metrics, expected, distance in follow_weights(bfloat16, float32, 10):
         distances.append(distance)
         for name in ("loss/discriminator", "loss/penalty", "loss/contrast", "pixel_mse"):
-            assert found[name].item() == pytest.approx(expected[name].item(), rel=0.03, abs=0.03), name
-    apart, moved = (sum(each) for each in zip(*distances, strict=True))
-    assert apart < 0.2 * moved, distances
+            assert metrics[name].item() == pytest.approx(expected[name].item(), rel=0.03, abs=0.03), name
+    difference, change = (sum(values) for values in zip(*distances, strict=True))
+    assert difference < 0.2 * change, distances
 
 
 def test_losses_penalties_and_keys_are_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch):
     from dcvae_fast.training import objectives as module
 
-    seen: dict[str, set[torch.dtype]] = {}
+    input_dtypes: dict[str, set[torch.dtype]] = {}
 
-    def watch(name: str) -> None:
+    def record_dtypes(name: str) -> None:
         original = getattr(module, name)
 
-        def watched(*args, **kwargs):
-            seen.setdefault(name, set()).update(x.dtype for x in args if isinstance(x, torch.Tensor))
+        def recording(*args, **kwargs):
+            input_dtypes.setdefault(name, set()).update(x.dtype for x in args if isinstance(x, torch.Tensor))
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, watched)
+        monkeypatch.setattr(module, name, recording)
 
     for name in ("discriminator_loss", "autoencoder_loss", "kl_divergence", "pixel_loss", "lipschitz_penalty"):
-        watch(name)
+        record_dtypes(name)
     step = TrainStep(replace(CONFIG, train=replace(CONFIG.train, precision="bfloat16")))
     trunk = step.networks.discriminator.critic.trunk
     assert isinstance(trunk, Trunk)
-    dtypes = []
-    trunk.conv.register_forward_hook(lambda layer, args, out: dtypes.append(out.dtype))
-    caches = []  # with the cache, gradients of a weight that is used twice are added up in bfloat16
-    trunk.register_forward_hook(lambda *_: caches.append(torch.is_autocast_cache_enabled()))
+    output_dtypes = []
+    trunk.conv.register_forward_hook(lambda layer, args, out: output_dtypes.append(out.dtype))
+    cache_enabled = []  # with the cache, gradients of a weight that is used twice are accumulated in bfloat16
+    trunk.register_forward_hook(lambda *_: cache_enabled.append(torch.is_autocast_cache_enabled()))
     advance(step, 1)
-    assert all(kinds == {torch.float32} for kinds in seen.values()) and len(seen) == 5
-    assert not all(caches)
-    assert dtypes.count(torch.float32) == 1 and set(dtypes) == {torch.bfloat16, torch.float32}  # the penalty's pass
+    assert all(dtypes == {torch.float32} for dtypes in input_dtypes.values()) and len(input_dtypes) == 5
+    assert not all(cache_enabled)
+    assert set(output_dtypes) == {torch.bfloat16, torch.float32}
+    assert output_dtypes.count(torch.float32) == 1  # the forward pass of the penalty
     contrast = step.networks.contrast
     assert contrast is not None and contrast.queue.keys.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in step.networks.parameters())
 
 
-# --- whole runs ---
+# --- complete runs ---
 
 
 @pytest.fixture
@@ -246,24 +250,23 @@ def settings(folder: Path, pictures: Path, images: int) -> list[str]:
     return [*options, "--train.images", str(images)]
 
 
-def assert_same_state(first: Path, second: Path) -> None:
-    one, two = load_checkpoint(first), load_checkpoint(second)
-    assert one is not None and two is not None and one["sources"] == two["sources"]
-    for name, value in one["step"]["networks"].items():
-        assert torch.equal(value, two["step"]["networks"][name]), name
+def assert_same_state(run: Path, expected_run: Path) -> None:
+    state, expected = load_checkpoint(run), load_checkpoint(expected_run)
+    assert state is not None and expected is not None and state["sources"] == expected["sources"]
+    for name, value in expected["step"]["networks"].items():
+        assert torch.equal(state["step"]["networks"][name], value), name
 
 
-def test_a_run_stopped_anywhere_in_its_growth_goes_on_bitwise(
-    pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
-):
-    train(parse_config(settings(tmp_path / "whole", pictures, 88))[0], tmp_path / "whole")
+def test_a_run_resumes_bitwise_at_any_point_of_growth(pictures: Path, tmp_path: Path, request: pytest.FixtureRequest):
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    train(parse_config(settings(uninterrupted, pictures, 88))[0], uninterrupted)
     request.getfixturevalue("quick_ends")
     for images in (12, 16, 24, 40, 48, 60, 88):
-        train(parse_config(settings(tmp_path / "parts", pictures, images))[0], tmp_path / "parts")
-    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+        train(parse_config(settings(resumed, pictures, images))[0], resumed)
+    assert_same_state(resumed, uninterrupted)
 
 
-def test_models_of_every_stage_can_be_used(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_models_of_all_stages_can_be_used(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run, picture = tmp_path / "run", pictures / "00.png"
     for images, resolution, alpha in ((8, 4, 1.0), (24, 8, 0.0), (48, 8, 1.0), (56, 16, 0.25), (80, 16, 1.0)):
         assert main(["train", *settings(run, pictures, images)]) == 0
@@ -274,13 +277,13 @@ def test_models_of_every_stage_can_be_used(pictures: Path, tmp_path: Path, capsy
         assert model.reconstruct(samples).shape == samples.shape
         saved = tmp_path / f"saved-{images}"
         assert main(["export", str(run), "--out", str(saved)]) == 0
-        again = DCVAE.from_pretrained(saved)
-        assert torch.equal(again.sample(3, generator=torch.Generator().manual_seed(0)), samples)
+        loaded = DCVAE.from_pretrained(saved)
+        assert torch.equal(loaded.sample(3, generator=torch.Generator().manual_seed(0)), samples)
         for command in (["sample", str(run)], ["reconstruct", str(run), str(picture)]):
             assert main([*command, "--out", str(tmp_path / "sheet.png")]) == 0
         assert main(["interpolate", str(run), str(picture), str(picture), "--out", str(tmp_path / "sheet.png")]) == 0
     with Image.open(run / "grids" / "growth.png") as sheet:
-        assert sheet.size == (8 * 64, 3 * 64)  # 8 samples each of 4×4, 8×8 and 16×16, at one size
+        assert sheet.size == (8 * 64, 3 * 64)  # 8 samples each at 4×4, 8×8 and 16×16, at the same size
         rows = torch.from_numpy(np.array(sheet)).unflatten(0, (3, 64))[:, ::4, ::4]
     with Image.open(run / "grids" / "growth" / "0004.png") as first:
         coarse = torch.from_numpy(np.array(first))
@@ -290,12 +293,12 @@ def test_models_of_every_stage_can_be_used(pictures: Path, tmp_path: Path, capsy
         rows[2], torch.cat(list(latest), 2).clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
     )
     out = capsys.readouterr().out
-    assert "Growing to 8×8, 8 images an iteration" in out and "Growing to 16×16, 4 images an iteration" in out
+    assert "Growing to 8×8, 8 images per iteration" in out and "Growing to 16×16, 4 images per iteration" in out
 
 
 @pytest.mark.slow
-def test_faces_small_learns_to_tell_real_faces_apart(real_data: Path, tmp_path: Path):
-    """The recipe with shorter stages."""
+def test_faces_small_learns_to_distinguish_faces(real_data: Path, tmp_path: Path):
+    """Uses the recipe with shorter stages."""
     stages = ["--growth.fade_images", "320", "--growth.stable_images", "320", "--log.every", "320"]
     argv = ["--recipe", "faces-small", "--data.root", str(real_data / "faces1024"), *stages, "--train.images", "2240"]
     config = parse_config(argv)[0]

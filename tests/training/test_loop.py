@@ -1,4 +1,4 @@
-"""Whole runs on scikit-learn's digits with tiny networks: resume, kill, stop, diverge."""
+"""Complete runs on scikit-learn's digits with tiny networks: resume, kill, stop, diverge."""
 
 import json
 import os
@@ -38,22 +38,25 @@ def run(folder: Path, images: int, *more: str):
 
 
 def flat(value: object, prefix: str = "") -> dict[str, object]:
-    """Nested dicts and lists as one dict of leaves."""
+    """Flatten nested dicts and lists into one dict."""
     if isinstance(value, dict):
         pairs = value.items()
     elif isinstance(value, (list, tuple)):
         pairs = enumerate(value)
     else:
         return {prefix: value}
-    return {name: leaf for key, part in pairs for name, leaf in flat(part, f"{prefix}/{key}").items()}
+    return {name: leaf for key, item in pairs for name, leaf in flat(item, f"{prefix}/{key}").items()}
 
 
-def assert_same_state(first: Path, second: Path) -> None:
-    """Networks, averages, optimizers, queue, data position: bit by bit."""
-    one, two = (flat({k: v for k, v in (load_checkpoint(f) or {}).items() if k != "config"}) for f in (first, second))
-    assert one.keys() == two.keys() and len(one) > 100
-    for name, value in one.items():
-        other = two[name]
+def assert_same_state(run: Path, expected_run: Path) -> None:
+    """Check that networks, EMAs, optimizers, queue and data position are bitwise equal."""
+    state, expected = (
+        flat({k: v for k, v in (load_checkpoint(folder) or {}).items() if k != "config"})
+        for folder in (run, expected_run)
+    )
+    assert state.keys() == expected.keys() and len(state) > 100
+    for name, value in state.items():
+        other = expected[name]
         if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
             assert torch.equal(value, other), name
         else:
@@ -62,12 +65,12 @@ def assert_same_state(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     run(folder, 160)
     return folder
 
 
-def test_a_run_folder_holds_what_was_learned(uninterrupted):
+def test_contents_of_a_run_folder(uninterrupted):
     lines = read_metrics(uninterrupted)
     assert [line["images"] for line in lines] == [32, 64, 96, 128, 160]
     assert {
@@ -90,27 +93,27 @@ def test_a_run_folder_holds_what_was_learned(uninterrupted):
     state = load_checkpoint(uninterrupted)
     assert state is not None
     model = DCVAE.from_pretrained(uninterrupted)
-    average = state["step"]["networks"]["decoder_ema.linear.weight"]
-    assert torch.equal(model.decoder.linear.weight, average)
-    assert not torch.equal(average, state["step"]["networks"]["decoder.linear.weight"])
+    ema = state["step"]["networks"]["decoder_ema.linear.weight"]
+    assert torch.equal(model.decoder.linear.weight, ema)
+    assert not torch.equal(ema, state["step"]["networks"]["decoder.linear.weight"])
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_resumed_at_any_checkpoint_is_bitwise_the_same(uninterrupted, tmp_path):
-    for images in (24, 64, 72, 160):  # also where no checkpoint was due
+def test_resumed_runs_are_bitwise_equal(uninterrupted, tmp_path):
+    for images in (24, 64, 72, 160):  # no checkpoint is due at 24 and 72 images
         assert run(tmp_path / "run", images).images == images
-    assert_same_state(uninterrupted, tmp_path / "run")
+    assert_same_state(tmp_path / "run", uninterrupted)
     assert [line["images"] for line in read_metrics(tmp_path / "run")] == [24, 32, 64, 72, 96, 128, 160]
     assert not run(tmp_path / "run", 160).trained
 
 
-def test_grids_in_mid_run_change_nothing(uninterrupted, tmp_path):
+def test_grids_do_not_affect_training(uninterrupted, tmp_path):
     run(tmp_path / "run", 160, "--log.grids_every", "32")
     assert len(list((tmp_path / "run" / "grids").glob("samples-*.png"))) == 5
-    assert_same_state(uninterrupted, tmp_path / "run")
+    assert_same_state(tmp_path / "run", uninterrupted)
 
 
-def test_the_source_is_what_the_configuration_says():
+def test_source_follows_the_configuration():
     images = ImageSet(
         "x", torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 32, 32), torch.arange(10)
     )
@@ -120,26 +123,26 @@ def test_the_source_is_what_the_configuration_says():
         config = parse_config([*TINY, "--train.batch", "4", *more])[0]
         return list(islice(open_source(config, data, torch.device("cpu")), 5))
 
-    whole = torch.cat([batch.ids for batch in batches(images)]).tolist()
-    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
+    ids = torch.cat([batch.ids for batch in batches(images)]).tolist()
+    assert sorted(ids[:10]) == sorted(ids[10:20]) == list(range(10))
     dropped = torch.cat([batch.ids for batch in batches(images, "--data.drop_last", "true")]).tolist()
     assert len(set(dropped[:8])) == len(set(dropped[8:16])) == 8
-    assert dropped[:8] == whole[:8] and dropped[8:16] == whole[10:18]  # each epoch's last two are left out
+    assert dropped[:8] == ids[:8] and dropped[8:16] == ids[10:18]  # drops the last two of each epoch
     mirrored = torch.cat([batch.images[:, 0, 0, 0] for batch in batches(ramp)])
     assert sorted(set(mirrored.tolist())) == pytest.approx([-1.0, 31 / 127.5 - 1])
     plain = torch.cat([batch.images[:, 0, 0, 0] for batch in batches(ramp, "--data.mirror", "false")])
     assert set(plain.tolist()) == {-1.0}
-    other = batches(images, "--train.seed", "1")
-    assert torch.cat([batch.ids for batch in other]).tolist() != whole
+    other_seed = batches(images, "--train.seed", "1")
+    assert torch.cat([batch.ids for batch in other_seed]).tolist() != ids
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_images_shown_round_up_to_whole_batches(tmp_path):
+def test_images_shown_are_rounded_up_to_full_batches(tmp_path):
     assert run(tmp_path / "run", 33).images == 40
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_progress_counts_the_images_that_are_left(tmp_path, monkeypatch):
+def test_progress_counts_images_up_to_the_total(tmp_path, monkeypatch):
     bars = []
 
     @contextmanager
@@ -155,21 +158,21 @@ def test_progress_counts_the_images_that_are_left(tmp_path, monkeypatch):
 
 def start(folder: Path, images: int, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "dcvae_fast.cli", "train", *settings(folder, images, *more)]
-    # Of several threads, sums might come in another order than in this process.
+    # The same number of threads as in this process, because it affects the order of sums.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.usefixtures("quick_ends")
-def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
+def test_killed_and_resumed_run_is_bitwise_equal(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, 160)
     wait_for(folder / "checkpoints" / "000000000064.pt", process)
@@ -178,31 +181,31 @@ def test_killed_and_run_again_is_bitwise_the_same(uninterrupted, tmp_path):
     state = load_checkpoint(folder)
     assert state is not None and 64 <= state["step"]["images"] < 160
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"images": 12}x\n{"images": 12')  # damaged, and as a kill may leave it
+        file.write('{"images": 12}x\n{"images": 12')  # a damaged record and an incomplete one
     run(folder, 160)
-    assert_same_state(uninterrupted, folder)
+    assert_same_state(folder, uninterrupted)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines] == [32, 64, 96, 128, 160]
 
 
-def test_a_signal_that_is_repeated_at_once_is_one_signal(monkeypatch: pytest.MonkeyPatch):
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+def test_immediately_repeated_signals_count_once(monkeypatch: pytest.MonkeyPatch):
+    unhandled: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: unhandled.append(number))
     try:
         with signals.stop_signals() as received:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-            assert received == [signal.SIGTERM] and not heard
+            assert received == [signal.SIGTERM] and not unhandled
             monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1)
-            signal.raise_signal(signal.SIGTERM)  # now as without us
-            assert received == [signal.SIGTERM] and heard == [signal.SIGTERM]
+            signal.raise_signal(signal.SIGTERM)  # goes to the previous handler
+            assert received == [signal.SIGTERM] and unhandled == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops(number, tmp_path):
+def test_a_signal_saves_a_checkpoint_and_stops(number, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, 1_000_000, "--log.checkpoint_every", "1000000")
     wait_for(folder / "metrics.jsonl", process)
@@ -216,7 +219,7 @@ def test_a_signal_saves_and_stops(number, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys):
+def test_divergence_is_reported_and_the_last_good_checkpoint_kept(tmp_path, capsys):
     folder = tmp_path / "run"
     run(folder, 16, "--log.checkpoint_every", "8")
     good = load_checkpoint(folder)
@@ -232,7 +235,7 @@ def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, capsys)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000000000016.pt", "000000000024.pt"]
 
 
-# --- images that are decoded while they are shown ---
+# --- images that are decoded during training ---
 
 
 @pytest.fixture
@@ -240,25 +243,26 @@ def folder_of_images(tmp_path) -> Path:
     return write_noise(tmp_path / "images", 40, 36, 40)
 
 
-def test_a_folder_is_trained_on_and_resumed_bitwise(folder_of_images, tmp_path, request):
+def test_training_on_a_folder_resumes_bitwise(folder_of_images, tmp_path, request):
     data = ["--data.name", "folder", "--data.root", str(folder_of_images)]
-    run(tmp_path / "whole", 48, *data)
+    complete, resumed = tmp_path / "complete", tmp_path / "resumed"
+    run(complete, 48, *data)
     request.getfixturevalue("quick_ends")
     for images, setting in ((16, "--data.prefetch=1"), (24, "--data.threads=1"), (40, "--data.resident=true")):
-        run(tmp_path / "parts", images, *data, setting)
-    run(tmp_path / "parts", 48, *data)
-    assert_same_state(tmp_path / "whole", tmp_path / "parts")
-    state = load_checkpoint(tmp_path / "whole")
+        run(resumed, images, *data, setting)
+    run(resumed, 48, *data)
+    assert_same_state(resumed, complete)
+    state = load_checkpoint(complete)
     assert state is not None and state["sources"] == [{"images": 48, "of": 38, "skipped": 0, "ranks": 1}]
-    assert len(list((tmp_path / "whole" / "grids").iterdir())) == 3  # of the two images held out, again and again
+    assert len(list((complete / "grids").iterdir())) == 3  # repeat the two held-out images
 
     (folder_of_images / "40.png").write_bytes((folder_of_images / "00.png").read_bytes())
     with pytest.raises(DataError, match="has 39 images now and had 38"):
-        run(tmp_path / "whole", 56, *data)
+        run(complete, 56, *data)
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_a_damaged_image_stops_a_run_without_loss_or_is_skipped(folder_of_images, tmp_path, capsys):
+def test_a_damaged_image_stops_a_run_after_a_checkpoint_or_is_skipped(folder_of_images, tmp_path, capsys):
     data = ["--data.name", "folder", "--data.root", str(folder_of_images), "--log.checkpoint_every", "1000"]
     config = parse_config([*TINY, *data])[0]
     order = torch.cat([batch.ids for batch in islice(open_source(config, open_data(config, "train"), CPU), 3)])

@@ -1,4 +1,4 @@
-"""Every Adam that is to be had here against torch's plain one, and moments that pass from one to another."""
+"""All available implementations of Adam against torch's unfused one, and moments moved between optimizers."""
 
 import shutil
 import sys
@@ -15,19 +15,19 @@ from dcvae_fast.training.optim import adam, choose, read_moments, write_moments
 CPU = torch.device("cpu")
 
 
-def kinds() -> list:
-    """Those that can be imported, and compiled if need be."""
-    found: list = ["torch"]
+def implementations() -> list:
+    """Return the implementations that can be imported and compiled."""
+    available: list = ["torch"]
     if torch.cuda.is_available():
         try:
             import apex.optimizers  # type: ignore[import-not-found] # noqa: F401
 
-            found.append("apex")
+            available.append("apex")
         except ImportError:
             pass
     if shutil.which("g++") is not None:
-        found.append(pytest.param("deepspeed", marks=pytest.mark.slow))  # compiles when first used
-    return found
+        available.append(pytest.param("deepspeed", marks=pytest.mark.slow))  # compiles when first used
+    return available
 
 
 def parameters(device: torch.device) -> list[nn.Parameter]:
@@ -41,38 +41,39 @@ def gradients(step: int, device: torch.device) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=generator).to(device) * 10.0 ** (-i) for i, p in enumerate(parameters(CPU))]
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("betas", [(0.0, 0.9), (0.5, 0.99)])
-def test_hundred_steps_are_those_of_plain_adam(kind: str, betas: tuple[float, float]):
-    """With c of equalised learning rate; half-way the moments are handed on to another one."""
+def test_hundred_steps_match_unfused_adam(implementation: str, betas: tuple[float, float]):
+    """With equalised learning rates; after 50 steps the moments move to a new optimizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = OptimConfig(lr=1e-2, betas=betas, implementation=kind)  # type: ignore[arg-type]
-    mine, theirs = parameters(device), parameters(device)
-    scales = {mine[0]: 0.25, mine[2]: 0.25}
-    groups = [{"params": [p], "lr": 1e-2 * c, "eps": 1e-8 / c} for p, c in zip(theirs, (0.25, 1.0, 0.25), strict=True)]
-    plain = torch.optim.Adam(groups, betas=betas, fused=False, foreach=False)
-    ours = adam(mine, config, scales=scales)
+    config = OptimConfig(lr=1e-2, betas=betas, implementation=implementation)  # type: ignore[arg-type]
+    params, expected = parameters(device), parameters(device)
+    c = (0.25, 1.0, 0.25)
+    scales = {params[0]: c[0], params[2]: c[2]}
+    groups = [{"params": [p], "lr": 1e-2 * x, "eps": 1e-8 / x} for p, x in zip(expected, c, strict=True)]
+    reference = torch.optim.Adam(groups, betas=betas, fused=False, foreach=False)
+    optimizer = adam(params, config, scales=scales)
     for step in range(100):
-        for p, q, gradient in zip(mine, theirs, gradients(step, device), strict=True):
+        for p, q, gradient in zip(params, expected, gradients(step, device), strict=True):
             p.grad, q.grad = gradient.clone(), gradient
-        ours.step()
-        plain.step()
+        optimizer.step()
+        reference.step()
         if step == 49:
-            old, ours = ours, adam(mine, config, scales=scales)
-            for before, after in zip(old.param_groups, ours.param_groups, strict=True):
+            old, optimizer = optimizer, adam(params, config, scales=scales)
+            for before, after in zip(old.param_groups, optimizer.param_groups, strict=True):
                 for p in before["params"]:
                     moments = read_moments(old, before, p)
                     assert moments.step == 50
-                    write_moments(ours, after, p, moments)
-    for p, q in zip(mine, theirs, strict=True):
+                    write_moments(optimizer, after, p, moments)
+    for p, q in zip(params, expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    (group,) = [group for group in ours.param_groups if len(group["params"]) == 2]
-    moments = read_moments(ours, group, mine[2])
+    (group,) = [group for group in optimizer.param_groups if len(group["params"]) == 2]
+    moments = read_moments(optimizer, group, params[2])
     assert moments.step == 100
-    torch.testing.assert_close(moments.exp_avg_sq, plain.state[theirs[2]]["exp_avg_sq"], rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(moments.exp_avg_sq, reference.state[expected[2]]["exp_avg_sq"], rtol=1e-5, atol=1e-12)
 
 
-def test_auto_is_apex_on_a_gpu_where_it_is_nvidias(monkeypatch: pytest.MonkeyPatch):
+def test_auto_selects_nvidias_apex_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     cuda = torch.device("cuda")
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # another project of that name
     assert choose("auto", cuda) == choose("auto", CPU) == "torch"

@@ -1,4 +1,4 @@
-"""Plans against what training does: arithmetic of real iterations, how many there are, what stays in memory."""
+"""Plans against real training: FLOPs of iterations, number of iterations, and memory."""
 
 from collections import Counter
 from dataclasses import replace
@@ -39,8 +39,8 @@ FIXED = Config(
 )
 
 
-class Arithmetic(TorchDispatchMode):
-    """Counts what convolutions and matrix products of the CPU take."""
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of convolutions and matrix products on the CPU."""
 
     def __init__(self):
         super().__init__()
@@ -60,15 +60,15 @@ def batch_at(step: TrainStep) -> Batch:
 
 
 def real_flops(step: TrainStep, images: int, iterations: int = 1) -> float:
-    """Of a real iteration at this point of the growth, the mean over the first few."""
+    """Return the FLOPs of real iterations after `images` images, averaged over the first few."""
     step.images = images
     step.grow(step.schedule)
     batch = batch_at(step)
-    with Arithmetic() as arithmetic:
+    with FlopCounter() as counter:
         for iteration in range(iterations):
             step.images, step.iterations = images, iteration
             step(batch)
-    return arithmetic.flops / iterations
+    return counter.flops / iterations
 
 
 @pytest.fixture(scope="module")
@@ -76,28 +76,27 @@ def stages() -> list[tuple[StageRange, Cost]]:
     return list(zip(stage_ranges(CONFIG), stage_costs(TrainStep(CONFIG, "meta")), strict=True))
 
 
-def test_each_stage_takes_what_its_real_iterations_do(stages: list[tuple[StageRange, Cost]]):
-    assert [str(stretch) for stretch, _ in stages] == ["4×4", "8×8 fading", "8×8", "16×16 fading", "16×16"]
+def test_costs_equal_those_of_real_iterations(stages: list[tuple[StageRange, Cost]]):
+    assert [str(stage_range) for stage_range, _ in stages] == ["4×4", "8×8 fading", "8×8", "16×16 fading", "16×16"]
     step = TrainStep(CONFIG)
-    for stretch, cost in stages:
-        assert cost.flops == real_flops(step, stretch.stage.begin + 1) > 0, str(stretch)
+    for stage_range, cost in stages:
+        assert cost.flops == real_flops(step, stage_range.stage.begin + 1) > 0, str(stage_range)
         assert cost.networks == sum(tensor.nbytes for tensor in step.networks.state_dict().values())
 
 
-def test_moments_are_those_that_training_keeps(stages: list[tuple[StageRange, Cost]]):
-    step, kept = TrainStep(CONFIG), {}
+def test_moments_equal_those_of_real_training(stages: list[tuple[StageRange, Cost]]):
+    step, sizes = TrainStep(CONFIG), {}
     while step.images < TRAIN.images:
         if step.schedule.resolution != step.resolution:
             step.grow(step.schedule)
         step(batch_at(step))
-        found = step.engine.moments().values()
-        moments = sum(moment.exp_avg.nbytes + moment.exp_avg_sq.nbytes for moment in found)
-        kept[step.resolution, step.alpha < 1] = moments
-    assert kept == {(stretch.stage.resolution, stretch.stage.fades): cost.moments for stretch, cost in stages}
+        moments = step.engine.moments().values()
+        sizes[step.resolution, step.alpha < 1] = sum(m.exp_avg.nbytes + m.exp_avg_sq.nbytes for m in moments)
+    assert sizes == {(s.stage.resolution, s.stage.fades): cost.moments for s, cost in stages}
 
 
 @pytest.mark.parametrize("config", [CONFIG, FIXED], ids=["progressive", "autogan"])
-def test_arithmetic_is_averaged_over_what_not_every_iteration_does(config: Config):
+def test_flops_are_averaged_over_autoencoder_updates_and_penalties(config: Config):
     loss = LossConfig(adversarial="logistic_r1", penalty_every=3)
     config = replace(config, loss=loss, train=replace(TRAIN, n_critic=2))
     step = TrainStep(config, "meta")
@@ -106,28 +105,28 @@ def test_arithmetic_is_averaged_over_what_not_every_iteration_does(config: Confi
 
 
 @pytest.mark.parametrize("images", [0, 1, 28, 29, 100, 140, 10_000])
-@pytest.mark.parametrize("fade_images", [0, 2, 20])  # of 2, a batch goes beyond it
-def test_stages_share_all_images_among_them(images: int, fade_images: int):
+@pytest.mark.parametrize("fade_images", [0, 2, 20])  # a fade of 2 images is shorter than a batch
+def test_stage_ranges_cover_all_images(images: int, fade_images: int):
     growth = replace(CONFIG.growth, fade_images=fade_images)
     config = replace(CONFIG, growth=growth, train=replace(TRAIN, images=images))
-    passed = stage_ranges(config)
-    assert sum(stretch.last - stretch.first for stretch in passed) == images
-    assert [stretch.first for stretch in passed] == [0, *(stretch.last for stretch in passed)][: len(passed)]
+    ranges = stage_ranges(config)
+    assert sum(r.last - r.first for r in ranges) == images
+    assert [r.first for r in ranges] == [0, *(r.last for r in ranges)][: len(ranges)]
 
     iterations, shown = Counter(), 0
     while shown < images:
-        now = schedule_at(config, shown)
-        iterations[now.resolution, now.alpha < 1, now.batch] += 1
-        shown += now.batch
-    assert iterations == {(p.stage.resolution, p.stage.fades, p.batch): p.iterations for p in passed}
+        schedule = schedule_at(config, shown)
+        iterations[schedule.resolution, schedule.alpha < 1, schedule.batch] += 1
+        shown += schedule.batch
+    assert iterations == {(r.stage.resolution, r.stage.fades, r.batch): r.iterations for r in ranges}
 
 
-def test_a_page_for_networks_that_grow(stages: list[tuple[StageRange, Cost]]):
+def test_report_for_growing_networks(stages: list[tuple[StageRange, Cost]]):
     images = ImageSet("noise", torch.zeros(70, 3, 16, 16, dtype=torch.uint8), None)
-    page = plan(CONFIG, images, torch.device("cpu"))
-    assert "forward, at 16×16" in page
-    assert "140 images = 2.0 epochs of 70 = 22 iterations; the autoencoder is stepped in 1 of 1" in page
-    rows = [line.split()[-6:] for line in page.splitlines() if line.startswith(("4×4", "8×8", "16×16"))]
+    report = plan(CONFIG, images, torch.device("cpu"))
+    assert "forward, at 16×16" in report
+    assert "140 images = 2.0 epochs of 70 = 22 iterations; 1 in 1 updates the autoencoder" in report
+    rows = [line.split()[-6:] for line in report.splitlines() if line.startswith(("4×4", "8×8", "16×16"))]
     assert [tuple(map(int, row[:4])) for row in rows] == [
         (0, 32, 4, 8),
         (32, 48, 2, 8),
@@ -135,36 +134,36 @@ def test_a_page_for_networks_that_grow(stages: list[tuple[StageRange, Cost]]):
         (80, 100, 4, 5),
         (100, 140, 8, 5),
     ]
-    for row, (stretch, cost) in zip(rows, stages, strict=True):
-        assert float(row[4]) == pytest.approx(cost.flops / stretch.batch / 1e9, abs=5e-4)
-    assert "; the most, at 16×16 fading" in page and "float32" not in page
+    for row, (stage_range, cost) in zip(rows, stages, strict=True):
+        assert float(row[4]) == pytest.approx(cost.flops / stage_range.batch / 1e9, abs=5e-4)
+    assert "; the maximum is at 16×16 fading" in report and "float32" not in report
 
 
-def test_a_page_ends_where_training_does():
+def test_report_has_only_stages_that_training_reaches():
     images = ImageSet("noise", torch.zeros(70, 3, 16, 16, dtype=torch.uint8), None)
     short = replace(CONFIG, train=replace(TRAIN, images=30, precision="bfloat16"))
-    page = plan(short, images, torch.device("cpu"))
-    assert "\n4×4" in page and "\n8×8" not in page
-    assert "counted in float32" in page
+    report = plan(short, images, torch.device("cpu"))
+    assert "\n4×4" in report and "\n8×8" not in report
+    assert "counted in float32" in report
 
 
-def test_peak_memory_leaves_out_what_was_there():
-    there, more = torch.zeros(100, device="meta"), torch.zeros(10, device="meta")
-    with PeakMemory(besides=[there]) as peak:
-        there.mul_(2)
-        made = there[:50] * 2  # 200 bytes
-        del made
-        more.add_(1)  # 40
-        _kept = there * more[0]  # 400
+def test_peak_memory_excludes_existing_tensors():
+    excluded, other = torch.zeros(100, device="meta"), torch.zeros(10, device="meta")
+    with PeakMemory(exclude=[excluded]) as peak:
+        excluded.mul_(2)
+        freed = excluded[:50] * 2  # 200 bytes
+        del freed
+        other.add_(1)  # 40 bytes
+        _product = excluded * other[0]  # 400 bytes
     assert peak.peak == 440
 
 
-def test_a_whole_training_takes_its_iterations_and_less_once_some_are_done(
+def test_training_flops_sum_all_or_the_remaining_iterations(
     stages: list[tuple[StageRange, Cost]], monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
         patch.setattr("dcvae_fast.training.plan.stage_costs", lambda step: [cost for _, cost in stages])
-        assert training_flops(CONFIG) == sum(stretch.iterations * cost.flops for stretch, cost in stages)
+        assert training_flops(CONFIG) == sum(stage_range.iterations * cost.flops for stage_range, cost in stages)
         last, cost = stages[-1]
         assert training_flops(CONFIG, last.first + last.batch) == (last.iterations - 1) * cost.flops
         assert training_flops(CONFIG, 10**9) == 0

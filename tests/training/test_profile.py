@@ -13,8 +13,8 @@ TINY = ["--recipe", str(Path(__file__).parents[1] / "tiny.yaml")]
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_a_trace_and_a_table_of_two_steps_of_the_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """2 iterations a step: 10 until all is recorded, then 4 that are profiled."""
+def test_trace_and_table_of_two_autoencoder_updates(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With an update in every second iteration, the profiler waits for 10 iterations and profiles 4."""
     assert main(["train", *TINY, "--run", str(tmp_path), "--train.images", "120", "--profile"]) == 0
     table = (tmp_path / "profile" / "top20.txt").read_text()
     assert table.startswith("4 iterations, 32 images, ") and table in capsys.readouterr().out
@@ -23,19 +23,19 @@ def test_a_trace_and_a_table_of_two_steps_of_the_autoencoder(tmp_path: Path, cap
     assert any("convolution" in row for row in rows)
     events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     steps = [e for e in events if e.get("name", "").startswith("Optimizer.step#Adam")]
-    # Each iteration steps the discriminator, each second one the autoencoder for two objectives.
+    # Each iteration has one optimizer step for the discriminator, every second one two more for the autoencoder.
     assert len(steps) == 4 + 2 * 2
     assert (tmp_path / "checkpoints" / "000000000120.pt").exists()
 
 
 @pytest.mark.usefixtures("quick_ends")
-def test_too_short_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_too_short_to_profile_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", *TINY, "--run", str(tmp_path), "--train.images", "16", "--profile"]) == 0
-    assert "Nothing was profiled: that takes 14 iterations." in capsys.readouterr().out
+    assert "Nothing was profiled: profiling needs 14 iterations." in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()
 
 
-def test_the_gpu_is_busy_while_anything_runs_on_it():
+def test_busy_seconds_are_the_union_of_gpu_events():
     def event(start: float, end: float, device: Any = torch.autograd.DeviceType.CUDA, annotation: bool = False) -> Any:
         return SimpleNamespace(
             device_type=device, is_user_annotation=annotation, time_range=SimpleNamespace(start=start, end=end)

@@ -1,4 +1,4 @@
-"""Several processes (gloo, on the CPU) do what one does, by torch and by DeepSpeed; and end well."""
+"""Several ranks (gloo, on the CPU) match one process, with torch and DeepSpeed; errors and signals end all ranks."""
 
 import json
 import os
@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
 def start(count: int, command: list[str], **environment: str) -> list[subprocess.Popen]:
-    """As launchers start `count` ranks, without waiting."""
+    """Start `count` ranks with a launcher's environment, without waiting for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def start(count: int, command: list[str], **environment: str) -> list[subprocess
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[str]:
-    """What they printed; all have to end in time."""
+    """Return the output of each process. Kill all processes if one does not end in time."""
     try:
         return [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
@@ -63,9 +63,9 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[str]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the states of one process without DeepSpeed after each iteration."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("reference")
     for name, config in CASES.items():
         torch.save(record(config), folder / f"{name}.pt")
     return folder
@@ -74,15 +74,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("count", "engines"), [(1, "1"), (2, "torch,1"), pytest.param(2, "0,2", marks=pytest.mark.slow)]
 )
-def test_the_same_is_learned_by_any_number_of_ranks_and_any_engine(alone: Path, count: int, engines: str):
-    """Compare weights, averages, batch statistics, queues and moments; also continue a training with another engine."""
-    processes = start(count, [str(WORKER), str(alone), engines])
-    printed = finish(processes)
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(printed)
+def test_any_number_of_ranks_and_any_engine_match_one_process(reference: Path, count: int, engines: str):
+    """Compare weights, EMAs, batch statistics, queues and moments, and resume training with another engine."""
+    processes = start(count, [str(WORKER), str(reference), engines])
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
     for name, config in CASES.items():
         step = TrainStep(config)
-        step.load_state_dict(torch.load(alone / f"{name}-of-{count}.pt", weights_only=True))
-        follow(step, torch.load(alone / f"{name}.pt", weights_only=True))
+        step.load_state_dict(torch.load(reference / f"{name}-of-{count}.pt", weights_only=True))
+        follow(step, torch.load(reference / f"{name}.pt", weights_only=True))
 
 
 # With the default ε, Adam makes full steps from gradients that are rounding errors.
@@ -100,28 +100,27 @@ from dcvae_fast.console import configure_logging
 from dcvae_fast.distributed import exit_process
 configure_logging()
 for settings in json.loads(sys.argv[1]):
-    mine = settings[int(os.environ["RANK"])] if isinstance(settings[0], list) else settings
-    print("exit", cli._run(["train", *mine]), flush=True)
+    arguments = settings[int(os.environ["RANK"])] if isinstance(settings[0], list) else settings
+    print("exit", cli._run(["train", *arguments]), flush=True)
 exit_process(0)
 """
 
 
 def run_all(runs: list, count: int = 2) -> list[list[tuple[int, str]]]:
-    """For each of these settings, or lists of settings by rank: each rank's exit code and what it printed."""
+    """Run these settings, or lists of settings by rank; return, for each, the exit code and output of each rank."""
     processes = start(count, ["-c", RUN_ALL, json.dumps(runs)])
-    printed = finish(processes)
-    parts = [[part for part in re.split(r"^exit (\d+)$", text, flags=re.M)] for text in printed]
-    assert all(len(part) == 2 * len(runs) + 1 for part in parts), "\n".join(printed)
-    return [[(int(part[2 * i + 1]), part[2 * i]) for part in parts] for i in range(len(runs))]
+    outputs = finish(processes)
+    by_rank = [re.split(r"^exit (\d+)$", output, flags=re.M) for output in outputs]
+    assert all(len(parts) == 2 * len(runs) + 1 for parts in by_rank), "\n".join(outputs)
+    return [[(int(parts[2 * i + 1]), parts[2 * i]) for parts in by_rank] for i in range(len(runs))]
 
 
 def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
-    """Wrong settings, or lists of settings by rank, and the expected error message."""
+    """Return wrong settings, or lists of settings by rank, and the expected error message."""
     base = tiny(tmp_path / "run", 32)
-    other = ["--recipe", "digits", "--train.images", "32", "--run", str(tmp_path / "run")]
-    few = [f"{i}.png" for i in range(2)]
-    for name in few:
-        Image.new("L", (32, 32)).save(tmp_path / name)
+    other_recipe = ["--recipe", "digits", "--train.images", "32", "--run", str(tmp_path / "run")]
+    for i in range(2):
+        Image.new("L", (32, 32)).save(tmp_path / f"{i}.png")
     files = {"stage3": {"zero_optimization": {"stage": 3}}, "batch": {"train_batch_size": 16}, "empty": None}
     files |= {
         "bf16": {"bf16": {"enabled": True}},
@@ -138,34 +137,34 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
         return [*base, "--deepspeed_config", str(tmp_path / f"{name}.json")]
 
     return [
-        ([*base, "--train.batch", "9"], "train.batch is 9, which 2 ranks cannot share"),
-        ([*base, "--train.sampled_batch", "7"], "train.sampled_batch is 7, which 2 ranks cannot share"),
+        ([*base, "--train.batch", "9"], "train.batch is 9, which cannot be divided among 2 ranks"),
+        ([*base, "--train.sampled_batch", "7"], "train.sampled_batch is 7, which cannot be divided among 2 ranks"),
         ([*base, "--train.batch", "2"], "train.batch leaves 1 image for each of 2 ranks"),
-        ([base, other], "data.mirror is False on rank 1, but True on rank 0"),
+        ([base, other_recipe], "data.mirror is False on rank 1, but True on rank 0"),
         ([base, [*base, "--train.images", "48"]], "train.images is 48 on rank 1, but 32 on rank 0"),
         ([base, [*base, "--log.every", "16"]], "log.every is 16 on rank 1, but 32 on rank 0"),
         ([base, [*base, "--train.batch", "x"]], "train.batch"),
         (
             [*base, "--data.name", "folder", "--data.root", str(tmp_path)],
-            "has fewer images, 1, than there are ranks, 2",
+            "has 1 images, fewer than the 2 ranks",
         ),
         (json_file("missing"), "missing.json cannot be read (No such file or directory)"),
         (json_file("empty"), "empty.json is not valid JSON"),
-        (json_file("stage3"), "zero_optimization.stage is 3; it must be 0, 1 or 2: stage 3 cuts up the weights too"),
-        (json_file("batch"), "train_batch_size is 16, but train.batch on 2 ranks"),
-        (json_file("bf16"), "bf16.enabled is True, but train.precision float32 makes it False"),
-        (json_file("adam"), "optimizer cannot be set here: Adam's settings are those of the recipe's section optim"),
-        (json_file("clip"), "gradient_clipping is 1, but the method, which clips none, makes it 0"),
+        (json_file("stage3"), "zero_optimization.stage is 3; it must be 0, 1 or 2: stage 3 shards the weights too"),
+        (json_file("batch"), "train_batch_size is 16; it must be 8 (train.batch on 2 ranks)"),
+        (json_file("bf16"), "bf16.enabled is True; it must be False (train.precision is float32)"),
+        (json_file("adam"), "optimizer cannot be set here: use the recipe's section optim"),
+        (json_file("clip"), "gradient_clipping is 1; it must be 0 (gradients are not clipped)"),
         (json_file("kind"), "zero_optimization.overlap_comm is 'yes'; it must be true or false"),
-        (json_file("half"), "communication_data_type is 'fp16', but the type of the gradients makes it 'fp32'"),
+        (json_file("half"), "communication_data_type is 'fp16'; it must be 'fp32' (gradients are float32)"),
         ([*growing, "--growth.batch", "{4: 4, 8: 6}"], "growth.batch[4] leaves 2 images for each of 2 ranks, too few"),
         ([*growing, "--growth.batch", "{4: 8, 8: 12}", "--train.micro_batch", "4"], "growth.batch[8] leaves 6 images"),
         ([*base, "--train.device", "cuda:0"], "the device is 'cuda:0', but each of 2 ranks needs its own"),
     ]
 
 
-def whole_and_broken(tmp_path: Path) -> list[list[str]]:
-    """Settings of a run, and of a run with an unreadable image."""
+def intact_and_broken(tmp_path: Path) -> list[list[str]]:
+    """Return the settings of a run, and of a run with an unreadable image."""
     images = tmp_path / "images"
     images.mkdir()
     for i in range(40):
@@ -176,80 +175,79 @@ def whole_and_broken(tmp_path: Path) -> list[list[str]]:
 
 
 class Launched(NamedTuple):
-    """Results of runs on two ranks that share one start. Each run has, per rank, the exit code and the output."""
+    """Runs with and without mistakes in the same two processes. Results are exit code and output, by run and rank."""
 
     mistakes: list[tuple[list, str]]
-    of_mistakes: list[list[tuple[int, str]]]
-    wrong: Path
-    of_runs: list[list[tuple[int, str]]]
+    mistake_results: list[list[tuple[int, str]]]
+    mistake_folder: Path
+    results: list[list[tuple[int, str]]]
     folder: Path
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    wrong, folder = tmp_path_factory.mktemp("wrong"), tmp_path_factory.mktemp("runs")
-    cases = mistakes(wrong)
-    found = run_all([*(case for case, _ in cases), *whole_and_broken(folder)])
-    return Launched(cases, found[: len(cases)], wrong, found[len(cases) :], folder)
+    mistake_folder, folder = tmp_path_factory.mktemp("mistakes"), tmp_path_factory.mktemp("runs")
+    cases = mistakes(mistake_folder)
+    results = run_all([*(case for case, _ in cases), *intact_and_broken(folder)])
+    return Launched(cases, results[: len(cases)], mistake_folder, results[len(cases) :], folder)
 
 
-def test_one_rank_says_what_is_wrong_and_none_hangs(launched: Launched):
-    for (settings, message), (first, second) in zip(launched.mistakes, launched.of_mistakes, strict=True):
-        assert first[0] == second[0] == 1, settings
-        said = [text for _, text in (first, second) if "dcvae: error:" in text]
-        assert len(said) == 1 and message in said[0], (settings, first, second)
-    assert not (launched.wrong / "run").exists()
+def test_errors_are_reported_once_and_end_all_ranks(launched: Launched):
+    for (settings, message), results in zip(launched.mistakes, launched.mistake_results, strict=True):
+        assert [code for code, _ in results] == [1, 1], settings
+        errors = [output for _, output in results if "dcvae: error:" in output]
+        assert len(errors) == 1 and message in errors[0], (settings, results)
+    assert not (launched.mistake_folder / "run").exists()
 
 
-def test_a_run_of_two_ranks_is_one_run(launched: Launched):
-    """There is one log, one checkpoint and one set of pictures; an unreadable image stops all ranks without loss."""
-    (first, second), (one, other) = launched.of_runs
+def test_two_ranks_write_one_run(launched: Launched):
+    """Two ranks write one log, one set of checkpoints and grids. An unreadable image stops both after a checkpoint."""
+    (first, second), broken = launched.results
     assert first[0] == second[0] == 0 and "64 images shown" in first[1] and not second[1].strip()
 
-    run, alone = launched.folder / "run", launched.folder / "alone"
+    run, single = launched.folder / "run", launched.folder / "single"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000000000032.pt", "000000000064.pt"]
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert len(list((run / "grids").iterdir())) == 3
     # A single process continues the run.
-    for folder in (run, alone):
+    for folder in (run, single):
         train(parse_config(tiny(folder, 80, *SMOOTH)).config, folder)
-    lines, expected = map(read_metrics, (run, alone))
     # Ten iterations amplify rounding errors, on some processors to 3e-4 in batch statistics. The test above compares
     # each iteration strictly.
-    for line, mine in zip(lines, expected, strict=True):  # means over the ranks are those over the whole batch
-        assert line.keys() == mine.keys()
+    for line, expected in zip(read_metrics(run), read_metrics(single), strict=True):
+        assert line.keys() == expected.keys()
         for name in line.keys() - {"images_per_second", "waiting_for_data"}:
-            assert line[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-5), name
-    mine, theirs = (load_checkpoint(folder) for folder in (run, alone))
-    assert mine is not None and theirs is not None and mine["sources"] == theirs["sources"]
-    for name, value in theirs["step"]["networks"].items():
+            assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    state, expected = (load_checkpoint(folder) for folder in (run, single))
+    assert state is not None and expected is not None and state["sources"] == expected["sources"]
+    for name, value in expected["step"]["networks"].items():
         rtol = 3e-3 if "running" in name else 3e-5
-        torch.testing.assert_close(mine["step"]["networks"][name], value, rtol=rtol, atol=1e-5)
+        torch.testing.assert_close(state["step"]["networks"][name], value, rtol=rtol, atol=1e-5)
 
-    assert one[0] == other[0] == 1
-    said = [text for _, text in (one, other) if "dcvae: error:" in text]
-    assert len(said) == 1 and "21.png" in said[0]
+    assert [code for code, _ in broken] == [1, 1]
+    errors = [output for _, output in broken if "dcvae: error:" in output]
+    assert len(errors) == 1 and "21.png" in errors[0]
     state = load_checkpoint(launched.folder / "broken")
     assert state is not None and [source["images"] for source in state["sources"]] == [state["step"]["images"]] * 2
 
 
-def test_when_a_rank_is_stopped_or_dies_all_end_and_the_run_goes_on(tmp_path: Path):
+def test_a_stopped_or_killed_rank_ends_all_and_the_run_can_be_resumed(tmp_path: Path):
     run = tmp_path / "run"
     for engine, ending in (("torch", signal.SIGTERM), ("deepspeed", signal.SIGKILL)):
-        before = set(run.glob("checkpoints/*.pt"))
+        previous = set(run.glob("checkpoints/*.pt"))
         options = tiny(run, 1_000_000, "--log.keep", "100", "--train.engine", engine)
         processes = start(2, [str(ROOT / "train.py"), *options])
-        while not set(run.glob("checkpoints/*.pt")) - before:
+        while not set(run.glob("checkpoints/*.pt")) - previous:
             assert all(process.poll() is None for process in processes), finish(processes, 1)
             time.sleep(0.05)
         processes[1].send_signal(ending)
-        printed = finish(processes, seconds=60)
+        outputs = finish(processes, seconds=60)
         codes = [process.returncode for process in processes]
         if ending == signal.SIGTERM:
-            assert codes == [143, 143], printed
-            assert "run the same command to resume" in printed[0]
+            assert codes == [143, 143], outputs
+            assert "run the same command to resume" in outputs[0]
         else:
-            assert codes == [1, -signal.SIGKILL] and "dcvae: error: another rank has ended" in printed[0], printed
+            assert codes == [1, -signal.SIGKILL] and "dcvae: error: another rank has ended" in outputs[0], outputs
     state = load_checkpoint(run)
     assert state is not None
     images = state["step"]["images"]
@@ -257,7 +255,7 @@ def test_when_a_rank_is_stopped_or_dies_all_end_and_the_run_goes_on(tmp_path: Pa
     assert (run / "checkpoints" / f"{images + 8:012d}.pt").is_file()
 
 
-def test_an_engine_or_an_adam_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"train\.engine is deepspeed, which cannot be imported"):
         TrainStep(replace(FIXED, train=replace(FIXED.train, engine="deepspeed")))

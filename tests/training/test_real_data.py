@@ -1,4 +1,4 @@
-"""Short, narrow VAE runs on real MNIST and CIFAR-10: the pixel error falls well under that of the mean image."""
+"""Short runs of narrow VAEs on MNIST and CIFAR-10: the pixel error falls well below that of the mean image."""
 
 import pytest
 
@@ -21,12 +21,12 @@ def test_learns_to_reconstruct(recipe, images, share, accuracy, torchvision_root
     data = ["--data.root", str(torchvision_root), "--train.images", str(images), "--run", str(folder)]
     assert main(["train", "--recipe", recipe, *NARROW, *data]) == 0
     lines = read_metrics(folder)
-    measured = [line for line in lines if "held_out/pixel_mse" in line][-1]
+    metrics = [line for line in lines if "held_out/pixel_mse" in line][-1]
     train_set, test_set = (load_dataset(recipe, torchvision_root, split) for split in ("train", "test"))
     assert isinstance(train_set, ImageSet) and isinstance(test_set, ImageSet)
     mean = train_set.images.float().mean(0)
-    of_mean = (test_set.images[:1000].float() - mean).square().mean().item() / 127.5**2
-    assert measured["held_out/pixel_mse"] < share * of_mean
-    assert measured["held_out/probe_accuracy"] > accuracy
+    mean_error = (test_set.images[:1000].float() - mean).square().mean().item() / 127.5**2
+    assert metrics["held_out/pixel_mse"] < share * mean_error
+    assert metrics["held_out/probe_accuracy"] > accuracy
     errors = [line["pixel_mse"] for line in lines if "pixel_mse" in line]
     assert len(errors) == images // 3200 and errors == sorted(errors, reverse=True)

@@ -1,4 +1,4 @@
-"""How networks grow, by a table; and settings that no networks can grow by."""
+"""Growth schedules against a table, and settings that are rejected."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ def config(resolution: int = 16, layers: tuple = ("final",), **growth) -> Config
 @pytest.mark.parametrize(
     ("images", "resolution", "alpha", "batch"),
     [
-        (0, 4, 1.0, 16),  # there is nothing to fade in at first
+        (0, 4, 1.0, 16),  # the first resolution does not fade in
         (599_999, 4, 1.0, 16),
         (600_000, 8, 0.0, 16),
         (600_016, 8, 16 / 600_000, 16),
@@ -51,7 +51,7 @@ def config(resolution: int = 16, layers: tuple = ("final",), **growth) -> Config
         (7_950_000, 512, 0.25, 6),
         (8_399_999, 512, 599_999 / 600_000, 6),
         (8_400_000, 512, 1.0, 6),
-        (9_000_000, 512, 1.0, 6),  # the last stage goes on for ever
+        (9_000_000, 512, 1.0, 6),  # the last stage has no end
         (10**12, 512, 1.0, 6),
     ],
 )
@@ -69,7 +69,7 @@ def test_stages_follow_one_another():
     ]
 
 
-def test_without_fades_each_resolution_is_there_at_once():
+def test_without_fades_resolutions_change_immediately():
     growing = config(fade_images=0, stable_images=50)
     assert stages(growing) == [Stage(4, 0, 50, False), Stage(8, 50, 50, False), Stage(16, 100, 50, False)]
     for images, resolution in ((0, 4), (49, 4), (50, 8), (99, 8), (100, 16), (10**9, 16)):
@@ -80,17 +80,17 @@ def test_without_fades_each_resolution_is_there_at_once():
     ("start", "expected"),
     [
         (8, [(8, 0, False), (16, 50, True), (16, 80, False)]),
-        (16, [(16, 0, False)]),  # nothing grows, and nothing fades
+        (16, [(16, 0, False)]),  # no growth, no fade
     ],
 )
-def test_growth_may_start_later(start, expected):
+def test_growth_can_start_at_a_higher_resolution(start, expected):
     growing = config(start=start, fade_images=30, stable_images=50, batch={8: 5, 16: 3})
     assert [(stage.resolution, stage.begin, stage.fades) for stage in stages(growing)] == expected
     assert schedule_at(growing, 0) == ScheduleState(start, 1.0, {8: 5, 16: 3}[start], 1e-3)
     assert schedule_at(growing, 10**9) == ScheduleState(16, 1.0, 3, 1e-3)
 
 
-def test_learning_rates_by_resolution_and_else_the_optimizers():
+def test_learning_rate_by_resolution_defaults_to_optim_lr():
     growing = config(fade_images=30, stable_images=50, lr={8: 2e-3, 16: 3e-3})
     for images, lr in ((0, 1e-3), (49, 1e-3), (50, 2e-3), (80, 2e-3), (129, 2e-3), (130, 3e-3), (10**9, 3e-3)):
         assert schedule_at(growing, images).lr == lr
@@ -132,6 +132,6 @@ def test_networks_of_one_resolution_do_not_grow():
         (lambda: GrowthConfig(lr={16: 0.0}), r"growth.lr\[16\] is 0.0"),
     ],
 )
-def test_settings_that_cannot_be_are_named(build: Callable[[], object], message: str):
+def test_invalid_settings_are_reported(build: Callable[[], object], message: str):
     with pytest.raises(ConfigError, match=f"^{message}"):
         build()
