@@ -1,4 +1,4 @@
-"""How every benchmark measures, and how its result file is filled.
+"""Measurements that all benchmarks share, and the contents of their result files.
 
 All implementations are timed by the same functions, after calls whose result is checked and which compile what is to be
 compiled. Inputs stay where they are between calls, so small ones are in the cache for all of them.

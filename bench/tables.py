@@ -125,7 +125,7 @@ def spectral_norm_shape(row: Document) -> str:
 
 
 class Table(NamedTuple):
-    """How a benchmark is shown.
+    """Layout of a benchmark's tables.
 
     Attributes:
         text: explanation above the tables

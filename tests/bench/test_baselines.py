@@ -1,4 +1,4 @@
-"""Ours computes what the plain iteration does: losses, weights, averages and queue, given the same noise."""
+"""Tests that TrainStep and the plain baseline agree: losses, weights, EMAs and queue, given the same noise."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,15 +76,15 @@ def assert_same_metrics(ours: Metrics, plain: dict[str, Tensor], rtol: float) ->
 def assert_same_state(ours: TrainStep, plain: Baseline, rtol: float = 1e-8) -> None:
     networks, contrast = ours.networks, ours.networks.contrast
     assert contrast is not None
-    for mine, theirs in (
+    for our_network, plain_network in (
         (networks.encoder, plain.encoder),
         (networks.decoder, plain.decoder),
         (networks.discriminator, plain.discriminator),
         (contrast.momentum, plain.momentum),
         (networks.decoder_ema, plain.decoder_ema),
     ):
-        values = unfolded(mine)
-        for name, expected in theirs.named_parameters():
+        values = unfolded(our_network)
+        for name, expected in plain_network.named_parameters():
             torch.testing.assert_close(values[name], expected, rtol=rtol, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
     assert (int(contrast.queue.valid), int(contrast.queue.cursor)) == (plain.filled, plain.cursor)
     filled = F.normalize(contrast.queue.keys, dim=2)[:, : plain.filled]
@@ -93,7 +93,7 @@ def assert_same_state(ours: TrainStep, plain: Baseline, rtol: float = 1e-8) -> N
 
 
 @pytest.mark.parametrize("adversarial", ["wgan_gp", "hinge", "logistic_r1"])
-def test_ours_computes_what_the_plain_growing_iteration_does(adversarial):
+def test_growing_iterations_agree(adversarial):
     config = replace(GROWING, loss=replace(GROWING.loss, adversarial=adversarial))
     ours, plain = TrainStep(config), Baseline(config)
     assert_same_state(ours, plain)
@@ -115,8 +115,8 @@ def test_ours_computes_what_the_plain_growing_iteration_does(adversarial):
     assert phases == [(4, 1.0), (4, 1.0), *fades]
 
 
-def test_ours_computes_what_the_plain_iteration_at_32_does_where_spectral_norms_converge():
-    """Ours iterates them less often, which tells in the first steps; here each pass iterates until nothing changes."""
+def test_iterations_at_32_agree_if_spectral_norms_converge():
+    """TrainStep updates spectral norms less often; here each pass iterates until they converge."""
     ours, plain = TrainStep(SMALL), Baseline(SMALL)
     contrast = ours.networks.contrast
     assert contrast is not None
@@ -131,7 +131,7 @@ def test_ours_computes_what_the_plain_iteration_at_32_does_where_spectral_norms_
         assert_same_state(ours, plain)
 
 
-def test_the_iteration_at_32_costs_what_the_authors_code_does():
+def test_flops_of_the_authors_iteration_at_32():
     """20.65 GFLOP an image in the discriminator's step, and 2.00 TFLOP for 64 images with the 1-in-5 steps
     averaged in."""
     torch.set_default_dtype(torch.float32)
@@ -147,13 +147,13 @@ def test_the_iteration_at_32_costs_what_the_authors_code_does():
 
 
 @pytest.mark.parametrize("setting", [{"objective": "vae"}, {"order": "joint"}])
-def test_what_there_is_no_baseline_for_is_refused(setting):
+def test_settings_without_a_baseline_are_rejected(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting.values()))!r}"):
         Baseline(replace(SMALL, loss=replace(SMALL.loss, **setting)))
 
 
 @pytest.mark.parametrize(("resolution", "gflop"), [(64, 27.3), (128, 41.8), (256, 56.3), (512, 70.8)])
-def test_plain_networks_cost_what_progressive_gans_do(resolution: int, gflop: float):
+def test_flops_of_plain_networks(resolution: int, gflop: float):
     """A forward pass, resampling apart from the convolutions; ours costs 18.4, 27.5, 36.7 and 45.8."""
     torch.set_default_dtype(torch.float32)
     model = ModelConfig(architecture="progressive", resolution=resolution, latent_dim=512)

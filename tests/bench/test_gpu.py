@@ -32,8 +32,8 @@ def step_document(rehearsal) -> dict:
 
 
 def cells(document, row):
-    (found,) = (r for r in document["rows"] if r["name"] == row)
-    return {(cell["peer"], cell["mode"]): cell for cell in found["cells"]}
+    (match,) = (r for r in document["rows"] if r["name"] == row)
+    return {(cell["peer"], cell["mode"]): cell for cell in match["cells"]}
 
 
 @pytest.mark.multiprocess
@@ -47,7 +47,7 @@ def test_result_says_where_it_comes_from(document):
 
 
 @pytest.mark.multiprocess
-def test_result_holds_shapes_and_floors_of_what_ran(document):
+def test_result_holds_shapes_and_floors(document):
     rows = {row["name"]: row for row in document["rows"]}
     dcvae, clip = rows["dcvae"], rows["clip"]
     assert [dcvae[key] for key in ("scales", "batch", "queue", "dim", "dtype")] == [2, 128, 1024, 16, "float32"]
@@ -93,7 +93,7 @@ def test_result_of_spectral_norm(spectral_norm_document):
 
 
 @pytest.mark.multiprocess
-def test_who_cannot_run_says_why(document):
+def test_reasons_of_missing_times(document):
     for row in document["rows"]:
         for cell in row["cells"]:
             assert (cell["wall"] is None) == bool(cell["reason"]), cell

@@ -51,9 +51,9 @@ def rehearsal(folder, tmp_path_factory):
 
 
 @pytest.mark.multiprocess
-def test_rehearsal_times_everybody_who_can(rehearsal):
+def test_rehearsal_times_available_implementations(rehearsal):
     document, status = rehearsal
-    assert status == 0  # absent images are no failure
+    assert status == 0  # absent images do not count as a failure
     assert document["rehearsal"] is True
     assert document["cpu"]
     rows = {row["name"]: {cell["peer"]: cell for cell in row["cells"]} for row in document["rows"]}
@@ -75,8 +75,8 @@ def test_rehearsal_times_everybody_who_can(rehearsal):
 
 
 @pytest.mark.multiprocess
-def test_cifar10_is_the_same_for_everybody(monkeypatch):
-    """Images of its size stand in for it."""
+def test_cifar10_batches_agree(monkeypatch):
+    """Random images of the same size replace CIFAR-10."""
     image, datasets = pytest.importorskip("PIL.Image"), pytest.importorskip("torchvision.datasets")
     images = ImageSet("cifar10", torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), None)
 
@@ -133,7 +133,7 @@ def test_wrong_batches_are_told_from_right(images, wrong, message):
         errors(SMALL, images, Batch(wrong(batch.images), batch.ids))
 
 
-def test_waiting_is_what_iterations_take_longer_with_data(monkeypatch):
+def test_waiting_share(monkeypatch):
     now = 0.0
     monkeypatch.setattr(harness, "timer", lambda: now)
 
@@ -161,7 +161,7 @@ def test_simulated_iterations_do_their_arithmetic(monkeypatch):
     assert products == [(10, 10)] * 82  # 41 · 4 · 1000 FLOP, 2000 a product
 
 
-def test_what_is_not_installed_is_absent():
+def test_missing_packages_are_absent():
     with pytest.raises(Absent, match="some-package is not installed"):
         imported("no_such_module.inside", "some-package")
 

@@ -35,15 +35,15 @@ def test_rows_are_the_recipes_but_for_resolution_batch_and_precision():
             assert ours.growth == recipe.growth
 
 
-def test_iterations_are_fully_faded_in_and_cost_what_the_plan_says():
+def test_iterations_are_fully_faded_in_and_have_the_planned_flops():
     faces = SMALL[1]
     assert faces.config.model.max_channels == NARROW["max_channels"]
     bench.ours(faces)  # at its resolution, or its images would not fit
     cifar = ROWS_ON_GPU[0]
     step = TrainStep(cifar.config, "meta")
-    found = flops(cifar)
-    assert found["ours"] == iteration_flops(step, bench.images(cifar, "meta"))
-    assert found["baseline"] / 1e12 == pytest.approx(2.0, abs=0.01)  # the authors'
+    counts = flops(cifar)
+    assert counts["ours"] == iteration_flops(step, bench.images(cifar, "meta"))
+    assert counts["baseline"] / 1e12 == pytest.approx(2.0, abs=0.01)  # the authors'
 
 
 def test_wrong_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
