@@ -5,7 +5,7 @@ training iteration once, and train, stop, resume and sample (test_smoke.py), all
 not stop later parts.
 
 Needs only a checkout, Python 3.11, torch, Triton, pytest and pytest-benchmark. Installs and downloads nothing. Skips
-checks that need other packages, and names the packages. Runs tests in parallel if pytest-xdist is installed. Writes results to
+checks that need other packages, and names them. Runs tests in parallel if pytest-xdist is installed. Writes results to
 OUT/<device>/<benchmark>.json, and logs, test outcomes and pictures to OUT/logs.tar.gz. Exits with 1 if a check, a test
 or one of our benchmarks fails; missed targets are only reported.
 """
