@@ -124,9 +124,9 @@ def backward_sweep(
             gradient[:, rows] += weights @ y[:, columns]
 
         gradient *= inverse_temperature * factor
-        dtemperature = (
-            (gradient * x).sum(-1).flatten() * -inverse_temperature if with_dtemperature else gradient.new_empty(0)
-        )
+        dtemperature = gradient.new_empty(0)
+        if with_dtemperature:
+            dtemperature = (gradient * x).sum(-1).flatten() * -inverse_temperature
         dx = _through_norm(gradient, x, x_squares)
         if valid is not None:
             dx = dx.masked_fill(unfilled, 0)

@@ -1,7 +1,5 @@
 """Autograd function and torch.compile operators of InfoNCE, for both implementations.
 
-Only second derivatives store the logits.
-
 The sweep of the forward pass over the negatives also yields the gradient of the queries: with weights p and negatives
 n, it sums p·n along with p. The backward pass then only multiplies that gradient by grad_output. It sweeps again only
 for the symmetric loss and for negatives that require a gradient.

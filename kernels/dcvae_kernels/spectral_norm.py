@@ -70,7 +70,7 @@ def remove_spectral_norm(module: M) -> M:
     """Undo `spectral_norm(module)`. Every weight becomes the W/σ of evaluation mode.
 
     Raises:
-        ValueError: `spectral_norm` was not called with `module` itself.
+        ValueError: `module` is neither a module passed to `spectral_norm` nor a copy of one.
     """
     group = getattr(module, "_spectral_norm", None)
     if not isinstance(group, _Group):

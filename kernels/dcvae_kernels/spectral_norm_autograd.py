@@ -68,15 +68,17 @@ class GroupedSpectralNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(grad_output)
         weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        grads = [x if needed else None for x, needed in zip(grad_output, ctx.needs_input_grad[-count:], strict=True)]
+        needs_grad = ctx.needs_input_grad[-count:]
+        grad_outputs = [x if needed else None for x, needed in zip(grad_output, needs_grad, strict=True)]
         if torch.is_grad_enabled() or ctx.plan is None:
             with without_autocast(weights[0].device):
-                gradients = _gradients(ctx, weights, saved, grads)
+                gradients = _gradients(ctx, weights, saved, grad_outputs)
         else:
             from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
 
-            gradients = triton_spectral_norm.gradients(ctx.plan, triton_spectral_norm.Saved(*saved), grads)
-        return *(None,) * 4, *(None if x is None else gradient for x, gradient in zip(grads, gradients, strict=True))
+            gradients = triton_spectral_norm.gradients(ctx.plan, triton_spectral_norm.Saved(*saved), grad_outputs)
+        gradients = [None if x is None else gradient for x, gradient in zip(grad_outputs, gradients, strict=True)]
+        return *(None,) * 4, *gradients
 
 
 def _gradients(
@@ -127,10 +129,8 @@ def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -
     """
     norms = torch.stack(torch._foreach_norm(vectors))
     directions = torch._foreach_div(vectors, norms.clamp_min(eps).unbind())
-    has_direction = norms > 0
-    return [
-        torch.where(*arguments) for arguments in zip(has_direction.unbind(), directions, previous, strict=True)
-    ], norms
+    nonzero = norms > 0
+    return [torch.where(*args) for args in zip(nonzero.unbind(), directions, previous, strict=True)], norms
 
 
 def _gradient(grad_output: Tensor, normalized: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
