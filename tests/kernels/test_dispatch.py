@@ -62,7 +62,7 @@ def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     q = torch.randn(3, 4)
     with FakeTensorMode():
         on_gpu = torch.empty(3, 4, device="cuda")
-    monkeypatch.setattr(info_nce_module, "needs_definition", lambda *_: False)  # fake tensors are a subclass
+    monkeypatch.setattr(info_nce_module, "needs_reference", lambda *_: False)  # fake tensors are a subclass
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
     assert info_nce_module._choose("auto", on_gpu, on_gpu) == "triton"
     dispatch._obstacle_to_building.cache_clear()
