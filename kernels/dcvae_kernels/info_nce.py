@@ -191,7 +191,7 @@ def _choose(impl: str, *tensors: Tensor) -> str:
     obstacle = None if impl == "torch" else _obstacle_to_triton(*tensors)
     if impl == "triton" and obstacle is not None:
         error, reason = obstacle
-        raise error(f'impl="triton" cannot be used: {reason}; impl="torch" can')
+        raise error(f'impl="triton" cannot be used: {reason}; use impl="torch"')
     if not torch.compiler.is_compiling() and needs_reference(*tensors):
         return "reference"
     if q.numel() == 0 or obstacle is not None:

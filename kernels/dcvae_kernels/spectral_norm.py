@@ -58,7 +58,7 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *,
         _check(name or type(layer).__name__, layer)
         obstacle = obstacle_to_triton(layer.weight.device) if impl == "triton" else None
         if obstacle is not None:
-            raise ValueError(f'impl="triton" cannot be used for layer {name!r}: {obstacle}; impl="torch" can')
+            raise ValueError(f'impl="triton" cannot be used for layer {name!r}: {obstacle}; use impl="torch"')
     for layer in layers.values():
         dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
         parametrize.register_parametrization(layer, "weight", _SpectralNorm(layer.weight, dim, eps))

@@ -275,7 +275,7 @@ Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch
         (
             {"impl": "triton", "k": Q.double()},
             TypeError,
-            'impl="triton" cannot be used: it computes in float32.*impl="torch" can',
+            'impl="triton" cannot be used: it computes in float32.*use impl="torch"',
         ),
         ({"impl": "triton", "q": WIDE, "k": WIDE, "queue": WIDE}, ValueError, r"D up to 4096; q is \[2, 4097\]"),
         ({"valid": 10}, ValueError, "valid must be from 0 to the queue's 9 slots; it is 10"),
