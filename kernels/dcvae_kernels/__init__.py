@@ -1,4 +1,4 @@
-"""InfoNCE, a queue of keys for it, and spectral normalisation of a whole network, for PyTorch."""
+"""PyTorch ops: InfoNCE, a key queue for its negatives, and spectral normalisation of a whole network."""
 
 from dcvae_kernels.info_nce import InfoNCE, InfoNCEStats, info_nce
 from dcvae_kernels.queue import KeyQueue

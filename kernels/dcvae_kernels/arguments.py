@@ -1,4 +1,4 @@
-"""The arguments of InfoNCE as they travel from `dcvae_kernels.info_nce` to the implementations."""
+"""Arguments of InfoNCE, as `dcvae_kernels.info_nce` passes them to the implementations."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The tensors of one loss, as in `dcvae_kernels.info_nce`. The first four may need gradients.
+    """Tensor arguments of `dcvae_kernels.info_nce`. The first four can require gradients.
 
     Attributes:
         q: queries, [S, B, D] or [B, D].
-        temperature: τ, 0-d; None if it is a Python number, `Settings.tau`.
+        temperature: τ, 0-d; None if τ is a Python number (`Settings.tau`).
         k: the positive key of each query, shaped like q.
         queue: negatives, [S, K, D] or [K, D]; None if the other rows of k are the negatives.
-        valid: how many slots of the queue are filled, 0-d.
+        valid: number of filled queue slots, 0-d.
         query_ids: int64 [B].
         negative_ids: int64 [K], or [B] without a queue.
     """
@@ -28,12 +28,12 @@ class Inputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The options of one loss that are not tensors.
+    """Non-tensor arguments of `dcvae_kernels.info_nce`.
 
     Attributes:
         tau: τ; ignored if `Inputs.temperature` is given.
         normalize, symmetric, reduction: as in `dcvae_kernels.info_nce`.
-        implementation: "triton", "torch", or "reference", the plain definition.
+        implementation: "triton", "torch", or "reference" (`dcvae_kernels.reference`).
     """
 
     tau: float
@@ -44,5 +44,5 @@ class Settings(NamedTuple):
 
 
 def loss_weight(reduction: str, queries: int) -> float:
-    """Return the factor of each query's loss in the reduced loss."""
+    """Return the weight of one query's loss in the reduced loss."""
     return 1 / max(queries, 1) if reduction == "mean" else 1.0

@@ -1,8 +1,8 @@
-"""InfoNCE in plain PyTorch, for any device: the scores of a block of pairs at a time, never those of all.
+"""InfoNCE in plain PyTorch, for any device. Scores exist for one block of pairs at a time, never for all pairs.
 
-The same two computations as in `dcvae_kernels.triton.info_nce`, by the same mathematics. Every sweep multiplies
-queries, scaled by 1/τ, by keys in the same blocks: the scores of the backward pass must be those of the forward pass to
-the last bit, for at low temperatures their rounding errors are no longer small.
+Implements the same two computations as `dcvae_kernels.triton.info_nce`, with the same mathematics. Every sweep
+multiplies queries, scaled by 1/τ, by keys in the same blocks, so that the backward pass reproduces the scores of the
+forward pass bit for bit: at low temperatures their rounding errors are not small.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,20 +14,21 @@ from torch import Tensor
 from dcvae_kernels.arguments import Inputs, Settings, loss_weight
 from dcvae_kernels.reference import SMALLEST_SQUARE, UNKNOWN_ID, accumulate_dtype, without_autocast
 
-# Scores of a block: 2 MiB in float32, which a CPU's cache holds; a GPU needs more to be busy.
+# Scores per block: 2 MiB in float32 fit into a CPU's cache; a GPU needs larger blocks.
 BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**24}
 BLOCK_ROWS = 1024
-# With scores in ±1/τ a fixed maximum of 1/τ keeps every weight above e^{−2/τ}: far from underflow below this.
+# Scores lie in ±1/τ, so subtracting 1/τ instead of their maximum keeps every weight ≥ e^{−2/τ}. If 2/τ is below this
+# bound, weights do not underflow.
 FIXED_MAXIMUM_BELOW = 60.0
 
 
 def forward(
-    inputs: Inputs, settings: Settings, wanted: list[bool]
+    inputs: Inputs, settings: Settings, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `dcvae_kernels.info_nce_autograd.forward`."""
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
     tau, normalize, symmetric, reduction, _ = settings
-    with_dq, with_dk, with_dtemperature, with_state, with_rank = wanted
+    with_dq, with_dk, with_dtemperature, with_state, with_rank = output_mask
     dtype = accumulate_dtype(q, k, queue)
     shape = q.shape
     dq, dk, dtemperature, state = (q.new_empty(0, dtype=dtype) for _ in range(4))
@@ -39,41 +40,41 @@ def forward(
         unfilled = None
         if valid is not None:
             unfilled = torch.arange(negatives.shape[1], device=q.device) >= valid
-            negatives = negatives.masked_fill(unfilled[:, None], 0)  # such a slot may hold anything, even NaN
+            negatives = negatives.masked_fill(unfilled[:, None], 0)  # unfilled slots can hold anything, including NaN
         scaled = q * inverse_temperature
         positive = (scaled * k).sum(-1)
 
         fixed = 1 / tau if normalize and temperature is None and 2 / tau < FIXED_MAXIMUM_BELOW else None
-        gradient = with_dq or with_dtemperature
+        with_gradient = with_dq or with_dtemperature
         excluded = _exclusion(q, query_ids, negative_ids, unfilled, in_batch=queue is None)
         blocks = _score_blocks(scaled, negatives)
         maximum, weight, total, rank = _sweep(
-            blocks, positive, excluded, fixed, negatives if gradient else None, with_rank
+            blocks, positive, excluded, fixed, negatives if with_gradient else None, with_rank
         )
         highest, weight, positive_weight, loss = _merge(maximum, weight, positive)
-        if gradient:
+        if with_gradient:
             total *= (maximum - highest).exp()[..., None]
-        states = [highest, *_shares(weight, positive_weight)]
+        states = [highest, *_softmax_state(weight, positive_weight)]
         if symmetric:
             excluded = _exclusion(q, negative_ids, query_ids, None, in_batch=True)
             mirror = _sweep(_score_blocks(scaled, k, wrt_keys=True), positive, excluded, fixed, None, False)
             mirror_highest, *mirror_weights, mirrored = _merge(mirror[0], mirror[1], positive)
-            states += [mirror_highest, *_shares(*mirror_weights)]
+            states += [mirror_highest, *_softmax_state(*mirror_weights)]
             loss = (loss + mirrored) / 2
-        # A score of −∞ would pass for a negative that is far away, and a positive of ∞ for a perfect one.
+        # NaN if a score is infinite: −∞ would look like a distant negative, and a positive of ∞ like a perfect match.
         loss = loss + 0 * (positive + negatives.sum((1, 2))[:, None])
 
         factor = loss_weight(reduction, loss.numel())
-        slope = inverse_temperature * factor
-        if gradient:
-            # Weights of negatives and positive add up to 0, so nothing cancels where the loss is small.
-            pull = (total - weight[..., None] * k) * (states[1] * slope)[..., None]
+        gradient_scale = inverse_temperature * factor
+        if with_gradient:
+            # The weights of negatives and positive add up to 0, so there is no cancellation if the loss is small.
+            gradient = (total - weight[..., None] * k) * (states[1] * gradient_scale)[..., None]
             if with_dtemperature:
-                dtemperature = ((pull * q).sum(-1) * -inverse_temperature).view(shape[:-1])
+                dtemperature = ((gradient * q).sum(-1) * -inverse_temperature).view(shape[:-1])
             if with_dq:
-                dq = _through_norm(pull, q, q_squares).view(shape)
+                dq = _through_norm(gradient, q, q_squares).view(shape)
         if with_dk:
-            dk = _through_norm(q * (states[2] * -slope)[..., None], k, k_squares).view(shape)
+            dk = _through_norm(q * (states[2] * -gradient_scale)[..., None], k, k_squares).view(shape)
         if with_state:
             state = torch.stack(states).view(1 + symmetric, 3, positive.numel())
         loss = loss.view(shape[:-1]) if reduction == "none" else loss.sum() * factor
@@ -90,7 +91,7 @@ def backward_sweep(
     k = k if in_batch else queue
     factor = loss_weight(reduction, state.shape[-1]) / (2 if symmetric else 1)
     dtype = accumulate_dtype(q, k)
-    wanted = k if wrt_keys else q
+    original = k if wrt_keys else q
     with without_autocast(q.device):
         inverse_temperature = 1 / tau if temperature is None else temperature.to(dtype).reciprocal()
         q, q_squares = _normalized(q, dtype, normalize)
@@ -102,36 +103,38 @@ def backward_sweep(
         if not wrt_keys:
             x, x_squares, x_ids, y, y_ids = (q, q_squares, query_ids, k, key_ids)
         excluded = _exclusion(x, x_ids, y_ids, None, in_batch)
-        # State and grad_output of each row: a query of the loss, or a key of the symmetric loss.
+        # (highest, inverse_sum, negatives_probability, grad_output) of the queries and, if symmetric, of the keys.
         scales = q.shape[0]
         grad_output = grad_output.to(dtype).expand(scales, q.shape[1])
-        of_queries, *of_mirror = [[z.reshape(scales, -1) for z in (*direction, grad_output)] for direction in state]
+        query_state, *key_state = [[z.reshape(scales, -1) for z in (*direction, grad_output)] for direction in state]
 
-        pull = torch.zeros_like(x)
+        gradient = torch.zeros_like(x)
         for rows, columns, scores in _score_blocks(q * inverse_temperature, k, wrt_keys):
             weights, positives = torch.zeros_like(scores), torch.zeros_like(scores)
-            along_rows, along_columns = (of_mirror, [of_queries]) if wrt_keys else ([of_queries], of_mirror)
-            terms = [[z[:, rows, None] for z in side] for side in along_rows]
-            terms += [[z[:, None, columns] for z in side] for side in along_columns]
-            for highest, share, negatives_share, arriving in terms:
-                weights += (scores - highest).exp_() * (share * arriving)
-                positives -= negatives_share * arriving
+            row_states, column_states = (key_state, [query_state]) if wrt_keys else ([query_state], key_state)
+            states = [[z[:, rows, None] for z in row_state] for row_state in row_states]
+            states += [[z[:, None, columns] for z in column_state] for column_state in column_states]
+            for highest, inverse_sum, negatives_probability, grad in states:
+                weights += (scores - highest).exp_() * (inverse_sum * grad)
+                positives -= negatives_probability * grad
             for mask in excluded(rows, columns):
                 weights.masked_fill_(mask, 0)
             if in_batch:
-                weights = torch.where(_same(rows, columns, x.device), positives, weights)
-            pull[:, rows] += weights @ y[:, columns]
+                weights = torch.where(_diagonal(rows, columns, x.device), positives, weights)
+            gradient[:, rows] += weights @ y[:, columns]
 
-        pull *= inverse_temperature * factor
-        dtemperature = (pull * x).sum(-1).flatten() * -inverse_temperature if with_dtemperature else pull.new_empty(0)
-        dx = _through_norm(pull, x, x_squares)
+        gradient *= inverse_temperature * factor
+        dtemperature = gradient.new_empty(0)
+        if with_dtemperature:
+            dtemperature = (gradient * x).sum(-1).flatten() * -inverse_temperature
+        dx = _through_norm(gradient, x, x_squares)
         if valid is not None:
             dx = dx.masked_fill(unfilled, 0)
-        return dx.view(wanted.shape).to(wanted.dtype), dtemperature
+        return dx.view(original.shape).to(original.dtype), dtemperature
 
 
 def _normalized(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows to compare, [S, rows, D], contiguous, and their squared norms [S, rows, 1] if they were normalised."""
+    """Return the rows to compare, [S, rows, D], contiguous, and if normalised their squared norms, [S, rows, 1]."""
     x = (x if x.ndim == 3 else x[None]).to(dtype).contiguous()
     if not normalize:
         return x, None
@@ -140,19 +143,21 @@ def _normalized(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor,
 
 
 def _through_norm(gradient: Tensor, direction: Tensor, squares: Tensor | None) -> Tensor:
-    """The gradient with respect to x from that with respect to its direction x/‖x‖."""
+    """Return the gradient with respect to x, given the one with respect to x/‖x‖."""
     if squares is None:
         return gradient
-    along = (gradient * direction).sum(-1, keepdim=True)
-    along = along.masked_fill(squares <= SMALLEST_SQUARE, 0)  # there the norm is a constant
-    return (gradient - along * direction) * squares.clamp_min(SMALLEST_SQUARE).rsqrt()
+    projection = (gradient * direction).sum(-1, keepdim=True)
+    projection = projection.masked_fill(squares <= SMALLEST_SQUARE, 0)  # the clamped norm is constant
+    return (gradient - projection * direction) * squares.clamp_min(SMALLEST_SQUARE).rsqrt()
 
 
-def _shares(weight: Tensor, positive_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the softmax: what a weight of 1 comes to, and the negatives together. With the highest score, not a
-    log-sum-exp, weights can be had again without the rounding error of a large number in the exponent."""
-    share = 1 / (weight + positive_weight)
-    return share, weight * share
+def _softmax_state(weight: Tensor, positive_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 / (sum of all weights) and the softmax probability of all negatives together.
+
+    With the highest score they reproduce the softmax; a log-sum-exp would add its rounding error to the exponents.
+    """
+    inverse_sum = 1 / (weight + positive_weight)
+    return inverse_sum, weight * inverse_sum
 
 
 Exclusion = Callable[[slice, slice], list[Tensor]]
@@ -162,7 +167,7 @@ ScoreBlocks = Iterator[tuple[slice, slice, Tensor]]
 def _exclusion(
     x: Tensor, x_ids: Tensor | None, y_ids: Tensor | None, unfilled: Tensor | None, in_batch: bool
 ) -> Exclusion:
-    """A function that gives masks of the pairs that are no negatives, bool, broadcast to [rows, columns]."""
+    """Return a function that returns the masks of excluded pairs in a block; bool, broadcast to [rows, columns]."""
 
     def excluded(rows: slice, columns: slice) -> list[Tensor]:
         masks = []
@@ -172,7 +177,7 @@ def _exclusion(
             ids = x_ids[rows, None]
             masks.append((ids == y_ids[columns]) & (ids != UNKNOWN_ID))
         if in_batch:
-            masks.append(_same(rows, columns, x.device))
+            masks.append(_diagonal(rows, columns, x.device))
         return masks
 
     return excluded
@@ -186,9 +191,14 @@ def _sweep(
     negatives: Tensor | None,
     with_rank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each query's negatives: the highest score [S, B] (or `fixed`, a bound of it), the sum of the weights
-    e^{score − highest} [S, B] and, if negatives are given, of weights times these [S, B, D], and how many beat the
-    positive."""
+    """Sweep over the negatives of each query.
+
+    Returns:
+        maximum: highest score [S, B]; `fixed`, an upper bound of it, if given.
+        weight: sum of the weights e^{score − maximum}, [S, B].
+        total: sum of weight times negative, [S, B, D]; empty without `negatives`.
+        rank: number of negatives that score higher than the positive, [S, B]; empty without `with_rank`.
+    """
     maximum = torch.full_like(positive, -torch.inf if fixed is None else fixed)
     weight = torch.zeros_like(positive)
     total = positive.new_zeros(0 if negatives is None else (*positive.shape, negatives.shape[-1]))
@@ -200,7 +210,7 @@ def _sweep(
             rank[:, rows] += (scores > positive[:, rows, None]).sum(-1)
         if fixed is None:
             highest = torch.maximum(maximum[:, rows], scores.amax(-1))
-            finite = highest.masked_fill(highest == -torch.inf, 0)  # no negative yet: −∞ − −∞ is NaN
+            finite = highest.masked_fill(highest == -torch.inf, 0)  # no negative so far: −∞ − −∞ would be NaN
             shrink = (maximum[:, rows] - finite).exp_()
             weights = scores.sub_(finite[..., None]).exp_()
             maximum[:, rows] = highest
@@ -216,23 +226,23 @@ def _sweep(
 
 
 def _merge(maximum: Tensor, weight: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The highest score, the weights of the negatives and of the positive relative to it, and the loss; all [S, B]."""
+    """Return the highest score, the weights of negatives and positive relative to it, and the loss; all [S, B]."""
     highest = torch.maximum(maximum, positive)
     weight, positive_weight = weight * (maximum - highest).exp(), (positive - highest).exp()
-    # Above the threshold softplus(x) is x; at 40 they differ by less than fp64 resolves.
+    # Above the threshold F.softplus returns x; at 40 the difference is below the resolution of fp64.
     loss = F.softplus(highest + weight.log() - positive, threshold=40)
     return highest, weight, positive_weight, loss
 
 
-def _same(rows: slice, columns: slice, device: torch.device) -> Tensor:
-    """bool [rows, columns]: the pairs of a row with itself."""
+def _diagonal(rows: slice, columns: slice, device: torch.device) -> Tensor:
+    """Mask of the pairs with equal indices, bool [rows, columns]."""
     return torch.arange(rows.start, rows.stop, device=device)[:, None] == torch.arange(
         columns.start, columns.stop, device=device
     )
 
 
 def _score_blocks(scaled: Tensor, k: Tensor, wrt_keys: bool = False) -> ScoreBlocks:
-    """Blocks of queries × keys: their rows, their columns, their scores; the other way round with wrt_keys."""
+    """Yield the rows, columns and scores of blocks of queries × keys; of keys × queries with wrt_keys."""
     scales, queries, _ = scaled.shape
     height = min(queries, BLOCK_ROWS)
     width = max(1, BLOCK_SCORES.get(scaled.device.type, BLOCK_SCORES["cpu"]) // max(scales * height, 1))

@@ -1,7 +1,7 @@
-"""The rows of all ranks of a process group: gathered with gradients of any order, and told apart by ids.
+"""Gather the rows of all ranks of a process group, differentiably to any order, and give every row an id.
 
-The batch is dimension -2, and global rows are in the order of the ranks. The two operators are each other's transpose,
-so the derivative of one is the other, applied to what arrives.
+The batch is dimension -2, and gathered rows are in rank order. W is the world size. The two operators are each other's
+transpose, so the backward pass of one applies the other to the incoming gradient.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from dcvae_kernels.reference import UNKNOWN_ID
 
 
 class Gather(torch.autograd.Function):
-    """[..., B, D] of each rank to [..., W·B, D] of all W; the gradient is the sum of those of all ranks."""
+    """All-gather [..., B, D] to [..., W·B, D]; the gradient is summed over the ranks."""
 
     @staticmethod
     def forward(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
@@ -36,15 +36,15 @@ class Gather(torch.autograd.Function):
 
 
 class ReduceScatter(torch.autograd.Function):
-    """The own rows, [..., B, D], of the sum of the [..., W·B, D] of all W ranks."""
+    """Sum [..., W·B, D] over the ranks and return this rank's rows, [..., B, D]."""
 
     @staticmethod
     def forward(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ranks = group.size()
-        parts = x.unflatten(-2, (ranks, x.shape[-2] // ranks)).movedim(-3, 0).contiguous()
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
-        return own
+        world_size = group.size()
+        parts = x.unflatten(-2, (world_size, x.shape[-2] // world_size)).movedim(-3, 0).contiguous()
+        local = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(local, parts.flatten(0, 1), group=group)
+        return local
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -60,20 +60,20 @@ class ReduceScatter(torch.autograd.Function):
 
 
 def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    """[..., B, D] of each rank to [..., W·B, D] of all W ranks."""
+    """All-gather [..., B, D] to [..., W·B, D], differentiably."""
     return Gather.apply(x, group)
 
 
 def gather_ids(
     ids: Tensor | None, rows: int, device: torch.device, group: "dist.ProcessGroup"
 ) -> tuple[Tensor, Tensor]:
-    """Ids of the own rows [B] and of all ranks' [W·B]: those given, and one of its own for each row of unknown id.
+    """Return the ids of this rank's rows, [B], and of all ranks' rows, [W·B]. Rows of unknown id get a unique one.
 
-    So a row has the id of its own key, and leaving out equal ids leaves out that key too.
+    A query and its positive key then share an id, so excluding equal ids also excludes the positive from the negatives.
     """
     first = group.rank() * rows
-    everyone = torch.arange(group.size() * rows, device=device)
+    all_ids = torch.arange(group.size() * rows, device=device)
     if ids is not None:
         ids = gather(ids[:, None], group)[:, 0]
-        everyone = torch.where(ids == UNKNOWN_ID, everyone + torch.iinfo(torch.int64).min, ids)
-    return everyone[first : first + rows], everyone
+        all_ids = torch.where(ids == UNKNOWN_ID, all_ids + torch.iinfo(torch.int64).min, ids)
+    return all_ids[first : first + rows], all_ids

@@ -1,4 +1,4 @@
-"""InfoNCE: one positive for each query, told apart from negatives in a queue or from the other rows of its batch."""
+"""InfoNCE with one positive per query; negatives come from a queue or from the other rows of the batch."""
 
 import math
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
@@ -8,22 +8,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcvae_kernels.arguments import Inputs, Settings
-from dcvae_kernels.dispatch import Impl, check_impl, needs_definition, obstacle_to_triton
+from dcvae_kernels.dispatch import Impl, check_impl, needs_reference, obstacle_to_triton
 from dcvae_kernels.gather import gather, gather_ids
-from dcvae_kernels.info_nce_autograd import FusedInfoNCE, definition
+from dcvae_kernels.info_nce_autograd import FusedInfoNCE, reference_loss
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Of the Triton kernels: what they take, and up to which D they are chosen. Beyond, they would do work over again.
-MAX_DIM, MAX_SCALES = 4096, 65535
-AUTO_DIM, AUTO_DIM_HALF = 256, 512
+MAX_DIM, MAX_SCALES = 4096, 65535  # limits of the Triton kernels
+AUTO_DIM, AUTO_DIM_HALF = 256, 512  # limits of impl="auto"; for larger D the kernels compute similarities repeatedly
 
 
 class InfoNCEStats(NamedTuple):
-    """What the forward pass knows besides the loss; carries no gradient.
+    """Statistics from the forward pass, without gradient.
 
-    rank: int64 [B] or [S, B], how many of a query's negatives score strictly higher than its positive. 0 is a correct
-        retrieval, so `(rank < n).float().mean()` is top-n accuracy. A negative that ties with the positive does not
-        count; scores equal up to rounding may fall on either side. With `symmetric`, of the queries q among the keys k.
+    Attributes:
+        rank: int64 [B] or [S, B], number of negatives that score strictly higher than the positive. 0 is a correct
+            retrieval, and `(rank < n).float().mean()` is top-n accuracy. Ties do not count, but scores that are equal
+            up to rounding can be ordered either way. With `symmetric`, the ranks are those of q among k.
     """
 
     rank: Tensor
@@ -70,50 +70,51 @@ def info_nce(
     symmetric: bool = False,
     group: "dist.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-    """InfoNCE, the instance-level loss of DC-VAE (Eq. 6, with the temperature of the authors' code).
+    """InfoNCE, the instance-level loss of DC-VAE (Eq. 6, plus the temperature of the authors' code).
 
     For query i with positive key k_i and negatives n_j:
 
         loss_i = −log( e^{s⁺} / (e^{s⁺} + Σ_j e^{s_j}) ),   s⁺ = q_i·k_i/τ,   s_j = q_i·n_j/τ
 
-    Differentiable, twice too, in q, k, queue and a tensor temperature; second derivatives hold the logits in memory,
-    nothing else does. Sums are float32, or float64 where an input is, autocast or not. A queue that needs no gradient
-    may be overwritten before the backward pass. A query without negatives has loss 0 and gradient 0. NaN and infinity
-    in the inputs reach the loss. Nothing waits for the device, and the result is bitwise reproducible.
+    First and second derivatives exist in q, k, queue and a tensor temperature. Only second derivatives store the
+    logits. Sums are in float32, or in float64 if an input is float64, also under autocast. A queue that requires no
+    gradient can be overwritten before the backward pass. A query without negatives has loss 0 and gradient 0. NaN and
+    infinity in the inputs propagate to the loss. There is no device synchronisation, and results are bitwise
+    reproducible.
 
     Args:
         q: queries [B, D], or [S, B, D] for S independent scales; float16, bfloat16, float32 or float64.
-        k: the positive key of each query, shaped like q.
-        queue: negatives [K, D] or [S, K, D], shared by the batch; [1, K, D] also serves queries [B, D]. Without it, the
-            negatives of a query are the keys of the batch's other rows (SimCLR, CLIP).
-        temperature: τ > 0, a number or a 0-d tensor; a tensor's value is not checked.
-        normalize: compare directions (cosine similarity) instead of the vectors as given. Rows shorter than 1e-12 are
-            divided by 1e-12, as in `F.normalize`.
-        reduction: "mean" or "sum" over scales and queries, or "none". The mean over no query is 0.
-        valid: how many slots of the queue are filled, counted from the front; an int, or a 0-d integer tensor, whose
-            value is not checked. What the other slots hold does not matter.
-        query_ids, negative_ids: int64 [B] and [K], shared by the scales. A negative with the query's own id is left
-            out; −1 means unknown and equals no id. Without a queue, negative_ids is [B] and defaults to query_ids.
-        impl: "triton" needs an NVIDIA GPU of compute capability 8.0 or newer (or TRITON_INTERPRET=1 in the environment
-            before the import, for tests on a CPU), D ≤ 4096 and no float64. "torch" is plain PyTorch, in blocks. "auto"
-            takes "triton" where it can and D ≤ 256, or D ≤ 512 in half precision. Under torch.func's transforms, and
-            for tensor subclasses, all are the plain definition, which holds the logits [S, B, K].
+        k: positive key of each query, shaped like q.
+        queue: negatives [K, D] or [S, K, D], shared by the batch; [1, K, D] also works with queries [B, D]. Without a
+            queue, the negatives of a query are the keys of the other rows (SimCLR, CLIP).
+        temperature: τ > 0, a number or a 0-d tensor. The value of a tensor is not checked.
+        normalize: L2-normalise all vectors, so that similarities are cosines. Norms below 1e-12 are replaced by 1e-12,
+            as in `F.normalize`.
+        reduction: "mean" or "sum" over scales and queries, or "none". The mean over zero queries is 0.
+        valid: number of filled queue slots, which come first; an int or a 0-d integer tensor, whose value is not
+            checked. The contents of the other slots are ignored.
+        query_ids, negative_ids: int64 [B] and [K], shared by the scales. A negative with the same id as the query is
+            excluded. −1 means unknown and equals no id. Without a queue, negative_ids is [B] and defaults to query_ids.
+        impl: "triton" requires an NVIDIA GPU of compute capability 8.0 or newer (or, for tests on a CPU,
+            TRITON_INTERPRET=1 set before the import), D ≤ 4096 and no float64. "torch" is plain PyTorch, in blocks.
+            "auto" uses "triton" if possible and D ≤ 256 (D ≤ 512 in half precision), else "torch". Under torch.func
+            transforms and for tensor subclasses, the reference implementation is used, which stores the logits
+            [S, B, K].
         return_stats: also return `InfoNCEStats`.
-        symmetric: CLIP's loss: the mean of q among k and k among q. Excludes a queue.
-        group: the ranks that share a batch: the negatives of a query are the keys of all other rows of all ranks, and
-            query_ids are compared across them. Loss and stats are of the local queries. Gradients, second ones too, are
-            those of the sum of all ranks' losses, so that their mean over the ranks, as DistributedDataParallel takes
-            it, is the gradient of the mean loss of the whole batch. All ranks must call this, and differentiate it,
-            alike: the same shapes, dtypes, options, and inputs that need a gradient; nothing checks that, and ranks
-            that differ may wait for each other for ever. Excludes a queue and negative_ids.
+        symmetric: CLIP's loss, the mean of the losses of q among k and of k among q. Cannot be used with a queue.
+        group: ranks that share a batch. The negatives of a query are the keys of all other rows of all ranks, and
+            query_ids are compared across ranks. Loss and stats cover the local queries. First and second derivatives
+            are those of the sum of all ranks' losses, so the average that DistributedDataParallel computes is the
+            gradient of the mean loss of the whole batch. All ranks must call this function and its backward pass with
+            the same shapes, dtypes, options and inputs that require gradients. This is not checked, and ranks that
+            differ can deadlock. Cannot be used with a queue or negative_ids.
 
     Returns:
-        The loss, float32 or float64: 0-d, or [B] / [S, B] under reduction "none". With return_stats a pair of it and
-        the stats.
+        The loss, float32 or float64: 0-d, or [B] / [S, B] with reduction "none". With return_stats, (loss, stats).
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value, or arguments that exclude each other.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: wrong shape, device or value, or arguments that cannot be combined.
     """
     if group is not None:
         _check_group(group, queue, negative_ids)
@@ -138,7 +139,7 @@ def info_nce(
         temperature=temperature if isinstance(temperature, Tensor) else None,
         k=k,
         queue=queue,
-        valid=valid,  # type: ignore[arg-type] # None if it was an int: the queue is cut already
+        valid=valid,  # type: ignore[arg-type] # not an int: that was applied to the queue above
         query_ids=query_ids,
         negative_ids=negative_ids,
     )
@@ -146,9 +147,9 @@ def info_nce(
     settings = Settings(tau, normalize, symmetric, reduction, implementation)
     if group is None or group.size() == 1:
         loss, rank = _loss(inputs, settings, return_stats)
-    else:  # the gathered keys are the queue, and ids keep a row's own one from being its negative
-        own_ids, all_ids = gather_ids(query_ids, q.shape[-2], q.device, group)
-        inputs = inputs._replace(queue=gather(k, group), query_ids=own_ids, negative_ids=all_ids)
+    else:  # the gathered keys are the queue, and ids exclude a query's own key from it
+        local_ids, all_ids = gather_ids(query_ids, q.shape[-2], q.device, group)
+        inputs = inputs._replace(queue=gather(k, group), query_ids=local_ids, negative_ids=all_ids)
         settings = settings._replace(symmetric=False)
         loss, rank = _loss(inputs, settings, return_stats)
         if symmetric:
@@ -158,16 +159,16 @@ def info_nce(
 
 
 def _loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of this process alone and, if wanted, the rank."""
+    """Return the loss without communication and, on request, the rank."""
     if settings.implementation == "reference":
-        return definition(inputs, settings, with_rank)
+        return reference_loss(inputs, settings, with_rank)
     if torch.compiler.is_compiling():
-        inputs = _without_repetition(inputs)
+        inputs = _without_duplicates(inputs)
     return FusedInfoNCE.apply(settings, with_rank, torch.is_grad_enabled(), *inputs)
 
 
-def _without_repetition(inputs: Inputs) -> Inputs:
-    """Replace a tensor that occurs twice by an alias, because torch.compile refuses it."""
+def _without_duplicates(inputs: Inputs) -> Inputs:
+    """Replace repeated tensors by aliases, because torch.compile rejects an operator with a repeated argument."""
     q, k, queue = inputs.q, inputs.k, inputs.queue
     return inputs._replace(
         k=_alias_if(k is q, k),
@@ -181,17 +182,17 @@ def _alias_if(condition: bool, x: Any) -> Any:
 
 
 def _choose(impl: str, *tensors: Tensor) -> str:
-    """The implementation for these inputs: "triton", "torch", or "reference", the plain definition.
+    """Return the implementation for these inputs: "triton", "torch" or "reference".
 
     Raises:
-        TypeError, ValueError: "triton" was asked for and cannot take them.
+        TypeError, ValueError: "triton" was requested and does not support them.
     """
     q = tensors[0]
     obstacle = None if impl == "torch" else _obstacle_to_triton(*tensors)
     if impl == "triton" and obstacle is not None:
         error, reason = obstacle
-        raise error(f'impl="triton" cannot be used: {reason}; impl="torch" can')
-    if not torch.compiler.is_compiling() and needs_definition(*tensors):
+        raise error(f'impl="triton" cannot be used: {reason}; use impl="torch"')
+    if not torch.compiler.is_compiling() and needs_reference(*tensors):
         return "reference"
     if q.numel() == 0 or obstacle is not None:
         return "torch"
@@ -205,23 +206,26 @@ def _obstacle_to_triton(*tensors: Tensor) -> tuple[type[Exception], str] | None:
     if any(x.dtype == torch.float64 for x in tensors):
         return TypeError, "it computes in float32, and one of the inputs is float64"
     if tensors[0].shape[-1] > MAX_DIM:
-        return ValueError, f"it takes D up to {MAX_DIM}; q is {list(tensors[0].shape)}"
+        return ValueError, f"it supports D up to {MAX_DIM}; q is {list(tensors[0].shape)}"
     if tensors[0].ndim == 3 and tensors[0].shape[0] > MAX_SCALES:
-        return ValueError, f"it takes up to {MAX_SCALES} scales; q is {list(tensors[0].shape)}"
+        return ValueError, f"it supports up to {MAX_SCALES} scales; q is {list(tensors[0].shape)}"
     obstacle = obstacle_to_triton(tensors[0].device)
     return None if obstacle is None else (ValueError, obstacle)
 
 
 class InfoNCE(nn.Module):
-    """`info_nce` with its settings, and optionally a temperature that is learned.
+    """Module form of `info_nce`, optionally with a learnable temperature.
 
-    Learnable, the module's one parameter is `logit_scale` = ln(1/τ), as in CLIP; CLIP's training also bounds it after
-    each step, by `loss.logit_scale.data.clamp_(max=math.log(100))`.
+    If learnable, the only parameter is `logit_scale` = ln(1/τ), as in CLIP. CLIP also clamps it after each step:
+    `loss.logit_scale.data.clamp_(max=math.log(100))`.
 
-    Args: as for `info_nce`; temperature, a number, is the initial one if learnable.
+    Args:
+        temperature: τ, a number; the initial value if learnable.
+        learnable: make the temperature a parameter.
+        normalize, reduction, symmetric, impl: see `info_nce`.
 
     Raises:
-        TypeError, ValueError: as `info_nce`, for the settings already here.
+        TypeError, ValueError: invalid settings, as in `info_nce`.
     """
 
     logit_scale: nn.Parameter | None
@@ -249,12 +253,11 @@ class InfoNCE(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """τ: the number given, or e^{−logit_scale}, a 0-d tensor with gradient, if learnable."""
+        """τ, a number, or if learnable e^{−logit_scale}, a differentiable 0-d tensor."""
         return self._temperature if self.logit_scale is None else self.logit_scale.neg().exp()
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor | None = None, **options: Any) -> Any:
-        """`info_nce` of the arguments; options are its `valid`, `query_ids`, `negative_ids`, `return_stats` and
-        `group`."""
+        """Call `info_nce`; options are `valid`, `query_ids`, `negative_ids`, `return_stats` and `group`."""
         return info_nce(
             q,
             k,
@@ -275,7 +278,7 @@ class InfoNCE(nn.Module):
         )
 
 
-# What may be wrong with the arguments. Nothing here reads a tensor's values: that would wait for the device. ---------
+# Argument checks. None reads the values of a tensor, which would synchronise with the device. -----------------------
 
 
 def _check_choices(temperature: float | Tensor, reduction: str, impl: str) -> None:
@@ -293,14 +296,14 @@ def _check_group(group: Any, queue: Tensor | None, negative_ids: Tensor | None) 
         raise ValueError("group needs torch.distributed, which this build of PyTorch lacks")
     if not isinstance(group, dist.ProcessGroup):
         if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group must be one that this process is in; it is not")
+            raise ValueError("group must contain this process; it does not")
         raise TypeError(f"group must be a torch.distributed.ProcessGroup; it is a {type(group).__name__}")
     if not dist.is_initialized():
-        raise ValueError("group needs torch.distributed to be initialized; it no longer is")
+        raise ValueError("group needs an initialized torch.distributed; call init_process_group first")
     if queue is not None:
-        raise ValueError("group gathers the negatives of a batch, and a queue is already shared: use one of them")
+        raise ValueError("group cannot be used with a queue: it gathers the negatives from all ranks")
     if negative_ids is not None:
-        raise ValueError("negative_ids cannot be given with group, which compares the query_ids of all ranks")
+        raise ValueError("negative_ids cannot be used with group, which compares the query_ids of all ranks")
 
 
 def _check_vectors(q: Tensor, k: Tensor, queue: Tensor | None) -> None:
@@ -330,7 +333,7 @@ def _check_valid(valid: int | Tensor | None, queue: Tensor | None, device: torch
     if valid is None:
         return
     if queue is None:
-        raise ValueError("valid counts the filled slots of a queue, and there is no queue")
+        raise ValueError("valid counts the filled slots of a queue, but queue is None")
     if isinstance(valid, Tensor):
         integer = not (valid.is_floating_point() or valid.is_complex() or valid.dtype == torch.bool)
         _check_scalar("valid", valid, device, integer, "an integer")
@@ -340,8 +343,8 @@ def _check_valid(valid: int | Tensor | None, queue: Tensor | None, device: torch
         raise ValueError(f"valid must be from 0 to the queue's {queue.shape[-2]} slots; it is {valid}")
 
 
-def _check_scalar(name: str, x: Tensor, device: torch.device, right_dtype: bool, kind: str) -> None:
-    if not right_dtype:
+def _check_scalar(name: str, x: Tensor, device: torch.device, dtype_matches: bool, kind: str) -> None:
+    if not dtype_matches:
         raise TypeError(f"{name} must be {kind} tensor; it is {x.dtype}")
     if x.ndim != 0:
         raise ValueError(f"{name} must be a 0-d tensor; it is {list(x.shape)}")
@@ -354,7 +357,7 @@ def _check_ids(
 ) -> None:
     if (query_ids is None) != (negative_ids is None):
         missing, present = ("query_ids", "negative_ids") if query_ids is None else ("negative_ids", "query_ids")
-        raise ValueError(f"{present} is given without {missing}: both are needed to compare them")
+        raise ValueError(f"{present} is given without {missing}: pass both or neither")
     for name, ids, count in (("query_ids", query_ids, queries), ("negative_ids", negative_ids, negatives)):
         if ids is None:
             continue

@@ -1,8 +1,8 @@
-"""InfoNCE without logits in memory: its gradients, for both implementations, and its operators for torch.compile.
+"""Autograd function and torch.compile operators of InfoNCE, for both implementations.
 
-While the forward pass sweeps the negatives it knows all that the gradient of the queries needs: with weights p and
-negatives n, Σ p·n beside Σ p. So it computes that gradient too, and the backward pass only multiplies by what arrives.
-Only negatives that want a gradient of their own, and the symmetric loss, are swept again in the backward pass.
+The sweep of the forward pass over the negatives also yields the gradient of the queries: with weights p and negatives
+n, it sums p·n along with p. The backward pass then only multiplies that gradient by grad_output. It sweeps again only
+for the symmetric loss and for negatives that require a gradient.
 """
 
 from types import ModuleType
@@ -20,50 +20,50 @@ from dcvae_kernels.reference import accumulate_dtype, info_nce_reference
 def _implementation(name: str) -> ModuleType:
     if name == "torch":
         return chunked
-    from dcvae_kernels.triton import info_nce as triton_info_nce  # Triton may be absent
+    from dcvae_kernels.triton import info_nce as triton_info_nce  # optional dependency
 
     return triton_info_nce
 
 
 def forward(
-    inputs: Inputs, settings: Settings, wanted: list[bool]
+    inputs: Inputs, settings: Settings, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, and by request what the backward pass can use.
+    """Return the loss and, on request, gradients or the state from which `backward_sweep` computes them.
 
     Args:
-        wanted: five flags, which request dq, dk, dtemperature, state and rank. A symmetric loss has none of the first
-            three.
+        output_mask: whether to compute dq, dk, dtemperature, state and rank; the first three must be False for a
+            symmetric loss.
 
     Returns:
         loss: [S, B] / [B], or 0-d if reduced.
         rank: int64 [S, B] / [B].
-        dq, dk, dtemperature: derivatives of the loss (of each row's, or of the mean or sum) by q, by k as the positive,
-            and, row by row, by τ.
-        state: [directions, 3, S·B], what `backward_sweep` needs of each query's softmax; two directions if symmetric.
-        Tensors that are not wanted are empty. Floating point is float32, or float64 where an input is.
+        dq, dk, dtemperature: gradients of the reduced loss, or of each query's loss with reduction "none", with respect
+            to q, to k as the positive, and, as one term per query, to τ.
+        state: softmax statistics for `backward_sweep`, [directions, 3, S·B]; two directions if symmetric, else one.
+        Outputs that are not requested are empty. Floating-point outputs are float64 if an input is, else float32.
     """
-    return _implementation(settings.implementation).forward(inputs, settings, wanted)
+    return _implementation(settings.implementation).forward(inputs, settings, output_mask)
 
 
 def backward_sweep(
     inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient by q, or with `wrt_keys` by the queue (by k where there is no queue).
+    """Return the gradient with respect to q, or with `wrt_keys` to the queue (to k if there is no queue).
 
     Args:
-        grad_output: the gradient that arrives at the loss, 0-d or [S, B] / [B].
+        grad_output: gradient of the loss, 0-d or [S, B] / [B].
         state: from `forward`.
 
     Returns:
-        gradient: in the shape and dtype of q, queue or k; 0 in unfilled slots of a queue.
-        dtemperature: the gradient by τ, row by row [S·B] or [S·K]; empty if not wanted.
+        gradient: shape and dtype of q, queue or k; 0 in unfilled slots of a queue.
+        dtemperature: gradient with respect to τ, one term per row, [S·B] or [S·K]; empty if not requested.
     """
     implementation = _implementation(settings.implementation)
     return implementation.backward_sweep(inputs, settings, grad_output, state, wrt_keys, with_dtemperature)
 
 
-# Operators for torch.compile, which does not trace into them. An operator cannot take a tuple of mixed types, so inputs
-# and settings are flat here.
+# Operators that are opaque to torch.compile. An operator cannot take a tuple of mixed types, so Inputs and Settings are
+# flattened.
 ARGUMENTS = (
     "Tensor q, Tensor? temperature, Tensor k, Tensor? queue, Tensor? valid, Tensor? query_ids, Tensor? negative_ids, "
     "float tau, bool normalize, bool symmetric, str reduction, str implementation"
@@ -71,7 +71,7 @@ ARGUMENTS = (
 
 
 def _unflatten(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return inputs, settings and the arguments that follow them."""
+    """Return Inputs, Settings and the remaining arguments."""
     first, end = len(Inputs._fields), len(Inputs._fields) + len(Settings._fields)
     return Inputs(*arguments[:first]), Settings(*arguments[first:end]), *arguments[end:]
 
@@ -79,7 +79,7 @@ def _unflatten(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 @torch.library.custom_op(
     "dcvae_kernels::info_nce",
     mutates_args=(),
-    schema=f"({ARGUMENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({ARGUMENTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     return forward(*_unflatten(arguments))
@@ -97,16 +97,16 @@ def backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
 
 @forward_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, settings, wanted = _unflatten(arguments)
+    inputs, settings, output_mask = _unflatten(arguments)
     q = inputs.q
     dtype = accumulate_dtype(q, inputs.k, inputs.queue)
     rows, with_features = q.shape[:-1], q.shape
     sizes = [with_features, with_features, rows, (2 if settings.symmetric else 1, 3, rows.numel())]
     dq, dk, dtemperature, state = (
-        q.new_empty(size if flag else (0,), dtype=dtype) for size, flag in zip(sizes, wanted[:4], strict=True)
+        q.new_empty(size if flag else (0,), dtype=dtype) for size, flag in zip(sizes, output_mask[:4], strict=True)
     )
     loss = q.new_empty(rows if settings.reduction == "none" else (), dtype=dtype)
-    rank = q.new_empty(rows if wanted[4] else (0,), dtype=torch.int64)
+    rank = q.new_empty(rows if output_mask[4] else (0,), dtype=torch.int64)
     return loss, rank, dq, dk, dtemperature, state
 
 
@@ -120,9 +120,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 class FusedInfoNCE(torch.autograd.Function):
-    """The loss and the rank of `dcvae_kernels.info_nce`. Second derivatives are those of the plain definition.
+    """Loss and rank of `dcvae_kernels.info_nce`; `tensors` are the fields of `Inputs`.
 
-    The tensors are the fields of `Inputs`.
+    Second derivatives are those of the reference implementation.
     """
 
     @staticmethod
@@ -134,7 +134,7 @@ class FusedInfoNCE(torch.autograd.Function):
             x and grad_enabled for x in ctx.needs_input_grad[3:7]
         ]
         symmetric, in_batch = settings.symmetric, inputs.queue is None
-        wanted = [
+        output_mask = [
             needs_q and not symmetric,
             needs_k and not in_batch,
             needs_temperature and not symmetric,
@@ -143,13 +143,13 @@ class FusedInfoNCE(torch.autograd.Function):
         ]
         compiling = torch.compiler.is_compiling()
         if compiling:
-            loss, rank, *known = forward_operator(*inputs, *settings, wanted)
+            loss, rank, *gradients = forward_operator(*inputs, *settings, output_mask)
         else:
-            loss, rank, *known = forward(inputs, settings, wanted)
+            loss, rank, *gradients = forward(inputs, settings, output_mask)
         q, temperature, *keys = inputs
-        # Frozen keys are not needed again, and may be overwritten before the backward pass.
+        # Frozen keys are not saved, because the backward pass does not need them and they can be overwritten before it.
         frozen = not (in_batch or needs_k or needs_queue)
-        ctx.save_for_backward(*known, q, temperature, *([None] * len(keys) if frozen else keys))
+        ctx.save_for_backward(*gradients, q, temperature, *([None] * len(keys) if frozen else keys))
         ctx.settings = settings
         ctx.frozen = None
         if frozen and not compiling:
@@ -171,10 +171,10 @@ class FusedInfoNCE(torch.autograd.Function):
         needs_q, needs_temperature, needs_k, needs_queue = ctx.needs_input_grad[3:7]
 
         def sweep(wrt_keys: bool) -> tuple[Tensor, Tensor]:
-            more = (grad_output, state, wrt_keys, needs_temperature and not wrt_keys)
+            arguments = (grad_output, state, wrt_keys, needs_temperature and not wrt_keys)
             if compiling:
-                return backward_operator(*tensors, *settings, *more)
-            return backward_sweep(Inputs(*tensors), settings, *more)
+                return backward_operator(*tensors, *settings, *arguments)
+            return backward_sweep(Inputs(*tensors), settings, *arguments)
 
         dqueue = sweep(wrt_keys=True)[0] if needs_queue else None
         if settings.symmetric and (needs_q or needs_temperature):
@@ -197,29 +197,29 @@ class FusedInfoNCE(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients by the first four inputs from the plain definition; in grad mode, with a graph."""
+    """Return the gradients of the first four inputs from the reference, differentiable in grad mode."""
     q, temperature, *keys = ctx.saved_tensors[4:]
     if ctx.frozen is not None:
         if any(_version(x) != version for x, version in ctx.frozen):
             raise RuntimeError(
-                "the queue was overwritten since the forward pass, and second derivatives of info_nce need it: "
-                "give it copies of the queue's keys, ids and valid"
+                "the queue was modified after the forward pass, but second derivatives of info_nce need it: "
+                "pass clones of the queue's keys, ids and valid"
             )
         keys = [x for x, _ in ctx.frozen]
     k, queue, *rest = keys
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, because the inputs may depend on each other, and these are the derivatives with the others held.
+        # Aliases: an input can depend on another one, and partial derivatives hold the others constant.
         aliases: Any = [x if x is None else x.view_as(x) for x in (q, temperature, k, queue)]
-        loss, _ = definition(Inputs(*aliases, *rest), ctx.settings, with_rank=False)
+        loss, _ = reference_loss(Inputs(*aliases, *rest), ctx.settings, with_rank=False)
     needs = ctx.needs_input_grad[3:7]
-    wanted = [x for x, needed in zip(aliases, needs, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph))
+    differentiated = [x for x, needed in zip(aliases, needs, strict=True) if needed]
+    gradients = iter(torch.autograd.grad(loss, differentiated, grad_output, create_graph=create_graph))
     return tuple(next(gradients) if needed else None for needed in needs)
 
 
-def definition(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the reduced loss (the mean over no query is 0) and, if wanted, the rank, from the plain definition."""
+def reference_loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the reduced loss (the mean over zero queries is 0) and, on request, the rank, from the reference."""
     loss, rank = info_nce_reference(
         inputs.q,
         inputs.k,
@@ -238,5 +238,5 @@ def definition(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Ten
 
 
 def _version(x: Tensor | None) -> int:
-    """Counts the writes to x; always 0 where they are not counted."""
+    """Number of in-place writes to x; 0 for inference tensors, which do not count them."""
     return 0 if x is None or x.is_inference() else x._version

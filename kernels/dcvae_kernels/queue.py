@@ -1,4 +1,4 @@
-"""A first-in, first-out queue of keys: the negatives of MoCo and DC-VAE."""
+"""First-in, first-out queue of keys, the negatives of MoCo and DC-VAE."""
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +10,30 @@ from dcvae_kernels.reference import UNKNOWN_ID
 class KeyQueue(nn.Module):
     """The last `size` keys of each scale, with the ids of the images they came from.
 
-    Everything is a buffer, so that it moves with `.to`, is saved in `state_dict`, and lives on the device: enqueueing
-    neither waits for the device nor keeps a position in Python, and may be captured in a CUDA graph.
+    All state is in buffers: it moves with `.to`, is saved in `state_dict`, and stays on the device. `enqueue` does not
+    synchronise with the device and can be captured in a CUDA graph.
 
         loss = info_nce(q, k, queue.keys, valid=queue.valid, query_ids=ids, negative_ids=queue.ids)
         queue.enqueue(k, ids)
 
-    Keys are stored as given; `info_nce` normalises them. Under DistributedDataParallel keep the queue outside the
-    wrapped module if every process is to have its own: it copies the first process's buffers to all.
+    Keys are stored without normalisation; `info_nce` normalises them. DistributedDataParallel broadcasts the buffers of
+    rank 0: keep the queue outside the wrapped module if each rank needs its own.
 
     Args:
-        size: K, slots.
-        dim: D, features of a key.
-        scales: S, independent sets of keys that are enqueued together.
-        seed: None starts empty; an int fills the queue with normalised Gaussian noise, as MoCo does, the same on every
-            device.
+        size: number of slots, K.
+        dim: number of features of a key, D.
+        scales: number of independent sets of keys that are enqueued together, S.
+        seed: None for an empty queue, or an int to fill it with normalised Gaussian noise, as MoCo does. The noise is
+            the same on every device.
 
     Attributes:
         keys: float32 [S, K, D].
-        ids: int64 [K]; −1 is unknown.
-        valid: int64 0-d, how many slots, counted from the front, are filled.
-        cursor: int64 0-d, the slot that is written next.
+        ids: int64 [K], −1 if unknown.
+        valid: int64 0-d, number of filled slots; they come first.
+        cursor: int64 0-d, slot to write next.
 
     Raises:
-        ValueError: size, dim or scales below 1.
+        ValueError: size, dim or scales is below 1.
     """
 
     keys: Tensor
@@ -57,22 +57,22 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, k: Tensor, ids: Tensor | None = None) -> None:
-        """Replaces the oldest keys by a batch, as if its rows were written one after the other.
+        """Replace the oldest keys by a batch of any size, as if its rows were written one after the other.
 
-        Any batch size wraps around; of a batch longer than the queue the last K rows remain. k is detached and cast.
+        If the batch is larger than the queue, its last K rows remain. k is detached and cast to the dtype of the queue.
 
         Args:
-            k: [S, B, D], or [B, D] for a queue of one scale; floating point.
-            ids: int64 [B], ids of the images; without them the new keys' ids are unknown.
+            k: [S, B, D], or [B, D] if the queue has one scale; floating point.
+            ids: int64 [B], ids of the images; None if unknown.
 
         Raises:
             TypeError: k is not floating point, or ids are not int64.
-            ValueError: a wrong shape or device.
+            ValueError: wrong shape or device.
         """
         self._check(k, ids)
         k = k if k.ndim == 3 else k[None]
         batch, size = k.shape[1], self.keys.shape[1]
-        dropped = max(batch - size, 0)  # index_copy_ leaves undefined which of two rows for one slot wins
+        dropped = max(batch - size, 0)  # the result of index_copy_ is undefined if an index occurs twice
         slots = (self.cursor + torch.arange(dropped, batch, device=k.device)) % size
         self.keys.index_copy_(1, slots, k[:, dropped:].to(self.keys.dtype))
         if ids is None:

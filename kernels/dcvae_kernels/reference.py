@@ -1,7 +1,7 @@
-"""Plain PyTorch definitions: what every faster implementation must agree with.
+"""Reference definitions in plain PyTorch, which every faster implementation must match.
 
-Arguments are taken as valid; the public functions check them. Dimensions: S scales (optional), B queries, K negatives,
-D features; a weight seen as a matrix has one row for each output channel.
+Arguments are not checked here; the public functions do that. Dimensions: S scales (optional), B queries, K negatives,
+D features. A weight viewed as a matrix has one row per output channel.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcvae_kernels.dispatch import constant
+from dcvae_kernels.dispatch import assume_constant_result
 
 SMALLEST_SQUARE = 1e-24  # F.normalize's eps, squared
-UNKNOWN_ID = -1  # equal to no identity, not even to itself
+UNKNOWN_ID = -1  # does not equal any id, including itself
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would round the operands of every product to half precision."""
+    """Disable autocast, which would round the operands of every product to half precision."""
     return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
-@constant  # torch 2.11's compiler cannot look into it
+@assume_constant_result  # torch 2.11's compiler cannot trace this call
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float32, or float64 where one of them is."""
+    """Return float64 if any tensor is float64, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
@@ -50,7 +50,7 @@ def info_nce_reference(
     symmetric: bool,
     with_rank: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of each query and, if wanted, the rank of its positive, [B] or [S, B]; see `dcvae_kernels.info_nce`."""
+    """Per-query loss and, on request, the rank of its positive, [B] or [S, B]; see `dcvae_kernels.info_nce`."""
     dtype = accumulate_dtype(q, k, queue)
     with without_autocast(q.device):
         excluded = []  # bool, broadcast to [B, K]
@@ -59,7 +59,7 @@ def info_nce_reference(
         elif valid is not None:
             unfilled = torch.arange(queue.shape[-2], device=q.device) >= valid
             excluded.append(unfilled)
-            queue = queue.masked_fill(unfilled[:, None], 0)  # such a slot may hold anything, even NaN
+            queue = queue.masked_fill(unfilled[:, None], 0)  # unfilled slots can hold anything, including NaN
         if query_ids is not None and negative_ids is not None:
             query_ids = query_ids[:, None]
             excluded.append((query_ids == negative_ids) & (query_ids != UNKNOWN_ID))
@@ -70,31 +70,31 @@ def info_nce_reference(
         positive = (q * k).sum(-1)
         scores_BK = q @ negatives.mT
         if excluded:
-            # The lowest finite number, not -inf: a row without any negative then has gradient 0, where -inf gives NaN.
+            # The lowest finite number, not -inf, which would give NaN gradients in a row without negatives.
             scores_BK = scores_BK.masked_fill(reduce(torch.logical_or, excluded), torch.finfo(dtype).min)
 
         loss = _contrast(positive, scores_BK)
         if symmetric:
             loss = (loss + _contrast(positive, scores_BK.mT)) / 2
-        # 0·∞ is NaN: without this term a positive that overflowed would look like a perfect one, and a negative that
-        # overflowed downwards like none.
+        # 0·∞ is NaN. Without this term an infinite positive would look like a perfect match, and a negative of −∞ like
+        # an excluded one.
         loss = loss + 0 * (positive + negatives.sum((-2, -1))[..., None]).detach()
         rank = (scores_BK > positive[..., None]).sum(-1) if with_rank else None
     return loss, rank
 
 
 def _rows(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
-    """The rows to compare, as a copy: the caller may overwrite a queue before the backward pass reads it."""
+    """Return the rows to compare, as a copy, because the queue can be overwritten before the backward pass."""
     if not normalize:
         return x.to(dtype, copy=True)
     x = x.to(dtype)
-    # F.normalize's values and gradients; its second derivative, though, is NaN at a zero row.
+    # Same values and gradients as F.normalize, whose second derivative is NaN at a zero row.
     return x / x.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SQUARE).sqrt()
 
 
 def _contrast(positive: Tensor, scores_BK: Tensor) -> Tensor:
-    """-log(e^s⁺ / (e^s⁺ + Σ e^s)) without the cancellation that cross-entropy suffers where the loss is small."""
-    # Above the threshold softplus(x) is x; at 40 they differ by less than fp64 resolves.
+    """-log(e^s⁺ / (e^s⁺ + Σ e^s)), without the cancellation that cross-entropy suffers if the loss is small."""
+    # Above the threshold F.softplus returns x; at 40 the difference is below the resolution of fp64.
     return F.softplus(scores_BK.logsumexp(-1) - positive, threshold=40)
 
 
@@ -102,12 +102,12 @@ def _contrast(positive: Tensor, scores_BK: Tensor) -> Tensor:
 
 
 class Layers(NamedTuple):
-    """The layers to normalise.
+    """Layers to normalise.
 
     Attributes:
-        weights: of any shape.
-        us, vs: the vectors of the power iteration, [rows] and [columns] of each weight as a matrix.
-        dims: the dimension of each weight that becomes the rows.
+        weights: tensors of any shape.
+        us, vs: power iteration vectors, [rows] and [columns] of each weight viewed as a matrix.
+        dims: dimension of each weight that becomes the rows.
     """
 
     weights: Sequence[Tensor]
@@ -117,10 +117,10 @@ class Layers(NamedTuple):
 
 
 def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) -> list[Tensor]:
-    """W/σ for each weight W, after power iterations that update its u and v in place.
+    """Update u and v of each weight W in place by power iterations and return W/σ.
 
-    u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖, σ = uᵀWv, with W as a matrix: dimension `dims[i]` against all others. With
-    `n_power_iterations=0` u and v stay as they are. σ counts as 1 where it is 0.
+    u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖, σ = uᵀWv, where dimension `dims[i]` of W becomes the rows. With `n_power_iterations=0`
+    u and v are unchanged. σ = 0 is replaced by 1.
     """
     normalized = []
     for weight, u, v, dim in zip(*layers, strict=True):
@@ -130,18 +130,18 @@ def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) ->
                 for _ in range(n_power_iterations):
                     u.copy_(_direction(matrix @ v, u, eps))
                     v.copy_(_direction(matrix.mT @ u, v, eps))
-            # Copies, for the next forward pass may come before this one's backward.
+            # Copies, because the next forward pass can precede this one's backward pass.
             sigma = torch.dot(u.clone(), matrix @ v.clone())
             normalized.append(weight / sigma.masked_fill(sigma == 0, 1))
     return normalized
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """The weight with dimension `dim` as rows and all others as columns."""
+    """View the weight as a matrix with dimension `dim` as rows and all other dimensions as columns."""
     return weight.transpose(0, dim).flatten(1)
 
 
 def _direction(x: Tensor, previous: Tensor, eps: float) -> Tensor:
-    """x/‖x‖, but the previous direction where x is 0: a zero weight has none, and a zero u would stay zero for ever."""
+    """x/‖x‖, or the previous direction if x is 0, because a zero u would stay zero forever."""
     norm = torch.linalg.vector_norm(x)
     return torch.where(norm > 0, x / norm.clamp_min(eps), previous)

@@ -1,4 +1,4 @@
-"""Spectral normalisation (Miyato et al., 2018) of a whole network, with one update for each forward pass."""
+"""Spectral normalisation (Miyato et al., 2018) of a whole network, with one update per forward pass."""
 
 from typing import Any, TypeVar, cast
 
@@ -17,34 +17,34 @@ OLDER_KEYS = {"weight_orig": "original", "weight_u": "0._u", "weight_v": "0._v"}
 
 
 def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *, impl: Impl = "auto") -> M:
-    """Divides the weight of every Conv2d, ConvTranspose2d and Linear in `module` by its largest singular value σ.
+    """Divide the weight of every Conv2d, ConvTranspose2d and Linear in `module` by its largest singular value σ.
 
-    σ = uᵀWv comes from a power iteration on the weight as a matrix [output channels, rest]: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖.
-    Each forward pass of `module` begins with one update of all layers in training mode, and the layers use those
-    weights throughout it. In evaluation mode, and for whoever reads a layer's weight outside such a pass, the weight is
-    W/σ for the u and v there are. Frozen weights are iterated too. A weight of zeros stays zero. σ is computed in the
-    weight's dtype, autocast or not.
+    σ = uᵀWv comes from power iterations on the weight as a matrix [output channels, rest]: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖.
+    Each forward pass of `module` starts with one update of all layers in training mode, and the layers use the same
+    weights throughout that pass. In evaluation mode, and if a weight is read outside such a pass, the weight is W/σ for
+    the current u and v. Frozen weights are iterated too. A zero weight stays zero. σ is computed in the dtype of the
+    weight, also under autocast.
 
-    Each layer computes what `torch.nn.utils.parametrizations.spectral_norm` computes, and has the same `state_dict`
-    keys; those of the older `torch.nn.utils.spectral_norm` are loaded too. Parameters remain the same objects, so
-    optimizers made before this call stay right. Copies made by `deepcopy` update themselves.
+    Each layer is equivalent to `torch.nn.utils.parametrizations.spectral_norm` and has the same `state_dict` keys.
+    Checkpoints of the older `torch.nn.utils.spectral_norm` load too. Parameters remain the same objects, so existing
+    optimizers stay valid. `deepcopy` gives an independent copy.
 
     Args:
-        module: changed in place. A layer reached by two names is normalised once.
-        n_power_iterations: for each forward pass, at least 1.
-        eps: the least norm to divide by in the power iteration, positive.
-        impl: "triton" updates all layers by three kernels (two more for each further iteration; two for the gradient),
-            on an NVIDIA GPU of compute capability 8.0 or newer; "torch" by PyTorch's operations; "auto" takes "triton"
-            where it can. Weights of float64, of several dtypes or devices, or of unusual strides are always "torch"'s.
+        module: modified in place. A layer with two names is normalised once.
+        n_power_iterations: number of power iterations per forward pass, at least 1.
+        eps: lower bound of the norms that the power iteration divides by, positive.
+        impl: "triton" updates all layers in three kernel launches, plus two per further power iteration, and computes
+            the gradient in two, on an NVIDIA GPU of compute capability 8.0 or newer. "torch" uses PyTorch operations.
+            "auto" uses "triton" if possible. float64, mixed dtypes or devices, and unusual strides always use "torch".
 
     Returns:
         module.
 
     Raises:
-        TypeError: a weight that is not floating point.
-        ValueError: no layer to normalise, a layer normalised already, a weight without elements, n_power_iterations
-            below 1, eps not positive, or an impl that is none or cannot run where the weights are. `module` is
-            unchanged then.
+        TypeError: a weight is not floating point.
+        ValueError: there is no layer to normalise, a layer is normalised already, a weight has no elements,
+            n_power_iterations is below 1, eps is not positive, or impl is unknown or cannot run on the device of the
+            weights. `module` is then unchanged.
     """
     check_impl(impl)
     if n_power_iterations < 1:
@@ -53,12 +53,12 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *,
         raise ValueError(f"eps must be positive; it is {eps}")
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LAYERS)}
     if not layers:
-        raise ValueError(f"{type(module).__name__} holds no Conv2d, ConvTranspose2d or Linear to normalise")
+        raise ValueError(f"{type(module).__name__} has no Conv2d, ConvTranspose2d or Linear to normalise")
     for name, layer in layers.items():
         _check(name or type(layer).__name__, layer)
         obstacle = obstacle_to_triton(layer.weight.device) if impl == "triton" else None
         if obstacle is not None:
-            raise ValueError(f'impl="triton" cannot be used for layer {name!r}: {obstacle}; impl="torch" can')
+            raise ValueError(f'impl="triton" cannot be used for layer {name!r}: {obstacle}; use impl="torch"')
     for layer in layers.values():
         dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
         parametrize.register_parametrization(layer, "weight", _SpectralNorm(layer.weight, dim, eps))
@@ -67,14 +67,14 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *,
 
 
 def remove_spectral_norm(module: M) -> M:
-    """Undoes `spectral_norm(module)`, leaving every weight at the W/σ that evaluation mode uses.
+    """Undo `spectral_norm(module)`. Every weight becomes the W/σ of evaluation mode.
 
     Raises:
-        ValueError: `module` is not what `spectral_norm` was called with, nor a copy of it.
+        ValueError: `module` is neither a module passed to `spectral_norm` nor a copy of one.
     """
     group = getattr(module, "_spectral_norm", None)
     if not isinstance(group, _Group):
-        raise ValueError(f"this {type(module).__name__} was not given to spectral_norm")
+        raise ValueError(f"spectral_norm was not called with this {type(module).__name__}")
     group.remove()
     del module._spectral_norm
     return module
@@ -91,7 +91,7 @@ def _check(name: str, layer: nn.Module) -> None:
 
 
 class _SpectralNorm(nn.Module):
-    """The parametrization of one weight. Its names make the `state_dict` keys those of torch's own."""
+    """Parametrization of one weight. The buffer names give the `state_dict` keys of torch's own parametrization."""
 
     _u: Tensor
     _v: Tensor
@@ -101,11 +101,11 @@ class _SpectralNorm(nn.Module):
         super().__init__()
         self.dim = dim
         self.eps = eps
-        self.normalized: Tensor | None = None  # the weight of the forward pass that is under way
+        self.normalized: Tensor | None = None  # W/σ of the current forward pass
         rows, columns = as_matrix(weight, dim).shape
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
-        if not weight.is_meta:  # nothing to iterate, and models are often built on the meta device first
+        if not weight.is_meta:  # models are often built on the meta device first
             spectral_norm_update(Layers([weight], [self._u], [self._v], [dim]), 15, eps)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -114,14 +114,14 @@ class _SpectralNorm(nn.Module):
         return spectral_norm_update(Layers([weight], [self._u], [self._v], [self.dim]), 0, self.eps)[0]
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """What `layer.weight = value` stores."""
+        """Return the tensor that `layer.weight = value` stores."""
         return value
 
 
 class _Group:
-    """The layers of one wrapped module and the hooks on it.
+    """Layers and hooks of one wrapped module.
 
-    The hooks are bound methods of an object, so that `deepcopy` of the module gives the copy a group of its own layers.
+    The hooks are bound methods, so that `deepcopy` of the module creates a group that refers to the copied layers.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Group:
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
-            # A layer and its deepcopies share the class that holds the property `weight`, which torch deletes.
+            # torch deletes the property `weight` from the class, which a layer shares with its deepcopies.
             cls = type(layer)
             layer.__class__ = cast(type[nn.Module], type(cls.__name__, cls.__bases__, dict(vars(cls))))
             parametrize.remove_parametrizations(layer, "weight")

@@ -1,4 +1,4 @@
-"""What the tests of the ops share: the implementations, inputs, InfoNCE written out, and what kernels do unseen."""
+"""Helpers of the op tests: implementations, inputs, eager and fp64 InfoNCE, launch and memory checks, subprocesses."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import dcvae_kernels
 
 @dataclass(frozen=True)
 class Implementation:
-    """One of info_nce's implementations on a device. On a CPU, "triton" is run by Triton's interpreter."""
+    """An implementation on a device. On a CPU, "triton" runs in Triton's interpreter."""
 
     impl: str
     device: str
@@ -32,7 +32,7 @@ class Implementation:
 
     @property
     def widest(self) -> torch.dtype:
-        """The widest dtype that it takes."""
+        """Widest supported dtype."""
         return torch.float32 if self.impl == "triton" else torch.float64
 
     def info_nce(self, *args: Any, **options: Any) -> Any:
@@ -43,7 +43,7 @@ class Implementation:
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same numbers on every device and in every dtype, but for rounding."""
+    """Return the same numbers on every device and, up to rounding, in every dtype."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
@@ -53,14 +53,14 @@ def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
 
 
 def cross_entropy(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """The loss as everyone writes it, in the inputs' own dtype; [B, D], [B, D], [K, D] -> [B]."""
+    """Eager InfoNCE by F.cross_entropy, in the dtype of the inputs; [B, D], [B, D], [K, D] -> [B]."""
     q, k, queue = (F.normalize(t, dim=-1) for t in (q, k, queue))
     logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.T], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64), reduction="none")
 
 
-def by_definition(q: Tensor, k: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
-    """Eq. 6 in fp64, one query at a time; negatives[i] [K_i, D] are those of query i."""
+def info_nce_fp64(q: Tensor, k: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
+    """Eq. 6 in fp64, one query at a time; negatives[i], [K_i, D], belong to query i."""
     losses = []
     for query, key, others in zip(q.double(), k.double(), negatives, strict=True):
         positive = torch.cosine_similarity(query, key, dim=0) / temperature
@@ -70,10 +70,10 @@ def by_definition(q: Tensor, k: Tensor, negatives: list[Tensor], temperature: fl
 
 
 @contextmanager
-def counted(module: ModuleType, launches: list[str]) -> Iterator[None]:
-    """Notes the names of the module's kernels as they are launched."""
+def record_launches(module: ModuleType, launches: list[str]) -> Iterator[None]:
+    """Append the names of the module's kernels to `launches` as they are launched."""
 
-    class Counter:
+    class Recorder:
         def __init__(self, name: str, kernel: Any):
             self.name, self.kernel = name, kernel
 
@@ -83,15 +83,15 @@ def counted(module: ModuleType, launches: list[str]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            patch.setattr(module, name, Counter(name, getattr(module, name)))
+            patch.setattr(module, name, Recorder(name, getattr(module, name)))
         yield
 
 
 @contextmanager
-def poisoned() -> Iterator[Callable[[], bool]]:
-    """Fills what `Tensor.new_empty` allocates with NaN, or the least integer, and puts guards of the same around it.
+def poison_allocations() -> Iterator[Callable[[], bool]]:
+    """Fill tensors from `Tensor.new_empty`, and guard regions around them, with NaN or the least integer.
 
-    Yields a function that tells, afterwards, whether there were allocations and all guards are as they were.
+    Yields a function that returns whether tensors were allocated and all guard regions are unchanged.
     """
     buffers: list[tuple[Tensor, int, float]] = []
     new_empty = Tensor.new_empty
@@ -117,8 +117,8 @@ def poisoned() -> Iterator[Callable[[], bool]]:
 
 
 def device_kernels(call: Callable[[], Any]) -> list[str]:
-    """Return the names of the kernels, copies and fills that a call puts on the GPU, in order."""
-    from harness import device_events  # in bench/, which scripts that import this file do not have on their path
+    """Return the names of the kernels, copies and fills that a call runs on the GPU, in order."""
+    from harness import device_events  # in bench/, which is not on the path of scripts that import this file
 
     events = device_events(call)
     if events is None:
@@ -127,7 +127,7 @@ def device_kernels(call: Callable[[], Any]) -> list[str]:
 
 
 def run_ranks(script: Path, count: int, folder: Path) -> None:
-    """Run `script RANK FILE` as `count` ranks on the CPU, which meet in a file in the folder; all have to succeed."""
+    """Run `script RANK FILE` as `count` ranks on the CPU, with a rendezvous file in `folder`; all must succeed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     commands = [[sys.executable, script, str(rank), str(folder / "rendezvous")] for rank in range(count)]
@@ -142,7 +142,7 @@ def run_ranks(script: Path, count: int, folder: Path) -> None:
 
 
 def compiled_ahead(operation: str, *options: str) -> list[dict[str, Any]]:
-    """What `compile_ahead.py` reports; from another process, for this one may interpret its kernels."""
+    """Return the report of `compile_ahead.py`, run in another process because this one can be interpreting kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, Path(__file__).parent / "compile_ahead.py", operation, *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""Compiles the launches of a Triton module for GPUs that are not there, and reports what the compiler says of them.
+"""Compile the launches of a Triton module for GPUs that need not be present, and report registers, spills and memory.
 
-Launches are recorded instead of executed, so the compiled programs are those that the launch code asks for. Run as a
-script with `info_nce` or `spectral_norm`, prints the resources of kernels as JSON; with `--all`, of all configurations.
+Launches are recorded instead of executed, so exactly the programs of the launch code are compiled. Run as a script with
+`info_nce` or `spectral_norm`, this prints the resources of the kernels as JSON; with `--all`, for all configurations.
 """
 
 import itertools
@@ -41,7 +41,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of a module, by name, with the types and constants that it was launched with."""
+    """Module and name of a kernel, and the types, constants and options of one launch."""
 
     module: str
     kernel: str
@@ -53,8 +53,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program needs: registers of a thread, bytes of local memory of a thread (spilled registers), of shared
-    memory."""
+    """Resources of a compiled kernel.
+
+    Attributes:
+        registers: registers per thread.
+        spilled: bytes of local memory per thread, where spilled registers are stored.
+        shared: bytes of shared memory per program.
+    """
 
     registers: int
     spilled: int
@@ -62,7 +67,7 @@ class Resources:
 
 
 def record(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
-    """Return the launches that `call` would make of the module's kernels; its tensors may be meta tensors."""
+    """Return the kernel launches that `call` would make; its tensors can be meta tensors."""
     launches = []
 
     class Recorder:
@@ -80,7 +85,7 @@ def record(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
 
 
 def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: dict[str, Any]) -> Launch:
-    """As Triton specialises arguments: None, 1 and constexprs are constants, multiples of 16 are known as such."""
+    """Specialise arguments as Triton does: None, 1 and constexprs are constants, multiples of 16 are marked aligned."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {key: options.pop(key) for key in list(options) if key in kernel.arg_names}
     signature, constants, aligned = [], [], []
@@ -108,7 +113,7 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
 
 
 def compile_all(launches: Iterable[Launch], capabilities: Iterable[int]) -> dict[tuple[Launch, int], Resources]:
-    """Compiles each for each compute capability (80 is sm_80), on all cores."""
+    """Compile every launch for every compute capability (80 is sm_80), on all cores."""
     jobs = [(launch, capability) for launch in dict.fromkeys(launches) for capability in capabilities]
     with ProcessPoolExecutor() as pool:
         return dict(zip(jobs, pool.map(_compile, jobs), strict=True))
@@ -135,24 +140,24 @@ def _compile(job: tuple[Launch, int]) -> Resources:
 
 
 def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:
-    """Of an argument, or of an element (name, i) of one that is a tuple."""
+    """Return the path of an argument, or of element i of a tuple argument if name is (name, i)."""
     return (index[name],) if isinstance(name, str) else (index[name[0]], name[1])
 
 
 def info_nce_launches(full: bool) -> dict[Launch, dict[str, Any]]:
-    """Record the launches of info_nce by D, dtype and number of queries, with all options on.
+    """Record the launches of info_nce for several D, dtypes and numbers of queries, with all options enabled.
 
     Args:
-        full: all D, each with few and many queries, also varying the kind of maximum and the number of splits.
-            Otherwise the shapes of DC-VAE, and those of a large batch.
+        full: use every D with few and with many queries, and vary the kind of maximum and the number of splits.
+            Otherwise, use the shapes of DC-VAE and of a large batch.
     """
     dims = (16, 64, 128, 256, 512)
     shapes = itertools.product(dims, (128, 4096)) if full else ((16, 128), (128, 4096))
-    found = {}
+    launches = {}
     for (d, queries), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         for launch in record(info_nce, partial(_launch_everything, queries, d, dtype, full)):
-            found[launch] = {"kernel": launch.kernel, "D": d, "dtype": str(dtype).removeprefix("torch.")}
-    return found
+            launches[launch] = {"kernel": launch.kernel, "D": d, "dtype": str(dtype).removeprefix("torch.")}
+    return launches
 
 
 def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> None:
@@ -162,7 +167,7 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
     valid, learned, ids = empty(dtype=torch.int64), empty(dtype=torch.float32), empty(queries, dtype=torch.int64)
     q, queue = empty(1, queries, d), empty(1, 8096, d)
     cases = [(queue, None)]
-    if full:  # also one split, and few
+    if full:  # also with one split and with a few
         cases += [(queue, learned), (empty(1, 16, d), None), (queue[:, :300], None)]
     for keys, temperature in cases:
         key_ids = empty(keys.shape[1], dtype=torch.int64)
@@ -174,12 +179,12 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
 
 
 def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
-    """Record the launches for one layer and for many, in one and in two iterations."""
-    found = {}
+    """Record the launches for one and for many layers, with two power iterations."""
+    launches = {}
     for layers, dtype in itertools.product((1, 25, 100) if full else (1, 100), (torch.float32, torch.bfloat16)):
         for launch in record(spectral_norm, partial(_launch_update, layers, dtype)):
-            found[launch] = {"kernel": launch.kernel, "layers": layers, "dtype": str(dtype).removeprefix("torch.")}
-    return found
+            launches[launch] = {"kernel": launch.kernel, "layers": layers, "dtype": str(dtype).removeprefix("torch.")}
+    return launches
 
 
 def _launch_update(layers: int, dtype: torch.dtype) -> None:
@@ -193,8 +198,8 @@ def _launch_update(layers: int, dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     operation, *options = sys.argv[1:]
-    recorded = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[operation]
-    launches = recorded(full=options == ["--all"])
+    record_all = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[operation]
+    launches = record_all(full=options == ["--all"])
     results = compile_all(launches, (80, 90, 100))
     report = [launches[launch] | {"capability": x} | asdict(result) for (launch, x), result in results.items()]
     print(json.dumps(report))

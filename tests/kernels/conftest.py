@@ -1,4 +1,4 @@
-"""The implementations that the tests run with."""
+"""Fixtures: the implementations that the tests run with."""
 
 from collections.abc import Iterator
 
@@ -17,19 +17,19 @@ from checks import Implementation
     ]
 )
 def on(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    """An implementation, with its device as the default."""
+    """An implementation, with its device as the default device."""
     implementation = Implementation(*request.param)
     has_gpu = torch.cuda.is_available()
     if implementation.device == "cuda" and not has_gpu:
         pytest.skip("needs a CUDA device")
     if implementation.interpreted and has_gpu:
-        pytest.skip("the kernels are compiled here, for the GPU, and cannot be interpreted too")
+        pytest.skip("with a GPU the kernels are compiled, so they cannot be interpreted in the same process")
     if implementation.device == "cpu":
         yield implementation
     else:
-        # The tests compare results of products of float32, not of tf32.
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with torch.device(implementation.device), exact:
+        # The tests compare float32 products, not tf32 products.
+        no_tf32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.device(implementation.device), no_tf32:
             yield implementation
 
 

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda:0")
 
 
 @pytest.fixture(autouse=True)
-def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def simulated_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     dispatch._obstacle_to_building.cache_clear()
@@ -32,37 +32,37 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_compiler_and_headers_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_no_obstacle_with_a_compiler_and_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
     assert dispatch.obstacle_to_triton(CUDA) is None
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     for _ in range(2):
         assert dispatch.obstacle_to_triton(CUDA) == "it needs a C compiler: install gcc, or set CC to the path of one"
-    (message,) = caplog.messages  # once
-    assert message.startswith("Triton's kernels cannot be launched: it needs a C compiler: install gcc")
+    (message,) = caplog.messages  # logged only once
+    assert message.startswith("Triton kernels cannot be launched: it needs a C compiler: install gcc")
 
 
-def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_nonexistent_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     obstacle = dispatch.obstacle_to_triton(CUDA)
     assert obstacle == f"the C compiler {tmp_path / 'cc'} cannot be run (No such file or directory)"
 
 
-def test_without_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_python_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 1")))
     obstacle = dispatch.obstacle_to_triton(CUDA)
     assert obstacle is not None and obstacle.endswith("Python.h; install Python's headers (python3-dev)")
 
 
-def test_plain_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_auto_falls_back_to_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     q = torch.randn(3, 4)
     with FakeTensorMode():
         on_gpu = torch.empty(3, 4, device="cuda")
-    monkeypatch.setattr(info_nce_module, "needs_definition", lambda *_: False)  # fake tensors are a subclass
+    monkeypatch.setattr(info_nce_module, "needs_reference", lambda *_: False)  # because fake tensors are a subclass
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exit 0")))
     assert info_nce_module._choose("auto", on_gpu, on_gpu) == "triton"
     dispatch._obstacle_to_building.cache_clear()

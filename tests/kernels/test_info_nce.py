@@ -1,5 +1,4 @@
-"""info_nce, by each implementation, against fp64 definitions written out query by query, hand-computed numbers and
-eager PyTorch."""
+"""Results of every info_nce implementation, against fp64 references, hand-computed numbers and eager PyTorch."""
 
 import math
 import random
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dcvae_kernels
-from checks import Implementation, by_definition, cross_entropy, leaves
+from checks import Implementation, cross_entropy, info_nce_fp64, leaves
 from dcvae_kernels import InfoNCEStats, KeyQueue
 from dcvae_kernels.reference import info_nce_reference
 
@@ -33,9 +32,9 @@ def test_hand_computed(on: Implementation):
 
 
 def sizes() -> list[tuple[int, int, int, int, float]]:
-    """Every pair (B, K), with small D, S and the temperature taking turns, then all D with one and several scales.
+    """All pairs (B, K) with cycling D, S and temperature, then all D with one or several scales.
 
-    The turns have lengths without a common factor, so that no K always comes with the same temperature.
+    The cycle lengths have no common factor, so that no K always has the same temperature.
     """
     dims, scales, temperatures = cycle((1, 15, 16, 48, 7, 16, 17)), cycle((3, 1, 2)), cycle((*TEMPERATURES, 0.2))
     pairs = product([1, 63, 65, 129], [1, 31, 8096, 8192])
@@ -47,11 +46,11 @@ def sizes() -> list[tuple[int, int, int, int, float]]:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("b", "k", "d", "s", "temperature"), sizes())
-def test_no_worse_than_eager_against_fp64(
+def test_error_against_fp64_is_not_larger_than_eager(
     on: Implementation, b: int, k: int, d: int, s: int, temperature: float, dtype: torch.dtype
 ):
     if on.interpreted and k > 8000:
-        k, d, s = k // 64, min(d, 16), 1  # K is 126 or 128: one is a multiple of a block
+        k, d, s = k // 64, min(d, 16), 1  # K is 126 or 128; only 128 is a multiple of a block
     shapes = [(s, b, d), (s, b, d), (s, k, d)]
     q, keys, queue = (on.randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
     q, keys, queue = leaves(q, keys, queue)
@@ -72,11 +71,11 @@ def test_no_worse_than_eager_against_fp64(
     for x, x_exact, x_eager in zip((q, keys, queue), exact_in, eager_in, strict=True):
         assert x.grad is not None and x_exact.grad is not None and x_eager.grad is not None
         assert x.grad.dtype == dtype
-        # With one dimension a direction cannot turn: the gradient is 0, left over from terms of size 1/τ.
+        # In one dimension the exact gradient is 0, the difference of terms of magnitude 1/τ.
         scale = x_exact.grad.norm() if d > 1 else 1 / temperature
         tolerance = 2e-6 if dtype == torch.float32 else 1e-2
         if on.impl == "triton" and not on.interpreted:
-            # The compiler may sum the squares of a row in another order in backward than in forward. The similarities
+            # The compiler can sum the squares of a row in another order in backward than in forward. The similarities
             # then differ by a rounding error, which e^{similarity/τ} multiplies by 1/τ.
             tolerance = max(tolerance, 2**-23 / temperature)
         tolerance *= scale
@@ -102,7 +101,7 @@ def test_in_batch_and_symmetric(on: Implementation, b: int, temperature: float):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_keys_in_the_batch(on: Implementation, dtype: torch.dtype):
+def test_large_in_batch_gradients(on: Implementation, dtype: torch.dtype):
     """Compare the gradients of queries and keys with fp64."""
     b, d = (70, 128) if on.interpreted else (4096, 128) if on.device == "cuda" else (512, 128)
     q, k = leaves(on.randn(b, d, dtype=dtype), on.randn(b, d, seed=1, dtype=dtype))
@@ -114,7 +113,7 @@ def test_many_keys_in_the_batch(on: Implementation, dtype: torch.dtype):
 
 
 def test_simclr(on: Implementation):
-    """NT-Xent of two views of each image, as the README writes it."""
+    """NT-Xent of two views of each image, as in the README."""
     a, b = on.randn(5, 8), on.randn(5, 8, seed=1)
     z = F.normalize(torch.cat([a, b]), dim=1)
     logits = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
@@ -127,23 +126,23 @@ def test_simclr(on: Implementation):
 
 def test_scales_are_independent_and_averaged(on: Implementation):
     q, k, queue = on.randn(2, 4, 8), on.randn(2, 4, 8, seed=1), on.randn(2, 9, 8, seed=2)
-    each = torch.stack([on.info_nce(q[i], k[i], queue[i], reduction="none") for i in range(2)])
-    torch.testing.assert_close(on.info_nce(q, k, queue, reduction="none"), each)
-    torch.testing.assert_close(on.info_nce(q, k, queue), each.mean())
-    torch.testing.assert_close(on.info_nce(q, k, queue, reduction="sum"), each.sum())
+    losses = torch.stack([on.info_nce(q[i], k[i], queue[i], reduction="none") for i in range(2)])
+    torch.testing.assert_close(on.info_nce(q, k, queue, reduction="none"), losses)
+    torch.testing.assert_close(on.info_nce(q, k, queue), losses.mean())
+    torch.testing.assert_close(on.info_nce(q, k, queue, reduction="sum"), losses.sum())
     in_batch = torch.stack([on.info_nce(q[i], k[i], reduction="none") for i in range(2)])
     torch.testing.assert_close(on.info_nce(q, k, reduction="none"), in_batch)
 
 
-def test_queries_without_scales_take_the_keys_of_a_queue_with_one(on: Implementation):
+def test_2d_queries_with_a_single_scale_queue(on: Implementation):
     q, k, queue = on.randn(4, 8), on.randn(4, 8, seed=1), on.randn(9, 8, seed=2)
     loss, stats = on.info_nce(q, k, queue[None], reduction="none", return_stats=True)
     assert loss.shape == stats.rank.shape == (4,)
     assert torch.equal(loss, on.info_nce(q, k, queue, reduction="none"))
 
 
-def test_easy_positives_keep_their_precision(on: Implementation):
-    """Where the loss is far below 1, log-sum-exp minus the positive is mostly rounding."""
+def test_small_losses_are_precise(on: Implementation):
+    """If the loss is far below 1, log-sum-exp minus the positive is mostly rounding error."""
     q, queue = on.randn(8, 64), on.randn(31, 64, seed=1)
     exact, eager = (cross_entropy(x, x, y, 0.07) for x, y in ((q.double(), queue.double()), (q, queue)))
     assert exact.max() < 1e-3
@@ -151,8 +150,8 @@ def test_easy_positives_keep_their_precision(on: Implementation):
     assert ((eager - exact) / exact).abs().max() > 1e-4
 
 
-def test_scores_far_below_and_above(on: Implementation):
-    """Positives opposite to their queries among identical negatives, at the lowest temperature: loss 2/τ + ln K."""
+def test_extreme_scores(on: Implementation):
+    """Positives opposite to their queries, negatives equal to them, at the lowest temperature: loss 2/τ + ln K."""
     q = on.randn(3, 16).requires_grad_()
     loss = on.info_nce(q, -q.detach(), q.detach()[:1].expand(5, 16), temperature=0.005, reduction="none")
     assert loss[0].item() == pytest.approx(400 + math.log(5), rel=1e-5)
@@ -164,24 +163,24 @@ def test_scores_far_below_and_above(on: Implementation):
 
 @pytest.mark.parametrize("temperature", [0.011, 0.02, 0.03, 0.035])
 def test_all_negatives_opposite(on: Implementation, temperature: float):
-    """As far below a maximum of 1/τ as scores can be, with a positive as far below: loss ln(1 + K)."""
+    """All scores, including the positive, are −1/τ, the lowest possible value: loss ln(1 + K)."""
     q = on.randn(3, 16)[:1].expand(3, 16).clone().requires_grad_()
     keys = -q.detach()
     loss = on.info_nce(q, keys, torch.cat([keys, keys[:2]]), temperature=temperature, reduction="none")
     torch.testing.assert_close(loss.detach(), torch.full((3,), math.log(6)), rtol=1e-4, atol=0)
-    turned = keys + 0.1 * on.randn(3, 16, seed=1)
+    rotated = keys + 0.1 * on.randn(3, 16, seed=1)
     exact_q = q.detach().double().requires_grad_()
-    (exact,) = torch.autograd.grad(by_definition(exact_q, keys, [turned] * 3, temperature).sum(), exact_q)
-    ours = on.info_nce(q, keys, turned, temperature=temperature, reduction="sum")
+    (exact,) = torch.autograd.grad(info_nce_fp64(exact_q, keys, [rotated] * 3, temperature).sum(), exact_q)
+    ours = on.info_nce(q, keys, rotated, temperature=temperature, reduction="sum")
     (gradient,) = torch.autograd.grad(ours, q)
     assert (gradient - exact).norm() <= 1e-4 * exact.norm()
 
 
-def test_reduction_none_takes_any_incoming_gradient(on: Implementation):
+def test_reduction_none_with_any_grad_output(on: Implementation):
     q, k, queue = leaves(*(on.randn(*s, seed=i, dtype=on.widest) for i, s in enumerate([(5, 8), (5, 8), (7, 8)])))
     weights = on.randn(5, seed=3, dtype=on.widest)
     loss = on.info_nce(q, k, queue, temperature=0.2, reduction="none")
-    exact = by_definition(q, k, [queue] * 5, 0.2).to(loss.dtype)
+    exact = info_nce_fp64(q, k, [queue] * 5, 0.2).to(loss.dtype)
     torch.testing.assert_close(loss, exact)
     torch.testing.assert_close(
         torch.autograd.grad(loss, (q, k, queue), weights), torch.autograd.grad(exact, (q, k, queue), weights)
@@ -204,67 +203,71 @@ def test_strided_and_transposed_inputs(on: Implementation):
     torch.testing.assert_close(on.info_nce(*scaled), contiguous)
 
 
-# Anything -------------------------------------------------------------------------------------------------------------
+# Random cases ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_any_combination_agrees_with_the_definition(on: Implementation, seed: int):
-    """Loss, rank and all gradients, for shapes, layouts, dtypes and options drawn at random, against fp64."""
+def test_random_combinations_match_the_reference(on: Implementation, seed: int):
+    """Compare loss, rank and all gradients with fp64 for random shapes, layouts, dtypes and options."""
     draw = random.Random(seed)
     b, k, d, s = draw.choice([1, 5, 33]), draw.choice([1, 7, 70]), draw.choice([1, 8, 17, 40]), draw.choice([1, 2])
     form = draw.choice(["queue", "queue", "in-batch", "symmetric"])
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (on.widest == torch.float64)
-    given = [on.randn(s, n, d, seed=i, dtype=draw.choice(dtypes)) for i, n in enumerate((b, b, k))]
-    given = [strided(x, draw.choice([0, 1, 2])) for x in given]
+    tensors = [on.randn(s, n, d, seed=i, dtype=draw.choice(dtypes)) for i, n in enumerate((b, b, k))]
+    tensors = [strided(x, draw.choice([0, 1, 2])) for x in tensors]
     options: dict[str, Any] = {"symmetric": form == "symmetric", "normalize": draw.random() < 0.7}
     options["temperature"] = draw.choice([0.02, 0.03, 0.2, 1.0])
-    keys = given[2].shape[1] if form == "queue" else b
+    keys = tensors[2].shape[1] if form == "queue" else b
     if draw.random() < 0.6:
         ids = torch.tensor([[draw.randint(-1, 3)] * 2 for _ in range(b + keys)])[:, 0]  # strided
         options |= {"query_ids": ids[:b], "negative_ids": ids[b:]}
     if form == "queue" and draw.random() < 0.4:
         valid = draw.randint(0, keys)
         options["valid"] = torch.tensor(valid) if draw.random() < 0.5 else valid
-    wanted = [draw.random() < 0.7 for _ in range(4)]
-    wanted[0] |= not any(wanted)
+    needs = [draw.random() < 0.7 for _ in range(4)]
+    needs[0] |= not any(needs)
 
     def run(call: Any, dtype: torch.dtype | None, **more: Any) -> list[Tensor | None]:
-        inputs = [x.detach().to(dtype or x.dtype) for x in given] + [torch.tensor(options["temperature"], dtype=dtype)]
-        needed = [x.requires_grad_() for x, want in zip(inputs, wanted, strict=True) if want]
+        inputs = [x.detach().to(dtype or x.dtype) for x in tensors] + [
+            torch.tensor(options["temperature"], dtype=dtype)
+        ]
+        differentiated = [x.requires_grad_() for x, needed in zip(inputs, needs, strict=True) if needed]
         q, k, queue, temperature = inputs
-        arguments = options | more | ({"temperature": temperature} if wanted[3] else {})
+        arguments = options | more | ({"temperature": temperature} if needs[3] else {})
         loss, stats = call(q, k, queue if form == "queue" else None, reduction="none", return_stats=True, **arguments)
         grad_output = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
-        gradients = torch.autograd.grad(loss, needed, grad_output, allow_unused=True)
+        gradients = torch.autograd.grad(loss, differentiated, grad_output, allow_unused=True)
         return [loss, stats.rank, *gradients]
 
-    ours, exact = run(on.info_nce, None), run(definition, torch.float64)
-    half = any(x.dtype.itemsize == 2 for x in given)
+    ours, exact = run(on.info_nce, None), run(reference_with_stats, torch.float64)
+    half = any(x.dtype.itemsize == 2 for x in tensors)
     for i, (x, y) in enumerate(zip(ours, exact, strict=True)):
         assert (x is None) == (y is None)
         if x is None or y is None:
             continue
         if i == 1:
-            assert torch.equal(x, y) or d == 1 or half  # where ties, or nearly so, are common
+            assert torch.equal(x, y) or d == 1 or half  # ties and near-ties are common in these cases
         else:
             scale = max(y.norm().item(), 1e-6 if i == 0 else 1 / options["temperature"] * 1e-2)
             assert (x.double() - y).norm() <= (5e-2 if half and i else 2e-5) * scale, i
 
 
-def test_a_queue_that_is_the_queries_or_the_keys_is_a_queue(on: Implementation):
+def test_queue_can_be_the_same_tensor_as_queries_or_keys(on: Implementation):
     q, k = on.randn(2, 5, 8), on.randn(2, 5, 8, seed=1)
     for queue in (q, k):
         assert torch.equal(on.info_nce(q, k, queue), on.info_nce(q, k, queue.clone()))
 
 
 def strided(x: Tensor, kind: int) -> Tensor:
-    """x as it is, transposed in memory, or with gaps between its elements."""
+    """Return x unchanged (0), transposed in memory (1), or with gaps between its elements (2)."""
     if kind == 0:
         return x
     return x.mT.contiguous().mT if kind == 1 else torch.stack([x, x], -1)[..., 0]
 
 
-def definition(q: Tensor, k: Tensor, queue: Tensor | None, reduction: str, return_stats: bool, **options: Any) -> Any:
+def reference_with_stats(
+    q: Tensor, k: Tensor, queue: Tensor | None, reduction: str, return_stats: bool, **options: Any
+) -> Any:
     options = {"valid": None, "query_ids": None, "negative_ids": None} | options
     if isinstance(options["valid"], int):
         options["valid"] = torch.tensor(options["valid"])
@@ -276,7 +279,7 @@ def definition(q: Tensor, k: Tensor, queue: Tensor | None, reduction: str, retur
 # Rank -----------------------------------------------------------------------------------------------------------------
 
 
-def test_rank_counts_every_better_negative_and_no_tie(on: Implementation):
+def test_rank_counts_strictly_higher_negatives(on: Implementation):
     q = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     k = torch.tensor([[2.0, 0.0], [5.0, 0.0]])
     queue = torch.tensor(
@@ -298,13 +301,13 @@ def test_rank_against_sorting(on: Implementation):
     assert torch.equal(stats.rank, (order == 0).int().argmax(-1))
 
 
-# What counts as a negative --------------------------------------------------------------------------------------------
+# Excluded negatives ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("valid", [0, 1, 30, 31])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_valid_is_a_slice_whatever_lies_beyond(on: Implementation, valid: int, as_tensor: bool, normalize: bool):
+def test_valid_equals_a_slice_of_the_queue(on: Implementation, valid: int, as_tensor: bool, normalize: bool):
     q, k, queue = leaves(on.randn(2, 5, 8), on.randn(2, 5, 8, seed=1), on.randn(2, 31, 8, seed=2))
     with torch.no_grad():
         queue[:, valid:] = float("nan")
@@ -322,16 +325,16 @@ def test_valid_is_a_slice_whatever_lies_beyond(on: Implementation, valid: int, a
     assert not queue.grad[:, valid:].any()
 
 
-def test_ids_leave_out_repeated_images_but_unknown_ones_stay(on: Implementation):
+def test_equal_ids_are_excluded_and_unknown_ids_are_not(on: Implementation):
     q, k, queue = on.randn(4, 8), on.randn(4, 8, seed=1), on.randn(6, 8, seed=2)
     query_ids, negative_ids = torch.tensor([7, 8, -1, 9]), torch.tensor([7, -1, 8, 7, -1, 5])
     kept = [[1, 2, 4, 5], [0, 1, 3, 4, 5], range(6), range(6)]
-    exact = by_definition(q, k, [queue[list(x)] for x in kept], 0.07)
+    exact = info_nce_fp64(q, k, [queue[list(x)] for x in kept], 0.07)
     loss = on.info_nce(q, k, queue, query_ids=query_ids, negative_ids=negative_ids, reduction="none")
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
-    both = on.info_nce(q, k, queue, query_ids=query_ids, negative_ids=negative_ids, valid=3, reduction="none")
-    exact = by_definition(q, k, [queue[[i for i in x if i < 3]] for x in kept], 0.07)
-    torch.testing.assert_close(both.double(), exact, rtol=1e-5, atol=1e-6)
+    with_valid = on.info_nce(q, k, queue, query_ids=query_ids, negative_ids=negative_ids, valid=3, reduction="none")
+    exact = info_nce_fp64(q, k, [queue[[i for i in x if i < 3]] for x in kept], 0.07)
+    torch.testing.assert_close(with_valid.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -340,21 +343,21 @@ def test_ids_within_a_batch(on: Implementation, explicit: bool):
     ids = torch.tensor([3, 3, -1, -1])
     options: dict[str, Any] = {"query_ids": ids, "negative_ids": ids} if explicit else {"query_ids": ids}
     kept = [[2, 3], [2, 3], [0, 1, 3], [0, 1, 2]]
-    rows = by_definition(q, k, [k[x] for x in kept], 0.07)
-    columns = by_definition(k, q, [q[x] for x in kept], 0.07)
+    rows = info_nce_fp64(q, k, [k[x] for x in kept], 0.07)
+    columns = info_nce_fp64(k, q, [q[x] for x in kept], 0.07)
     torch.testing.assert_close(on.info_nce(q, k, **options).double(), rows.mean(), rtol=1e-5, atol=0)
     symmetric = on.info_nce(q, k, symmetric=True, reduction="none", **options)
     torch.testing.assert_close(symmetric.double(), (rows + columns) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_symmetric_ids_need_not_be_symmetric(on: Implementation):
-    """Excluding pair (0, 1) takes key 1 from query 0, and query 0 from key 1."""
+def test_symmetric_loss_with_different_query_and_negative_ids(on: Implementation):
+    """Excluding pair (0, 1) excludes key 1 for query 0, and query 0 for key 1."""
     q, k = on.randn(3, 8), on.randn(3, 8, seed=1)
     loss = on.info_nce(
         q, k, query_ids=torch.tensor([5, 1, 2]), negative_ids=torch.tensor([0, 5, 9]), symmetric=True, reduction="none"
     )
-    rows = by_definition(q, k, [k[[2]], k[[0, 2]], k[[0, 1]]], 0.07)
-    columns = by_definition(k, q, [q[[1, 2]], q[[2]], q[[0, 1]]], 0.07)
+    rows = info_nce_fp64(q, k, [k[[2]], k[[0, 2]], k[[0, 1]]], 0.07)
+    columns = info_nce_fp64(k, q, [q[[1, 2]], q[[2]], q[[0, 1]]], 0.07)
     torch.testing.assert_close(loss.double(), (rows + columns) / 2, rtol=1e-5, atol=1e-6)
 
 
@@ -370,7 +373,7 @@ def test_symmetric_ids_need_not_be_symmetric(on: Implementation):
     ],
     ids=["no slots", "no slot filled", "no slot filled, tensor", "all excluded", "in-batch", "symmetric"],
 )
-def test_no_negatives_is_loss_zero_and_gradient_zero(on: Implementation, options: dict[str, Any]):
+def test_loss_and_gradient_are_zero_without_negatives(on: Implementation, options: dict[str, Any]):
     options = {name: x.to(on.device) if isinstance(x, Tensor) else x for name, x in options.items()}
     q, k = leaves(on.randn(2, 8), on.randn(2, 8, seed=1))
     temperature = torch.tensor(0.07, requires_grad=True)
@@ -393,7 +396,7 @@ def test_no_queries(on: Implementation, shape: tuple[int, ...]):
         loss.backward()
 
 
-# Numbers that break things --------------------------------------------------------------------------------------------
+# Special values -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queue_too", [False, True])
@@ -418,7 +421,7 @@ def test_zero_rows(on: Implementation, queue_too: bool):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("other", [1.0, -1.0])
 def test_nan_and_infinity_reach_the_loss(on: Implementation, where: str, value: float, normalize: bool, other: float):
-    """Whatever the sign of the scores that become infinite."""
+    """For both signs of the infinite scores."""
     k, queue = torch.full((2, 4), other), torch.full((3, 4), other)
     tensors: dict[str, Any] = {"q": torch.ones(2, 4), "k": k, "queue": queue}
     tensors[where][1, 2] = value
@@ -432,7 +435,7 @@ def test_nan_and_infinity_reach_the_loss(on: Implementation, where: str, value: 
 
 @pytest.mark.parametrize("form", ["queue", "in-batch", "symmetric"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_tensor_temperature_gets_its_gradient(on: Implementation, form: str, reduction: str):
+def test_gradient_of_a_tensor_temperature(on: Implementation, form: str, reduction: str):
     q, k, queue = (on.randn(2, n, 8, seed=i, dtype=on.widest) for i, n in enumerate((5, 5, 7)))
     options: dict[str, Any] = {"symmetric": form == "symmetric", "reduction": reduction}
     step = 1e-6
@@ -455,7 +458,7 @@ def test_tensor_temperature_gets_its_gradient(on: Implementation, form: str, red
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("valid", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_enqueue_between_forward_and_backward_changes_no_gradient(
+def test_enqueue_before_backward_does_not_change_gradients(
     on: Implementation, normalize: bool, valid: bool, compiled: bool
 ):
     def gradient(enqueue: bool) -> Tensor:
@@ -474,17 +477,17 @@ def test_enqueue_between_forward_and_backward_changes_no_gradient(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_changes_nothing(on: Implementation, dtype: torch.dtype):
+def test_autocast_has_no_effect(on: Implementation, dtype: torch.dtype):
     q, k, queue = leaves(on.randn(5, 16), on.randn(5, 16, seed=1), on.randn(31, 16, seed=2))
     expected = on.info_nce(q, k, queue)
     with torch.autocast(on.device, dtype=dtype):
         loss = on.info_nce(q, k, queue)
-        half = (q @ torch.eye(16)).detach()  # as a network under autocast gives it: half queries, float32 queue
+        half = (q @ torch.eye(16)).detach()  # as from a network under autocast: half-precision queries, float32 queue
         mixed = on.info_nce(half, k, queue)
     assert half.dtype == dtype
     assert torch.equal(loss, expected)
     assert mixed.dtype == torch.float32
-    # Compiled kernels for half precision may add in another order than those for float32.
+    # Compiled kernels for half precision can add in another order than those for float32.
     torch.testing.assert_close(mixed, on.info_nce(half.float(), k, queue), rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(loss, (q, k, queue))
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k, queue)), rtol=0, atol=0)
@@ -493,7 +496,7 @@ def test_autocast_changes_nothing(on: Implementation, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtype_of_the_loss(on: Implementation, dtype: torch.dtype):
     if dtype.itemsize > on.widest.itemsize:
-        pytest.skip("refused, which the tests of errors see to")
+        pytest.skip("not supported; see the tests of errors")
     q = on.randn(3, 8, dtype=dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert on.info_nce(q, q, q).dtype == expected

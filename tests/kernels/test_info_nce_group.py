@@ -1,4 +1,4 @@
-"""info_nce across the ranks of a group, against one process that has the whole batch, which each rank plays itself.
+"""info_nce across the ranks of a group, against a single process with the whole batch, which each rank also computes.
 
 Run as `test_info_nce_group.py RANK FILE`, this is one of three ranks.
 """
@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checks import leaves, randn, run_ranks
 from dcvae_kernels import InfoNCE, info_nce
 
-WORLD, BATCH, DIM = 3, 4, 5
-IDS = torch.tensor([1, -1, 2, 2, 1, -1, -1, 3, 7, 2, -1, 2**63 - 1])  # the same within a rank and across; unknown
+WORLD_SIZE, BATCH, DIM = 3, 4, 5
+IDS = torch.tensor([1, -1, 2, 2, 1, -1, -1, 3, 7, 2, -1, 2**63 - 1])  # equal within and across ranks; some unknown
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-13}
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "ids": {"query_ids": IDS, "reduction": "none"},
     "symmetric": {"symmetric": True},
     "symmetric, ids": {"symmetric": True, "query_ids": IDS, "reduction": "none"},
-    "as given": {"normalize": False},
+    "unnormalised": {"normalize": False},
 }
 
 
@@ -36,19 +36,19 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.multiprocess
-def test_like_one_process(tmp_path: Path):
-    run_ranks(Path(__file__), WORLD, tmp_path)
+def test_ranks_match_a_single_process(tmp_path: Path):
+    run_ranks(Path(__file__), WORLD_SIZE, tmp_path)
 
 
-def test_what_is_no_group():
+def test_group_of_the_wrong_type():
     q = randn(2, 3)
-    no_groups: list[Any] = ["gloo", 0, q]
-    for group, kind in zip(no_groups, ("str", "int", "Tensor"), strict=True):
+    groups: list[Any] = ["gloo", 0, q]
+    for group, kind in zip(groups, ("str", "int", "Tensor"), strict=True):
         with pytest.raises(TypeError, match=rf"group must be a torch\.distributed\.ProcessGroup; it is a {kind}"):
             info_nce(q, q, group=group)
 
 
-def test_without_distributed(monkeypatch: pytest.MonkeyPatch):
+def test_pytorch_without_distributed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dist, "is_available", lambda: False)
     q: Any = randn(2, 3)
     info_nce(q, q)
@@ -60,92 +60,92 @@ def test_without_distributed(monkeypatch: pytest.MonkeyPatch):
 
 
 class Rank:
-    """One rank of a group, its rows of the batch and how it gets what the whole group has."""
+    """One rank of a group: its rows of the batch, and comparisons with the whole batch."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.world = group, group.size()
+        self.group, self.world_size = group, group.size()
         self.rows = slice(group.rank() * BATCH, (group.rank() + 1) * BATCH)
 
-    def whole(self, scales: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-        """q, k and the temperature of all ranks."""
-        shape = (*scales, self.world * BATCH, DIM)
+    def whole_batch(self, scales: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """Return q and k of all ranks, and the temperature."""
+        shape = (*scales, self.world_size * BATCH, DIM)
         return leaves(randn(*shape), randn(*shape, seed=1), torch.tensor(0.4), dtype=dtype)
 
-    def mine(self, whole: list[Tensor]) -> list[Tensor]:
-        """Leaves with the own rows."""
+    def local(self, whole: list[Tensor]) -> list[Tensor]:
+        """Return leaves with this rank's rows."""
         q, k, temperature = whole
         return leaves(q[..., self.rows, :], k[..., self.rows, :], temperature)
 
-    def options(self, options: dict[str, Any], alone: bool) -> dict[str, Any]:
-        """Of one process with the whole batch, or of this rank."""
+    def options(self, options: dict[str, Any], single: bool) -> dict[str, Any]:
+        """Return the options of this rank, or of a single process with the whole batch."""
         options = dict(options)
         if "query_ids" in options:
-            options["query_ids"] = options["query_ids"][: self.world * BATCH][slice(None) if alone else self.rows]
-        return options if alone else options | {"group": self.group}
+            options["query_ids"] = options["query_ids"][: self.world_size * BATCH][slice(None) if single else self.rows]
+        return options if single else options | {"group": self.group}
 
-    def summed(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         x = x.detach().clone()
         dist.all_reduce(x, group=self.group)
         return x
 
-    def assert_equal(self, ours: tuple[Tensor, ...], whole: tuple[Tensor, ...], tolerance: float) -> None:
-        """Of this rank's q and k the rows of the whole's; of what all have, the sum."""
-        for x, y in zip(ours, whole, strict=True):
-            x, y = (self.summed(x), y) if y.ndim == 0 else (x, y[..., self.rows, :])
+    def assert_close(self, local: tuple[Tensor, ...], whole: tuple[Tensor, ...], tolerance: float) -> None:
+        """Compare rows with those of the whole batch, and scalars summed over ranks."""
+        for x, y in zip(local, whole, strict=True):
+            x, y = (self.all_reduce(x), y) if y.ndim == 0 else (x, y[..., self.rows, :])
             torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
 def values_and_gradients(on: Rank, form: str, scales: tuple[int, ...], dtype: torch.dtype, impl: Any = "torch") -> None:
     options, tolerance = FORMS[form] | {"impl": impl}, TOLERANCE[dtype]
-    whole = on.whole(scales, dtype)
-    mine = on.mine(whole)
-    (ours, stats), (expected, whole_stats) = (
-        info_nce(q, k, temperature=temperature, return_stats=True, **on.options(options, alone))
-        for (q, k, temperature), alone in ((mine, False), (whole, True))
+    whole = on.whole_batch(scales, dtype)
+    local = on.local(whole)
+    (local_loss, stats), (expected, whole_stats) = (
+        info_nce(q, k, temperature=temperature, return_stats=True, **on.options(options, single))
+        for (q, k, temperature), single in ((local, False), (whole, True))
     )
     assert torch.equal(stats.rank, whole_stats.rank[..., on.rows])
     reduction = options.get("reduction", "mean")
     if reduction == "none":
         grad_output = torch.linspace(-1, 2, expected.numel(), dtype=expected.dtype).view_as(expected)
-        own_grad_output = grad_output[..., on.rows]
-        torch.testing.assert_close(ours, expected[..., on.rows], rtol=tolerance, atol=tolerance)
-    else:  # the mean is that of the ranks' means, the sum that of their sums
+        local_grad = grad_output[..., on.rows]
+        torch.testing.assert_close(local_loss, expected[..., on.rows], rtol=tolerance, atol=tolerance)
+    else:  # the mean over ranks of the means, or the sum over ranks of the sums
         grad_output = torch.ones_like(expected)
-        own_grad_output = grad_output / on.world if reduction == "mean" else grad_output
-        torch.testing.assert_close(on.summed(ours * own_grad_output), expected, rtol=tolerance, atol=tolerance)
-    gradients = torch.autograd.grad(ours, mine, own_grad_output)
-    on.assert_equal(gradients, torch.autograd.grad(expected, whole, grad_output), tolerance)
+        local_grad = grad_output / on.world_size if reduction == "mean" else grad_output
+        torch.testing.assert_close(on.all_reduce(local_loss * local_grad), expected, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(local_loss, local, local_grad)
+    on.assert_close(gradients, torch.autograd.grad(expected, whole, grad_output), tolerance)
 
 
 def frozen_keys(on: Rank) -> None:
-    whole = on.whole((), torch.float64)
-    mine = on.mine(whole)
-    ours, expected = (
-        torch.autograd.grad(info_nce(q, k.detach(), reduction="sum", **on.options({}, alone)), q)
-        for (q, k, _), alone in ((mine, False), (whole, True))
+    whole = on.whole_batch((), torch.float64)
+    local = on.local(whole)
+    gradient, expected = (
+        torch.autograd.grad(info_nce(q, k.detach(), reduction="sum", **on.options({}, single)), q)
+        for (q, k, _), single in ((local, False), (whole, True))
     )
-    on.assert_equal(ours, expected, 1e-13)
+    on.assert_close(gradient, expected, 1e-13)
 
 
 def second_derivatives(on: Rank, form: str) -> None:
-    """A penalty on the gradient of the sum of all ranks' losses, summed over ranks."""
-    whole = on.whole((2,), torch.float64)
-    mine = on.mine(whole)
+    """Gradient of a penalty on the gradient of the loss, both summed over ranks."""
+    whole = on.whole_batch((2,), torch.float64)
+    local = on.local(whole)
 
-    def derivatives(inputs: list[Tensor], alone: bool) -> tuple[Tensor, ...]:
+    def derivatives(inputs: list[Tensor], single: bool) -> tuple[Tensor, ...]:
         q, k, temperature = inputs
-        options = on.options({"reduction": "sum"} | FORMS[form], alone)
+        options = on.options({"reduction": "sum"} | FORMS[form], single)
         loss = info_nce(q, k, temperature=temperature, **options).sum()
         penalty = sum(x.pow(3).sum() for x in torch.autograd.grad(loss, (q, k), create_graph=True))
         assert isinstance(penalty, Tensor)
         return torch.autograd.grad(penalty, inputs)
 
-    on.assert_equal(derivatives(mine, False), derivatives(whole, True), 1e-12)
+    on.assert_close(derivatives(local, False), derivatives(whole, True), 1e-12)
 
 
 def transforms(on: Rank) -> None:
-    """torch.func's, of the plain definition."""
-    q, k, temperature = on.mine(on.whole((), torch.float64))
+    """torch.func transforms, which use the reference implementation."""
+    q, k, temperature = on.local(on.whole_batch((), torch.float64))
 
     def loss(q: Tensor) -> Tensor:
         return info_nce(q, 2 * q + k, temperature=temperature, symmetric=True, reduction="sum", group=on.group)
@@ -156,19 +156,19 @@ def transforms(on: Rank) -> None:
 
 
 def compiled(on: Rank) -> None:
-    q, k, temperature = on.mine(on.whole((), torch.float32))
+    q, k, temperature = on.local(on.whole_batch((), torch.float32))
 
     def loss(q: Tensor) -> Tensor:
         options: dict[str, Any] = {"query_ids": IDS[on.rows], "symmetric": True}
         return info_nce(q, k, temperature=temperature, group=on.group, **options) + info_nce(q, q, group=on.group)
 
-    whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(whole(q), loss(q))
-    torch.testing.assert_close(torch.autograd.grad(whole(q), (q, k)), torch.autograd.grad(loss(q), (q, k)))
+    compiled_loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled_loss(q), loss(q))
+    torch.testing.assert_close(torch.autograd.grad(compiled_loss(q), (q, k)), torch.autograd.grad(loss(q), (q, k)))
 
 
 class Towers(nn.Module):
-    """CLIP's two encoders, with its loss and learned temperature."""
+    """Two encoders with the loss and learnable temperature of CLIP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,33 +180,33 @@ class Towers(nn.Module):
 
 
 def data_parallel(on: Rank) -> None:
-    """DistributedDataParallel's averages are the gradients of one process, and so are the weights after steps."""
+    """Averaged gradients, and weights after several steps, equal those of a single process."""
     torch.manual_seed(0)
-    alone, towers = Towers(), Towers()
-    towers.load_state_dict(alone.state_dict())
-    together = DistributedDataParallel(towers, process_group=on.group)
+    single, towers = Towers(), Towers()
+    towers.load_state_dict(single.state_dict())
+    parallel = DistributedDataParallel(towers, process_group=on.group)
     for step in range(3):
-        images, texts = randn(on.world * BATCH, 3, seed=10 + step), randn(on.world * BATCH, 2, seed=20 + step)
-        alone(images, texts, None).backward()
-        together(images[on.rows], texts[on.rows], on.group).backward()
+        images, texts = randn(on.world_size * BATCH, 3, seed=10 + step), randn(on.world_size * BATCH, 2, seed=20 + step)
+        single(images, texts, None).backward()
+        parallel(images[on.rows], texts[on.rows], on.group).backward()
         with torch.no_grad():
-            for ours, expected in zip(towers.parameters(), alone.parameters(), strict=True):
-                assert ours.grad is not None and expected.grad is not None
-                torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-6, atol=1e-6)
-                ours -= 0.1 * ours.grad
+            for parameter, expected in zip(towers.parameters(), single.parameters(), strict=True):
+                assert parameter.grad is not None and expected.grad is not None
+                torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-6, atol=1e-6)
+                parameter -= 0.1 * parameter.grad
                 expected -= 0.1 * expected.grad
-                ours.grad = expected.grad = None
-    torch.testing.assert_close(towers.state_dict(), alone.state_dict(), rtol=1e-6, atol=1e-6)
+                parameter.grad = expected.grad = None
+    torch.testing.assert_close(towers.state_dict(), single.state_dict(), rtol=1e-6, atol=1e-6)
 
 
-def of_one_rank(on: Rank) -> None:
-    """As without a group; the other ranks are not in it."""
-    groups: Any = [dist.new_group([rank]) for rank in range(WORLD)]
+def single_rank_group(on: Rank) -> None:
+    """A group of one rank changes nothing, and cannot be used by another rank."""
+    groups: Any = [dist.new_group([rank]) for rank in range(WORLD_SIZE)]
     rank = dist.get_rank()
-    q, k, _ = on.mine(on.whole((), torch.float32))
+    q, k, _ = on.local(on.whole_batch((), torch.float32))
     ids = IDS[on.rows]
     assert torch.equal(info_nce(q, k, query_ids=ids, group=groups[rank]), info_nce(q, k, query_ids=ids))
-    with pytest.raises(ValueError, match="group must be one that this process is in"):
+    with pytest.raises(ValueError, match="group must contain this process"):
         info_nce(q, k, group=groups[rank - 1])
 
 
@@ -218,10 +218,10 @@ def no_rows(on: Rank) -> None:
 
 
 def errors(on: Rank) -> None:
-    q, k, _ = on.mine(on.whole((), torch.float32))
-    with pytest.raises(ValueError, match="group gathers the negatives of a batch, and a queue is already shared"):
+    q, k, _ = on.local(on.whole_batch((), torch.float32))
+    with pytest.raises(ValueError, match="group cannot be used with a queue"):
         info_nce(q, k, k, group=on.group)
-    with pytest.raises(ValueError, match="negative_ids cannot be given with group"):
+    with pytest.raises(ValueError, match="negative_ids cannot be used with group"):
         info_nce(q, k, query_ids=IDS[on.rows], negative_ids=IDS[on.rows], group=on.group)
     with pytest.raises(ValueError, match=r"query_ids must be \[4\]; it is \[3\]"):
         info_nce(q, k, query_ids=IDS[:3], group=on.group)
@@ -229,7 +229,7 @@ def errors(on: Rank) -> None:
         info_nce(q.double(), k, impl="triton", group=on.group)
 
 
-def of_two_ranks(on: Rank) -> None:
+def two_ranks(on: Rank) -> None:
     for form in FORMS:
         values_and_gradients(on, form, (), torch.float32)
         values_and_gradients(on, form, (2,), torch.float64)
@@ -245,20 +245,20 @@ def of_two_ranks(on: Rank) -> None:
     errors(on)
 
 
-def of_all_ranks(on: Rank) -> None:
+def all_ranks(on: Rank) -> None:
     values_and_gradients(on, "symmetric, ids", (2,), torch.float64)
     second_derivatives(on, "ids")
     data_parallel(on)
-    of_one_rank(on)
+    single_rank_group(on)
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=WORLD)
-    two: Any = dist.new_group([0, 2])
-    if two != dist.GroupMember.NON_GROUP_MEMBER:
-        of_two_ranks(Rank(two))
-    everyone: Any = dist.group.WORLD
-    of_all_ranks(Rank(everyone))
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=WORLD_SIZE)
+    pair: Any = dist.new_group([0, 2])
+    if pair != dist.GroupMember.NON_GROUP_MEMBER:
+        two_ranks(Rank(pair))
+    world: Any = dist.group.WORLD
+    all_ranks(Rank(world))
     dist.destroy_process_group()
-    with pytest.raises(ValueError, match=r"group needs torch\.distributed to be initialized"):
-        info_nce(randn(2, 3), randn(2, 3), group=everyone)
+    with pytest.raises(ValueError, match=r"group needs an initialized torch\.distributed"):
+        info_nce(randn(2, 3), randn(2, 3), group=world)

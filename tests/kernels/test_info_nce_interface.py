@@ -1,4 +1,4 @@
-"""The face of info_nce: derivatives of every kind, precision, compilation, the module, errors."""
+"""Interface of info_nce: derivatives, gradient scaling, host synchronisation, the module, errors."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "empty queue": {"queue": (0, 5)},
     "in-batch": {},
     "symmetric": {"symmetric": True, "query_ids": torch.tensor([1, 2, 1])},
-    "as given": {"queue": (4, 5), "normalize": False},
+    "unnormalised": {"queue": (4, 5), "normalize": False},
 }
 
 
@@ -50,7 +50,7 @@ def test_gradcheck_and_gradgradcheck(form: str):
 
 @pytest.mark.parametrize("form", ["head", "in-batch", "queue", "temperature"])
 def test_inputs_that_depend_on_each_other(on: Implementation, form: str):
-    """Gradients are the same with a graph as without, and the second derivatives those of finite differences."""
+    """create_graph does not change gradients, and second derivatives match finite differences."""
     (z,) = leaves(on.randn(4, 3, dtype=on.widest))
     head, k = on.randn(3, 3, seed=1, dtype=on.widest), on.randn(4, 3, seed=2, dtype=on.widest)
     calls: dict[str, Any] = {
@@ -73,25 +73,25 @@ def test_inputs_that_depend_on_each_other(on: Implementation, form: str):
 def test_batched_gradients(on: Implementation, form: str):
     q, k, queue = leaves(*(on.randn(4, 5, seed=i) for i in range(3)))
     loss = on.info_nce(q, k, queue if form == "queue" else None, symmetric=form == "symmetric", reduction="none")
-    each = [torch.autograd.grad(loss, (q, k), row, retain_graph=True) for row in torch.eye(4)]
+    gradients = [torch.autograd.grad(loss, (q, k), row, retain_graph=True) for row in torch.eye(4)]
     batched = torch.autograd.grad(loss, (q, k), torch.eye(4), is_grads_batched=True)
-    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*each, strict=True))))
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*gradients, strict=True))))
 
 
-def test_nothing_is_computed_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_computes_only_requested_outputs(monkeypatch: pytest.MonkeyPatch):
     q, k, queue = leaves(randn(3, 8), randn(3, 8, seed=1), randn(5, 8, seed=2))
-    wanted = []
+    masks = []
     forward = info_nce_autograd.forward
-    monkeypatch.setattr(info_nce_autograd, "forward", lambda *args: (wanted.append(args[-1]), forward(*args))[1])
+    monkeypatch.setattr(info_nce_autograd, "forward", lambda *args: (masks.append(args[-1]), forward(*args))[1])
     with torch.no_grad():
         info_nce(q, k, queue)
     with torch.inference_mode():
         info_nce(q, k)
     info_nce(q, k.detach(), queue.detach())
-    assert wanted == [[False] * 5, [False] * 5, [True, False, False, False, False]]
+    assert masks == [[False] * 5, [False] * 5, [True, False, False, False, False]]
 
 
-def test_frozen_keys_may_change_before_the_backward_pass():
+def test_frozen_keys_can_change_before_the_backward_pass():
     q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), randn(5, 8, seed=2)
     ids, queue_ids = torch.arange(3), torch.arange(5)
     loss = info_nce(q, k, queue, query_ids=ids, negative_ids=queue_ids)
@@ -101,7 +101,7 @@ def test_frozen_keys_may_change_before_the_backward_pass():
     assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
 
 
-def test_compiles_when_given_a_tensor_twice():
+def test_compiles_with_repeated_tensors():
     z, queue, ids = randn(4, 8).requires_grad_(), randn(4, 8, seed=1), torch.arange(4)
 
     def losses() -> Tensor:
@@ -113,7 +113,7 @@ def test_compiles_when_given_a_tensor_twice():
     torch.testing.assert_close(torch.autograd.grad(compiled, z), torch.autograd.grad(eager, z))
 
 
-def test_gradients_only_where_asked():
+def test_gradients_only_of_inputs_that_require_them():
     q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), randn(5, 8, seed=2)
     info_nce(q, k, queue).backward()
     assert q.grad is not None and k.grad is None and queue.grad is None
@@ -122,46 +122,46 @@ def test_gradients_only_where_asked():
 
 def test_functional_transforms(on: Implementation):
     q, k, queue = leaves(on.randn(3, 8), on.randn(3, 8, seed=1), on.randn(5, 8, seed=2))
-    ours = on.info_nce
-    torch.testing.assert_close(grad(ours)(q, k, queue), torch.autograd.grad(info_nce(q, k, queue), q)[0])
-    many = torch.stack([q, 2 * k])
-    each = torch.stack([info_nce(x, k, queue) for x in many])
-    torch.testing.assert_close(vmap(ours, in_dims=(0, None, None))(many, k, queue), each)
+    function = on.info_nce
+    torch.testing.assert_close(grad(function)(q, k, queue), torch.autograd.grad(info_nce(q, k, queue), q)[0])
+    batch = torch.stack([q, 2 * k])
+    losses = torch.stack([info_nce(x, k, queue) for x in batch])
+    torch.testing.assert_close(vmap(function, in_dims=(0, None, None))(batch, k, queue), losses)
     tangent = on.randn(3, 8, seed=3)
-    slope = jvp(lambda x: ours(x, k, queue), (q,), (tangent,))[1]
+    slope = jvp(lambda x: function(x, k, queue), (q,), (tangent,))[1]
     torch.testing.assert_close(slope, (torch.autograd.grad(info_nce(q, k, queue), q)[0] * tangent).sum())
 
 
-def test_second_derivatives_need_the_queue_as_it_was():
+def test_second_derivatives_reject_a_modified_queue():
     q, k, queue = randn(3, 8).requires_grad_(), randn(3, 8, seed=1), KeyQueue(5, 8, seed=0)
     loss = info_nce(q, k, queue.keys)
     queue.enqueue(k)
-    with pytest.raises(RuntimeError, match="the queue was overwritten since the forward pass"):
+    with pytest.raises(RuntimeError, match="the queue was modified after the forward pass"):
         torch.autograd.grad(loss, q, create_graph=True)
 
 
-# In training ----------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_scaling(on: Implementation):
-    """float16 gradients that would vanish arrive, and an overflow is found."""
+    """GradScaler recovers float16 gradients that would underflow, and detects an overflow."""
     q, k, queue = (on.randn(*s, seed=i, dtype=torch.float16) for i, s in enumerate([(64, 8), (64, 8), (9, 8)]))
     parameter = (10_000 * q.float()).requires_grad_()  # a long vector has a short gradient
     optimizer = torch.optim.SGD([parameter], lr=1e6)
     exact_q = parameter.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(info_nce(exact_q, k.double(), queue.double(), temperature=1.0), exact_q)
 
-    for scale, arrives in ((1.0, False), (2.0**16, True), (2.0**50, False)):
+    for scale, accurate in ((1.0, False), (2.0**16, True), (2.0**50, False)):
         before = parameter.detach().clone()
         parameter.grad = None
         scaler = torch.amp.GradScaler(on.device, init_scale=scale)
         scaler.scale(on.info_nce(parameter.half(), k, queue, temperature=1.0)).backward()
         scaler.unscale_(optimizer)
         assert parameter.grad is not None
-        assert ((parameter.grad - exact).norm() < 1e-2 * exact.norm()) == arrives
+        assert ((parameter.grad - exact).norm() < 1e-2 * exact.norm()) == accurate
         scaler.step(optimizer)
         if scale > 1:
-            assert torch.equal(before, parameter) == (not arrives)
+            assert torch.equal(before, parameter) == (not accurate)
 
 
 @pytest.mark.slow
@@ -170,11 +170,11 @@ def test_data_parallel(tmp_path: Path):
     run_ranks(Path(__file__).parent / "data_parallel.py", 2, tmp_path)
 
 
-# Fake tensors, the module ---------------------------------------------------------------------------------------------
+# Host synchronisation -------------------------------------------------------------------------------------------------
 
 
-def test_reads_no_value_on_the_host():
-    """Fake tensors have no values: whatever would wait for a device raises."""
+def test_no_host_synchronisation():
+    """Fake tensors have no values, so any operation that would synchronise raises."""
     with FakeTensorMode():
         q, queue, ids = torch.empty(2, 5, 8, requires_grad=True), torch.empty(2, 9, 8), torch.empty(9).long()
         scalars: dict[str, Any] = {"temperature": torch.tensor(0.1), "valid": torch.empty(()).long()}
@@ -183,8 +183,8 @@ def test_reads_no_value_on_the_host():
         info_nce(q, q, symmetric=True, query_ids=ids[:5]).backward()
 
 
-def test_blocks_read_no_value_on_the_host():
-    """Nor does the implementation itself, which fake tensors do not reach by the front door."""
+def test_no_host_synchronisation_in_chunked():
+    """Call the implementation itself, because info_nce uses the reference for fake tensors."""
     with FakeTensorMode():
         q, queue, ids = torch.empty(2, 5, 8), torch.empty(2, 9, 8), torch.empty(9).long()
         inputs = Inputs(q, torch.tensor(0.1), q, queue, torch.empty(()).long(), ids[:5], ids)
@@ -275,7 +275,7 @@ Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch
         (
             {"impl": "triton", "k": Q.double()},
             TypeError,
-            'impl="triton" cannot be used: it computes in float32.*impl="torch" can',
+            'impl="triton" cannot be used: it computes in float32.*use impl="torch"',
         ),
         ({"impl": "triton", "q": WIDE, "k": WIDE, "queue": WIDE}, ValueError, r"D up to 4096; q is \[2, 4097\]"),
         ({"valid": 10}, ValueError, "valid must be from 0 to the queue's 9 slots; it is 10"),
@@ -284,7 +284,7 @@ Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch
         ({"valid": torch.tensor(1.0)}, TypeError, "valid must be an integer tensor; it is torch.float32"),
         ({"valid": torch.tensor(True)}, TypeError, "valid must be an integer tensor; it is torch.bool"),
         ({"valid": torch.tensor([1])}, ValueError, r"valid must be a 0-d tensor; it is \[1\]"),
-        ({"valid": 1, "queue": None}, ValueError, "valid counts the filled slots of a queue"),
+        ({"valid": 1, "queue": None}, ValueError, "valid counts the filled slots of a queue, but queue is None"),
         ({"query_ids": IDS}, ValueError, "query_ids is given without negative_ids"),
         ({"negative_ids": IDS, "queue": None}, ValueError, "negative_ids is given without query_ids"),
         ({"query_ids": IDS, "negative_ids": IDS}, ValueError, r"negative_ids must be \[9\]; it is \[4\]"),
@@ -295,7 +295,7 @@ Q, QUEUE, IDS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch
         ({"symmetric": True}, ValueError, "symmetric compares q and k within the batch"),
     ],
 )
-def test_errors_name_the_argument_and_what_came(arguments: dict[str, Any], error: type[Exception], message: str):
+def test_errors_name_the_argument_and_its_value(arguments: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         info_nce(**dict[str, Any](q=Q, k=Q, queue=QUEUE) | arguments)
 
@@ -308,6 +308,6 @@ def test_errors_name_the_argument_and_what_came(arguments: dict[str, Any], error
         ({"temperature": torch.ones(())}, TypeError),
     ],
 )
-def test_module_checks_its_settings_at_once(arguments: dict[str, Any], error: type[Exception]):
+def test_module_checks_its_settings_when_created(arguments: dict[str, Any], error: type[Exception]):
     with pytest.raises(error, match=next(iter(arguments))):
         InfoNCE(**arguments)

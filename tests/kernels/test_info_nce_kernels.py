@@ -1,5 +1,5 @@
-"""What the implementations of info_nce promise beside the right numbers: launches, memory, determinism, nothing touched
-beyond their buffers, and what the compiler says of the Triton kernels for GPUs that are not here."""
+"""Properties of the info_nce implementations other than their results: launches, memory, determinism, out-of-bounds
+accesses, operators, and compiled resources of the Triton kernels on several GPU architectures."""
 
 from itertools import product
 from typing import Any
@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion as Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcvae_kernels
-from checks import Implementation, compiled_ahead, counted, device_kernels, leaves, poisoned
+from checks import Implementation, compiled_ahead, device_kernels, leaves, poison_allocations, record_launches
 from dcvae_kernels import chunked, info_nce_autograd
 from dcvae_kernels.arguments import Inputs, Settings
 
@@ -29,14 +29,14 @@ SWEEP, BACKWARD_SWEEP = ["sweep_kernel", "combine_kernel"], ["weights_kernel", "
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_frozen_keys_take_two_launches_forward_and_none_backward(
+def test_frozen_keys_take_two_forward_and_no_backward_launches(
     triton_on: Implementation, reduction: str, learned: bool
 ):
     (q,) = leaves(triton_on.randn(2, 9, 16))
     k, queue = triton_on.randn(2, 9, 16, seed=1), triton_on.randn(2, 40, 16, seed=2)
     temperature = torch.tensor(0.1, requires_grad=True) if learned else 0.1
     launches = []
-    with counted(triton_info_nce, launches):
+    with record_launches(triton_info_nce, launches):
         loss, _ = triton_on.info_nce(q, k, queue, temperature=temperature, reduction=reduction, return_stats=True)
         loss.sum().backward()
     assert launches == SWEEP
@@ -51,16 +51,16 @@ def test_frozen_keys_take_two_launches_forward_and_none_backward(
         ("symmetric", ["sweep_kernel"] + SWEEP + 2 * BACKWARD_SWEEP),
     ],
 )
-def test_keys_with_gradient_take_a_second_sweep(triton_on: Implementation, form: str, expected: list[str]):
+def test_keys_that_require_gradients_take_a_second_sweep(triton_on: Implementation, form: str, expected: list[str]):
     q, k, queue = leaves(*(triton_on.randn(2, 9, 16, seed=i) for i in range(3)))
     launches = []
-    with counted(triton_info_nce, launches):
+    with record_launches(triton_info_nce, launches):
         triton_on.info_nce(q, k, queue if form == "queue" else None, symmetric=form == "symmetric").backward()
     assert launches == expected
 
 
 @pytest.mark.gpu
-def test_no_other_launches_than_ours_and_the_scaling(on_gpu: Implementation):
+def test_only_our_kernels_and_the_scaling_are_launched(on_gpu: Implementation):
     (q,) = leaves(on_gpu.randn(2, 128, 16))
     k, queue = on_gpu.randn(2, 128, 16, seed=1), on_gpu.randn(2, 8096, 16, seed=2)
     grad_output = torch.ones(())
@@ -70,15 +70,15 @@ def test_no_other_launches_than_ours_and_the_scaling(on_gpu: Implementation):
 
     step()
     kernels = device_kernels(step)
-    assert len(kernels) == 3  # sweep, combine, and the gradient times the grad_output one
+    assert len(kernels) == 3  # sweep, combine, and the multiplication by grad_output
     assert kernels[0].startswith("sweep_kernel") and kernels[1].startswith("combine_kernel")
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operation returns."""
+class LargestTensor(TorchDispatchMode):
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     elements = 0
 
@@ -91,12 +91,12 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", ["frozen", "queue", "in-batch", "symmetric"])
-def test_logits_are_never_in_memory(on: Implementation, form: str):
+def test_logits_are_never_stored(on: Implementation, form: str):
     b, k, d = (64, 2000, 4) if on.interpreted else (2048, 40_000, 8)
     if form in ("in-batch", "symmetric"):
         b = k = 200 if on.interpreted else 8192
     q, keys, queue = leaves(on.randn(b, d), on.randn(b, d, seed=1), on.randn(k, d, seed=2))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         if form in ("in-batch", "symmetric"):
             on.info_nce(q, keys, symmetric=form == "symmetric").backward()
         else:
@@ -111,11 +111,11 @@ def test_logits_are_never_in_memory(on: Implementation, form: str):
     assert largest.elements < b * k / 4
 
 
-# Determinism, buffers -------------------------------------------------------------------------------------------------
+# Determinism, bounds --------------------------------------------------------------------------------------------------
 
 
-def everything(on: Implementation, q: Any, k: Any, queue: Any, **options: Any) -> list[Tensor]:
-    """Loss, rank and all gradients."""
+def loss_rank_and_gradients(on: Implementation, q: Any, k: Any, queue: Any, **options: Any) -> list[Tensor]:
+    """Return the loss, the rank and all gradients."""
     inputs = [x.detach().requires_grad_() for x in (q, k, queue) if x is not None]
     loss, stats = on.info_nce(*inputs, return_stats=True, reduction="none", **options)
     grad_output = torch.linspace(-1, 2, loss.numel(), device=loss.device).view_as(loss)
@@ -127,19 +127,19 @@ FORMS: dict[str, dict[str, Any]] = {"queue": {}, "in-batch": {}, "symmetric": {"
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 16), (torch.bfloat16, 128)])
-def test_bitwise_the_same_every_time(on: Implementation, form: str, dtype: torch.dtype, d: int):
+def test_bitwise_reproducible(on: Implementation, form: str, dtype: torch.dtype, d: int):
     b, k, runs = (5, 70, 2) if on.interpreted else (129, 4000, 5)
     if on.device == "cuda":
         b, runs = 129 if form == "queue" else 2049, 50
     q, keys = on.randn(2, b, d, dtype=dtype), on.randn(2, b, d, seed=1, dtype=dtype)
     queue = on.randn(2, k, d, seed=2, dtype=dtype) if form == "queue" else None
-    first = everything(on, q, keys, queue, **FORMS[form])
+    first = loss_rank_and_gradients(on, q, keys, queue, **FORMS[form])
     for _ in range(runs - 1):
-        assert all(map(torch.equal, first, everything(on, q, keys, queue, **FORMS[form])))
+        assert all(map(torch.equal, first, loss_rank_and_gradients(on, q, keys, queue, **FORMS[form])))
 
 
 def surrounded(x: Tensor | None, by: float) -> Tensor | None:
-    """Copy x into a larger buffer that is filled with `by` around x and between its rows."""
+    """Copy x into the middle of a larger buffer filled with `by`, so that its rows are not adjacent."""
     if x is None:
         return None
     padded = torch.full([n + 6 for n in x.shape], by, dtype=x.dtype, device=x.device)
@@ -149,45 +149,45 @@ def surrounded(x: Tensor | None, by: float) -> Tensor | None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("s", "b", "k", "d"), [(2, 1, 1, 1), (2, 9, 33, 48), (1, 65, 66, 15), (1, 3, 5, 513)])
-def test_reads_and_writes_nothing_beyond_its_buffers(
+def test_no_out_of_bounds_accesses(
     triton_on: Implementation, form: str, dtype: torch.dtype, s: int, b: int, k: int, d: int
 ):
     """Surround inputs with NaN, which would reach the loss, and allocated buffers with guard values.
 
     The expected values come from buffers with the same strides and alignment, because Triton compiles other kernels for
-    other strides, which may add in another order.
+    other strides, which can add in another order.
     """
     inputs = [triton_on.randn(s, n, d, seed=i, dtype=dtype) for i, n in enumerate((b, b, k))]
     inputs = inputs if form == "queue" else [*inputs[:2], None]
-    expected = everything(triton_on, *(surrounded(x, by=0.0) for x in inputs), **FORMS[form])
+    expected = loss_rank_and_gradients(triton_on, *(surrounded(x, by=0.0) for x in inputs), **FORMS[form])
 
-    with poisoned() as intact:
-        actual = everything(triton_on, *(surrounded(x, by=torch.nan) for x in inputs), **FORMS[form])
+    with poison_allocations() as intact:
+        actual = loss_rank_and_gradients(triton_on, *(surrounded(x, by=torch.nan) for x in inputs), **FORMS[form])
     for x, y in zip(actual, expected, strict=True):
         assert torch.equal(x, y)
     assert intact()
 
 
-# As operators ---------------------------------------------------------------------------------------------------------
+# Operators ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_operators(on: Implementation, symmetric: bool):
-    q, k = on.randn(2, 8, 5).mT, on.randn(5, 2, 8, seed=1).transpose(0, 1)  # what comes out has strides of its own
+    q, k = on.randn(2, 8, 5).mT, on.randn(5, 2, 8, seed=1).transpose(0, 1)  # the outputs have other strides
     inputs = Inputs(q, torch.tensor(0.2), k, None, None, torch.arange(5), torch.arange(5) + 3)
     settings = Settings(1.0, normalize=True, symmetric=symmetric, reduction="mean", implementation=on.impl)
-    wanted = [not symmetric, False, not symmetric, True, True]
+    output_mask = [not symmetric, False, not symmetric, True, True]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(info_nce_autograd.forward_operator, (*inputs, *settings, wanted), test_utils=checks)
-    state = info_nce_autograd.forward(inputs, settings, wanted)[-1]
-    more = (torch.tensor(2.0), state, True, True)
-    torch.library.opcheck(info_nce_autograd.backward_operator, (*inputs, *settings, *more), test_utils=checks)
+    torch.library.opcheck(info_nce_autograd.forward_operator, (*inputs, *settings, output_mask), test_utils=checks)
+    state = info_nce_autograd.forward(inputs, settings, output_mask)[-1]
+    arguments = (torch.tensor(2.0), state, True, True)
+    torch.library.opcheck(info_nce_autograd.backward_operator, (*inputs, *settings, *arguments), test_utils=checks)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_cuda_graph(on_gpu: Implementation, form: str):
-    """Replayed with other numbers in the same places; the queue is enqueued to inside the graph."""
+    """Replay with new queries in the same buffer; the graph also enqueues the keys."""
     q, k = leaves(on_gpu.randn(2, 128, 16), on_gpu.randn(2, 128, 16, seed=1))
     queue = dcvae_kernels.KeyQueue(8096, 16, scales=2, seed=0).cuda() if form == "queue" else None
 
@@ -222,15 +222,15 @@ def test_cuda_graph(on_gpu: Implementation, form: str):
 
 # Compiled ahead of time -----------------------------------------------------------------------------------------------
 
-# What a program may take: (registers of a thread, KiB of shared memory). 255 registers are all there are; of shared
-# memory sm_80 has 163 KiB, the others 227, and two programs should fit at once.
+# Limits per program: (registers per thread, KiB of shared memory). The hardware limit is 255 registers. sm_80 has 163
+# KiB of shared memory, sm_90 and sm_100 have 227 KiB, and two programs should fit on a multiprocessor.
 BUDGETS = {
     "sweep_kernel": (255, 100),
     "weights_kernel": (255, 100),
     "combine_kernel": (192, 16),
     "project_kernel": (64, 16),
 }
-# Bytes of a thread. Triton 3.6 puts aside 16 and 32 in two of the programs.
+# Bytes per thread. Triton 3.6 reserves 16 and 32 in two of the programs.
 SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 32
 
 
@@ -239,7 +239,7 @@ SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 32
     [((), (16, 128)), pytest.param(("--all",), (16, 64, 128, 256, 512), marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
-def test_compiles_for_gpus_that_are_not_here(options: tuple[str, ...], dims: tuple[int, ...]):
+def test_compiled_resources(options: tuple[str, ...], dims: tuple[int, ...]):
     programs = compiled_ahead("info_nce", *options)
     assert {(x["kernel"], x["capability"]) for x in programs} == set(product(KERNELS, (80, 90, 100)))
     assert {(x["dtype"], x["D"]) for x in programs} == set(product(("float32", "bfloat16"), dims))

@@ -1,5 +1,5 @@
-"""What the Triton kernels of spectral norm promise beside the right numbers: launches, any shape, determinism, nothing
-touched beyond their buffers, and what the compiler says of them for GPUs that are not here."""
+"""Triton kernels of spectral norm: launches, shapes and layouts, determinism, out-of-bounds accesses, and compiled
+resources on several GPU architectures."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checks import Implementation, compiled_ahead, counted, device_kernels, leaves, poisoned
+from checks import Implementation, compiled_ahead, device_kernels, leaves, poison_allocations, record_launches
 from dcvae_kernels import reference, spectral_norm, spectral_norm_autograd
 
 kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
@@ -16,7 +16,7 @@ UPDATE, GRADIENT = ["rows_kernel", "columns_kernel", "divide_kernel"], ["inner_k
 
 
 class Weights(nn.Module):
-    """Layers, and nothing done with them: the forward pass returns their weights."""
+    """Module whose forward pass returns the weights of its layers."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -27,19 +27,21 @@ class Weights(nn.Module):
 
 
 @pytest.mark.parametrize(("layers", "n_power_iterations"), [(1, 1), (1, 3), (100, 1)])
-def test_as_many_launches_for_many_layers_as_for_one(triton_on: Implementation, layers: int, n_power_iterations: int):
+def test_launches_do_not_depend_on_the_number_of_layers(
+    triton_on: Implementation, layers: int, n_power_iterations: int
+):
     layers = min(layers, 20) if triton_on.interpreted else layers
     net = Weights([nn.Linear(2 + i % 3, 1 + i % 5) if i % 2 else nn.Conv2d(1, 2, i % 3 + 1) for i in range(layers)])
     spectral_norm(net, n_power_iterations, impl="triton")
     launches = []
-    with counted(kernels, launches):
+    with record_launches(kernels, launches):
         torch.autograd.backward([weight.square().sum() for weight in net()])
     assert launches == UPDATE[:2] * n_power_iterations + UPDATE[2:] + GRADIENT
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_gpu")
-def test_no_other_launches_than_ours():
+def test_only_our_kernels_are_launched():
     net = spectral_norm(Weights([nn.Conv2d(8, 8, 3) for _ in range(10)]), impl="triton")
     grad_output = [torch.randn(8, 8, 3, 3) for _ in range(10)]
     parameters = [p for p in net.parameters() if p.ndim == 4]
@@ -81,7 +83,7 @@ def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
 
 
 def run(on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any) -> list[Tensor]:
-    """W/σ, the gradients, u and v; every third weight gets no gradient."""
+    """Return W/σ, the gradients, u and v; every third W/σ receives no gradient."""
     weights, us, vs = leaves(*weights), [u.clone() for u in us], [v.clone() for v in vs]
     normalized = spectral_norm_autograd.normalized_weights(
         reference.Layers(weights, us, vs, dims), iterations, 1e-12, on.impl, {}
@@ -100,8 +102,8 @@ def run(on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, v
 def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_last: bool, iterations: int):
     dims, weights, us, vs = problem(on, dtype, channels_last)
     ours = run(on, iterations, dims, weights, us, vs)
-    doubles = [[x.double() for x in some] for some in (weights, us, vs)]
-    exact = run(Implementation("torch", on.device), iterations, dims, *doubles)
+    in_fp64 = [[x.double() for x in tensors] for tensors in (weights, us, vs)]
+    exact = run(Implementation("torch", on.device), iterations, dims, *in_fp64)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     for x, y in zip(ours, exact, strict=True):
         assert x.dtype == dtype
@@ -111,18 +113,18 @@ def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_l
         assert x.stride() == w.stride()
 
 
-def test_bitwise_the_same_every_time(on: Implementation):
+def test_bitwise_reproducible(on: Implementation):
     arguments = problem(on, torch.float32, True)
     first = run(on, 1, *arguments)
     for _ in range(1 if on.interpreted else 20):
         assert all(map(torch.equal, first, run(on, 1, *arguments)))
 
 
-def test_reads_and_writes_nothing_beyond_its_buffers(triton_on: Implementation):
+def test_no_out_of_bounds_accesses(triton_on: Implementation):
     dims, weights, us, vs = problem(triton_on, torch.float32, False)
     expected = run(triton_on, 2, dims, weights, us, vs)
-    with poisoned() as intact:
-        weights, us, vs = ([x.new_empty(x.shape).copy_(x) for x in some] for some in (weights, us, vs))
+    with poison_allocations() as intact:
+        weights, us, vs = ([x.new_empty(x.shape).copy_(x) for x in tensors] for tensors in (weights, us, vs))
         actual = run(triton_on, 2, dims, weights, us, vs)
     assert all(map(torch.equal, actual, expected))
     assert intact()
@@ -155,12 +157,12 @@ def test_cuda_graph():
     assert all(map(torch.equal, captured, expected))
 
 
-# What a program may take: registers of a thread, bytes of shared memory. Four programs of 128 threads then fit at once.
+# Limits per program: registers per thread, bytes of shared memory. A multiprocessor then fits four of 128 threads.
 REGISTERS, SHARED = 128, 4096
 
 
 @pytest.mark.parametrize("options", [(), pytest.param(("--all",), marks=pytest.mark.slow)], ids=["some", "all"])
-def test_compiles_for_gpus_that_are_not_here(options: tuple[str, ...]):
+def test_compiled_resources(options: tuple[str, ...]):
     programs = compiled_ahead("spectral_norm", *options)
     assert {(x["kernel"], x["capability"]) for x in programs} == {
         (k, c) for k in UPDATE + GRADIENT for c in (80, 90, 100)

@@ -1,4 +1,4 @@
-"""The Triton kernels and their launches."""
+"""Triton kernels and the code that launches them."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,7 +6,7 @@ import torch
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors' is."""
+    """Make `device` current, because Triton launches on the current device, not on that of the tensors."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return nullcontext()
