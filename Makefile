@@ -1,18 +1,18 @@
-# Needs Python ≥ 3.11 and make; everything else goes into .venv. `make` alone lists the targets.
+# Requires Python ≥ 3.11 and make; everything else is installed into .venv. `make` alone lists the targets.
 
-# Candidates for the interpreter that makes .venv; the first that is new enough is taken.
+# Interpreters to create .venv with; the first one that is new enough is used.
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
-# More arguments for the command that a target ends in: `make test ARGS="-k queue -x"`.
+# Additional arguments for the command of a target: `make test ARGS="-k queue -x"`.
 ARGS ?=
 
-# Tests that run at once.
+# Number of test processes.
 WORKERS ?= 2
 
 VENV_PYTHON := .venv/bin/python
 WHEEL_CHECK := build/wheel-check
 OLDEST := build/oldest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# No looking on the network for newer pyrights.
+# Do not check for newer versions of pyright.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help
@@ -24,14 +24,14 @@ demo: .venv/.installed ## Train DC-VAE on small real digits, results in runs/dig
 	@$(VENV_PYTHON) train.py --recipe digits --run runs/digits $(ARGS)
 
 .PHONY: test
-test: .venv/.installed ## Run the tests (those for a GPU skip themselves without one)
+test: .venv/.installed ## Run the tests (those that need a GPU are skipped without one)
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.installed ## Run the tests that take over a minute each
 	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)
 
-# The oldest versions that the ops support, and nothing else of this project.
+# The oldest versions that the ops support, without the rest of the project.
 .PHONY: test-oldest
 test-oldest: .venv/.installed ## Run the ops' tests with the oldest torch and Triton
 	@mkdir -p build
@@ -57,7 +57,7 @@ gpu-switches: .venv/.installed ## Benchmark the settings that make iterations fa
 	@$(VENV_PYTHON) bench/gpu.py --only switches $(ARGS)
 
 .PHONY: gpu-compare
-gpu-compare: .venv/.installed ## Fail if ours has become slower than in the committed results of this GPU
+gpu-compare: .venv/.installed ## Fail if our code has become slower than in the committed results of this GPU
 	@$(VENV_PYTHON) bench/compare.py $(ARGS)
 
 .PHONY: readme-tables
@@ -75,12 +75,12 @@ types: .venv/.installed ## Check types only
 	@$(VENV_PYTHON) -m pyright
 
 .PHONY: format
-format: .venv/.installed ## Format the code and repair what ruff can repair
+format: .venv/.installed ## Format the code and fix what ruff can fix
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# The wheel is built from the source archive, so both are checked. Base dependencies only, another folder, and -I:
-# neither this tree nor PYTHONPATH can stand in for a file that the wheel lacks.
+# The wheel is built from the source archive, so both are checked. Only base dependencies are installed. Another working
+# folder and -I prevent this tree and PYTHONPATH from supplying a file that is missing in the wheel.
 .PHONY: wheel-check
 wheel-check: .venv/.installed ## Install the built wheel into an empty environment and import it there
 	@rm -rf $(WHEEL_CHECK) && mkdir -p $(WHEEL_CHECK)/elsewhere
@@ -101,10 +101,10 @@ clean: ## Remove builds and caches (not .venv, not runs)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Three stamps, because an installer may take a half-copied package for a whole one. `.unfinished`: the first install is
-# under way, or was cut short, and then .venv is made anew. `.updating`: the same for every install into a .venv that
-# was there before; if cut short, every package is put in again. `.installed`: done. The lock is for two makes at once.
-# uv is several times faster than pip, and takes the ordinary build of torch, which runs without a GPU too.
+# Three stamps, because an installer may consider a partly copied package complete. `.unfinished`: the first installation is
+# running or was interrupted; after an interruption .venv is created again. `.updating`: the same for later installations;
+# after an interruption all packages are reinstalled. `.installed`: complete. The lock protects against two concurrent makes.
+# uv is several times faster than pip. The default build of torch also runs without a GPU.
 .venv/.installed: setup.py constraints.txt
 	@if command -v flock >/dev/null; then exec 9<Makefile; flock 9; fi; \
 	if [ .venv/.installed -nt setup.py ] && [ .venv/.installed -nt constraints.txt ]; then exit 0; fi; \
@@ -114,8 +114,8 @@ clean: ## Remove builds and caches (not .venv, not runs)
 			"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 		done; \
 		if [ "$$python" = none ]; then \
-			echo "Python 3.11 or newer is needed, and none was found as $(PYTHON):" \
-				"name yours, as in \`make PYTHON=/path/to/python3.12\`." >&2; \
+			echo "Python 3.11 or newer is required, but none of $(PYTHON) is:" \
+				"set its path, for example \`make PYTHON=/path/to/python3.12\`." >&2; \
 			exit 1; \
 		fi; \
 		mkdir -p .venv && touch .venv/.unfinished && "$$python" -m venv .venv || exit 1; \
