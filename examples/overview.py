@@ -2,7 +2,8 @@
 
     python examples/overview.py runs/digits --out overview.png
 
-Rows: test images, their reconstructions, two rows of samples, and an interpolation between two test images.
+Rows: test images, their reconstructions, two rows of samples, and an interpolation between the first and the last test
+image.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     chosen = next(parts(test_set, evenly_spaced(len(test_set), arguments.columns), model.config))
     images = normalize(chosen.images).to(model.device)
     samples = model.sample(2 * len(images), generator=torch.Generator().manual_seed(arguments.seed))
-    (path,) = interpolate(model, images[:1], images[1:2], steps=arguments.columns - 2)
+    (path,) = interpolate(model, images[:1], images[-1:], steps=arguments.columns - 2)
     rows = [images, model.reconstruct(images), samples, path]
     arguments.out.write_bytes(png_bytes(make_grid(torch.cat(rows), arguments.columns)))
     print(arguments.out)
