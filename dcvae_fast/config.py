@@ -169,7 +169,7 @@ class GrowthConfig(_Section):
     Attributes:
         start: first resolution in pixels, a power of two from 4 to model.resolution
         fade_images: images shown while the layers of a resolution are faded in (Progressive GAN: 600,000 or 800,000)
-        stable_images: images shown at each resolution after its fade
+        stable_images: images shown at each resolution, after its fade if it has one
         batch: real images per iteration, by resolution
         lr: learning rate by resolution; optim.lr for resolutions not listed
     """

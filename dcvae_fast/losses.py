@@ -19,8 +19,8 @@ def discriminator_loss(
     """Loss of the discriminator, without penalties: real images against prior samples and reconstructions.
 
     `hinge` is the loss of the authors' code, `log` the negative of Eq. 4, and `wgan_gp` the loss of Progressive GAN,
-    whose `drift` term keeps the scores of real images near 0. `logistic_r1` is `log` with
-    weight ½ for prior samples and for reconstructions, as in `hinge` and `wgan_gp`.
+    whose `drift` term keeps the scores of real images near 0. `logistic_r1` is `log` with weight ½ for prior samples
+    and for reconstructions, as in `hinge` and `wgan_gp`.
     """
     match kind:
         case "hinge":

@@ -1,4 +1,4 @@
-"""Old names of settings and networks, with which files of earlier versions still load. Imports no torch."""
+"""Old names of settings, networks and fields, so that files of earlier versions still load. Imports no torch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +7,7 @@ from dcvae_fast.errors import ConfigError
 
 SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementation"}
 NETWORKS = {"decoder_average": "decoder_ema"}
+MEASUREMENT_FIELDS = {"of": "subject", "spread_is": "spread_kind"}
 
 
 def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +28,11 @@ def rename_networks(state: dict[str, Any]) -> dict[str, Any]:
         network, dot, rest = key.partition(".")
         renamed[NETWORKS.get(network, network) + dot + rest] = value
     return renamed
+
+
+def rename_measurement(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored `Measurement` with the current names of its fields."""
+    return {MEASUREMENT_FIELDS.get(name, name): value for name, value in entry.items()}
 
 
 def check_names(arguments: Iterable[str]) -> None:

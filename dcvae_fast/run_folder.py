@@ -133,8 +133,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
             version, _ = state["format"], (state["config"], state["step"], state["sources"])
-            state["config"] = rename_settings(state["config"])
-            state["step"]["networks"] = rename_networks(state["step"]["networks"])
+            if version == FORMAT:
+                state["config"] = rename_settings(state["config"])
+                state["step"]["networks"] = rename_networks(state["step"]["networks"])
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)
             logger.warning("%s is damaged and skipped (%s)", path, reason(error))

@@ -1,5 +1,7 @@
 """Files of earlier versions load under the current names; the command line requires the current names."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -7,7 +9,8 @@ import yaml
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError, RunError
-from dcvae_fast.renamed import NETWORKS, SETTINGS
+from dcvae_fast.evaluation.measurement import Measurement, read
+from dcvae_fast.renamed import MEASUREMENT_FIELDS, NETWORKS, SETTINGS
 from dcvae_fast.run_folder import load_checkpoint, load_weights, prepare_run
 
 
@@ -50,6 +53,24 @@ def test_a_checkpoint_with_old_names_is_loaded(tmp_path):
     assert list(loaded["step"]["networks"]) == ["encoder.a", "decoder_ema.a", "decoder.a"]
     assert torch.equal(load_weights(tmp_path)[1]["decoder.a"], torch.ones(2))
     assert NETWORKS == {"decoder_average": "decoder_ema"}
+
+
+@pytest.mark.parametrize("networks", [{}, {"networks": {"decoder_average.a": torch.ones(2)}}])
+def test_a_checkpoint_of_another_format_is_rejected(tmp_path, networks):
+    (tmp_path / "checkpoints").mkdir()
+    state = {"format": 2, "config": old_config(), "step": networks, "sources": [{}]}
+    torch.save(state, tmp_path / "checkpoints" / f"{4:012d}.pt")
+    with pytest.raises(RunError, match=r"another version of dcvae_fast \(format 2; this version reads 3\)"):
+        load_checkpoint(tmp_path)
+
+
+def test_measurements_with_old_names_are_read(tmp_path):
+    path = tmp_path / "evaluation.json"
+    entry = {"metric": "fid", "of": "samples", "spread_is": "standard deviation", "protocol": "paper"}
+    path.write_text(json.dumps({"weights": "w", "measurements": [entry]}))
+    renamed = {"metric": "fid", "subject": "samples", "spread_kind": "standard deviation", "protocol": "paper"}
+    assert read(path)["measurements"] == [renamed]
+    assert set(MEASUREMENT_FIELDS.values()) <= set(Measurement.__dataclass_fields__)
 
 
 def test_a_recipe_file_with_old_names_is_read(tmp_path):

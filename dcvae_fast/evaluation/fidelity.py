@@ -20,7 +20,7 @@ INCEPTION, LPIPS = "inception-v3-compat", "lpips-vgg16"
 FEATURE_METRICS = ("fid", "is", "kid", "prc")
 COMPARISON_METRICS = ("fid", "kid", "prc")  # compare with real images
 KID_SUBSET_SIZE = 1000
-FEWEST = 10  # images; the Inception score is a mean over 10 parts of them
+MIN_IMAGES = 10  # the Inception score is a mean over 10 parts of the images
 
 
 def load_features(weights: Path | None = None) -> Extractor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dcvae_fast.errors import EvaluationError, reason
+from dcvae_fast.renamed import rename_measurement
 from dcvae_pipelines.atomic import atomic_write
 
 # In the run folder.
@@ -28,11 +29,11 @@ class Measurement:
         metric: fid (Fréchet distance), is (Inception score), kid, precision, recall; pixel_mse (on [-1, 1]),
             pixel_squares (an image's sum of squares on [0, 1]), pixel_rmse (on 0–255); perceptual_imagenet,
             perceptual_caffe; ppl; probe_error (percent)
-        of: subject of the measurement
+        subject: samples, reconstructions or latents
         protocol: paper or official
         value: the number
         spread: its uncertainty, or None
-        spread_is: definition of the spread, or None
+        spread_kind: definition of the spread, or None
         count: number of images measured, or of pairs for ppl
         data: images of the data set that were reconstructed or compared with, or None
         seed: seed of the noise
@@ -40,11 +41,11 @@ class Measurement:
     """
 
     metric: str
-    of: Subject
+    subject: Subject
     protocol: str
     value: float
     spread: float | None = None
-    spread_is: str | None = None
+    spread_kind: str | None = None
     count: int
     data: str | None = None
     seed: int
@@ -76,6 +77,7 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("it has other content")
     except (ValueError, OSError) as error:
         raise EvaluationError(f"--out {path} is not a measurement file ({reason(error)}).") from error
+    stored["measurements"] = [rename_measurement(entry) for entry in stored["measurements"]]
     return stored
 
 
@@ -90,7 +92,7 @@ def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
     stored, new, kept = read(path), asdict(measurement), []
     if all(stored.get(name) == head[name] for name in ("images", "weights")):
         elsewhere = {name: stored.get(name) for name in ("versions", "device") if stored.get(name) != head[name]}
-        keys = ("metric", "of", "protocol")
+        keys = ("metric", "subject", "protocol")
         kept = [elsewhere | old for old in stored["measurements"] if any(old.get(key) != new[key] for key in keys)]
     content = json.dumps({**head, "measurements": [*kept, new]}, indent=2, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +101,10 @@ def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
 
 def table(measured: Sequence[Measurement]) -> str:
     """Format measurements in aligned columns."""
-    rows = [("metric", "of", "protocol", "value", "images", "extractor")]
+    rows = [("metric", "subject", "protocol", "value", "images", "extractor")]
     for m in measured:
         value = f"{m.value:.4g}" + ("" if m.spread is None else f" ± {m.spread:.2g}")
-        rows.append((m.metric, m.of, m.protocol, value, f"{m.count:,}", m.extractor or ""))
+        rows.append((m.metric, m.subject, m.protocol, value, f"{m.count:,}", m.extractor or ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

@@ -19,7 +19,7 @@ PPL_EPSILON = 1e-4
 PPL_LARGEST = 256  # pixels, limit of the images given to LPIPS; its VGG16 was trained on 224
 
 
-def images_at_once(resolution: int) -> int:
+def default_batch_size(resolution: int) -> int:
     """Return a batch size that needs little memory: 256 at 32×32, 1 from 512×512."""
     return max(1, 256 * 32**2 // resolution**2)
 
@@ -63,8 +63,8 @@ def load_vgg16(weights: Path | None = None) -> Extractor:
     state = read_weights(find_weights(VGG16_Weights.IMAGENET1K_V1.url, weights))
     with torch.device("meta"):  # the later layers are large and not needed
         layers = nn.Sequential(*list(vgg16().features.children())[:23])
-    weights_of = {name.removeprefix("features."): value for name, value in state.items()}
-    layers.load_state_dict({name: weights_of[name] for name in layers.state_dict()}, assign=True)
+    features_state = {name.removeprefix("features."): value for name, value in state.items()}
+    layers.load_state_dict({name: features_state[name] for name in layers.state_dict()}, assign=True)
     return Extractor("vgg16 relu4_3", layers.eval().requires_grad_(False))
 
 

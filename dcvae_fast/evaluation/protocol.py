@@ -132,12 +132,12 @@ def evaluate(
     return measurements
 
 
-def data_of(metric: str, of: Subject, data: Splits) -> str | None:
+def data_of(metric: str, subject: Subject, data: Splits) -> str | None:
     """Describe the images of a data set that a metric of a subject depends on; None if on none."""
-    used = [f"{len(data.test):,} test images"] if of != "samples" else []
+    used = [f"{len(data.test):,} test images"] if subject != "samples" else []
     if metric in ("fid", "kid", "precision", "recall", "prc"):
         used.append(f"{min(len(data.train), REAL_IMAGES):,} training images")
-    elif of == "latents":
+    elif subject == "latents":
         used.append(f"{len(data.train):,} training images")
     return f"{data.test.name}: {', '.join(used)}" if used else None
 
@@ -149,12 +149,12 @@ def _check(work: "_Work", metrics: Collection[str]) -> None:
         raise EvaluationError(f"metrics is empty; known are {', '.join(METRICS)}.")
     if work.protocol_name not in PROTOCOLS:
         raise EvaluationError(f"protocol is {work.protocol_name!r}; it must be {' or '.join(PROTOCOLS)}.")
-    if work.images < fidelity.FEWEST:
-        raise EvaluationError(f"images is {work.images}; it must be at least {fidelity.FEWEST}.")
+    if work.images < fidelity.MIN_IMAGES:
+        raise EvaluationError(f"images is {work.images}; it must be at least {fidelity.MIN_IMAGES}.")
     if work.batch < 1:
         raise EvaluationError(f"batch is {work.batch}; it must be at least 1.")
     if not 0 <= work.seed < 2**63:
-        raise EvaluationError(f"seed is {work.seed}; it must be from 0 to 2⁶³ − 1.")
+        raise EvaluationError(f"seed is {work.seed}; it must be between 0 and 2⁶³ − 1.")
     config, data = work.model.config, work.splits
     if "ppl" in metrics and config.resolution < 32:
         raise EvaluationError(f"ppl needs images of 32×32 or more; this model's are {config.resolution} wide.")
@@ -163,10 +163,10 @@ def _check(work: "_Work", metrics: Collection[str]) -> None:
             raise EvaluationError("data is missing; only ppl can be measured without it.")
         return
     for split, name in ((data.train, "training"), (data.test, "test")):
-        if len(split) < fidelity.FEWEST and set(metrics) & set(fidelity.FEATURE_METRICS):
-            needed = f"fid, is, kid and prc need {fidelity.FEWEST}"
+        if len(split) < fidelity.MIN_IMAGES and set(metrics) & set(fidelity.FEATURE_METRICS):
+            needed = f"fid, is, kid and prc need {fidelity.MIN_IMAGES}"
             raise EvaluationError(f"{split.name} has {len(split)} {name} images; {needed}.")
-        first = next(parts(split, evenly_spaced(len(split), fidelity.FEWEST), config, data.on_corrupt))
+        first = next(parts(split, evenly_spaced(len(split), fidelity.MIN_IMAGES), config, data.on_corrupt))
         if "probe" in metrics:
             probe.check_labels(first)
 
@@ -197,11 +197,12 @@ class _Work:
         assert self.splits is not None  # ensured by `_check`
         return self.splits
 
-    def measurement(self, metric: str, of: Subject, value: float, count: int, **more: Any) -> Measurement:
+    def measurement(self, metric: str, subject: Subject, value: float, count: int, **more: Any) -> Measurement:
         """Return a measurement with the fields that all measurements of this call share."""
-        data = None if self.splits is None else data_of(metric, of, self.splits)
+        data = None if self.splits is None else data_of(metric, subject, self.splits)
         common = {"protocol": self.protocol_name, "data": data, "seed": self.seed}
-        return Measurement(**{"metric": metric, "of": of, "value": value, "count": count, **common, **more})
+        fields = {"metric": metric, "subject": subject, "value": value, "count": count, **common, **more}
+        return Measurement(**fields)
 
     def test_indices(self) -> Tensor:
         """Return the indices of at most `images` test images."""
@@ -235,8 +236,8 @@ def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: 
     for subject, batches in sets.items():
         features = fidelity.features_of((to_bytes(batch, rounded=protocol.rounded) for batch in batches), extractor)
         for metric in metrics:
-            for name, (value, spread, spread_is) in fidelity.compare(metric, features, real, extractor).items():
-                more = {"spread": spread, "spread_is": spread_is, "extractor": extractor.name}
+            for name, (value, spread, spread_kind) in fidelity.compare(metric, features, real, extractor).items():
+                more = {"spread": spread, "spread_kind": spread_kind, "extractor": extractor.name}
                 yield work.measurement(name, subject, value, len(next(iter(features.values()))), **more)
 
 
@@ -277,6 +278,6 @@ def _probe(work: _Work) -> Iterator[Measurement]:
         images = parts(split, torch.arange(len(split)), model.config, data.on_corrupt)
         latents.append(probe.posterior_means(model, work.counted(images, name, len(split), len), work.batch))
     errors = 100 * probe.linear_probe(*latents, seed=work.seed, device=model.device)
-    spread_is = "half of the 95 % confidence interval over 5 classifiers with other initialisations and mini-batches"
-    more = {"spread": probe.half_width(errors), "spread_is": spread_is, "protocol": "paper"}
+    spread_kind = "half of the 95 % confidence interval over 5 classifiers with other initialisations and mini-batches"
+    more = {"spread": probe.half_width(errors), "spread_kind": spread_kind, "protocol": "paper"}
     yield work.measurement("probe_error", "latents", errors.mean().item(), len(latents[1][0]), **more)

@@ -13,7 +13,7 @@ class Key(NamedTuple):
     """Key of a measurement within a run."""
 
     metric: str
-    of: Subject
+    subject: Subject
     protocol: str
 
 
@@ -23,13 +23,13 @@ class Column:
 
     Attributes:
         heading: name, unit, and an arrow towards better values
-        metric, of, protocol: key of the `Measurement`; `of` is None if the rows set it
+        metric, subject, protocol: key of the `Measurement`; `subject` is None if the rows set it
         note: reason for the metric, if the paper leaves it open
     """
 
     heading: str
     metric: str
-    of: Subject | None = None
+    subject: Subject | None = None
     protocol: str = "paper"
     note: str | None = None
 
@@ -42,13 +42,13 @@ class Row:
         method: name in the paper
         paper: the paper's numbers as printed, one per column; "" for none
         runs: recipes of the measured runs, one per column; "" for none; empty for methods that the paper quotes
-        of: subject of the measurements, if the columns do not set it
+        subject: subject of the measurements, if the columns do not set it
     """
 
     method: str
     paper: tuple[str, ...]
     runs: tuple[str, ...] = ()
-    of: Subject | None = None
+    subject: Subject | None = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Table:
 
     def key(self, row: Row, column: int) -> Key:
         metric = self.columns[column]
-        of = metric.of or row.of
-        assert of is not None, f"{self.name}: neither {metric.heading} nor {row.method} sets `of`"
-        return Key(metric.metric, of, metric.protocol)
+        subject = metric.subject or row.subject
+        assert subject is not None, f"{self.name}: neither {metric.heading} nor {row.method} sets `subject`"
+        return Key(metric.metric, subject, metric.protocol)
 
 
 # Where the paper states no unit, its value is repeated in each column that it could belong to.

@@ -14,7 +14,7 @@ from dcvae_fast.config import Config, DataConfig, changes, to_dict
 from dcvae_fast.distributed import pick_device
 from dcvae_fast.errors import DivergedError, EvaluationError, UserError
 from dcvae_fast.evaluation import Measurement, Splits, evaluate
-from dcvae_fast.evaluation.fidelity import FEWEST
+from dcvae_fast.evaluation.fidelity import MIN_IMAGES
 from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, store
 from dcvae_fast.evaluation.protocol import Progress, data_of
 from dcvae_fast.models.dcvae import DCVAE
@@ -69,7 +69,7 @@ class Training:
             remarks.append(f"shortened: {shown:,} of {self.full:,} images{in_proportion}")
         if self.changed:
             remarks.append(f"changed: {', '.join(self.changed)}")
-        if images != IMAGES and any(key.of != "latents" for key in self.needed):  # latents of all images are used
+        if images != IMAGES and any(key.subject != "latents" for key in self.needed):  # latents of all images are used
             remarks.append(f"measured on {images:,} images, not {IMAGES:,}")
         return tuple(remarks)
 
@@ -221,8 +221,8 @@ def reproduce(
 
 def _check(table: Table, runs: Sequence[Training], images: int) -> None:
     """Check the number of images, packages and measurement files, to fail early, not after hours of training."""
-    if images < FEWEST:
-        raise UserError(f"--images is {images}; it must be at least {FEWEST}.")
+    if images < MIN_IMAGES:
+        raise UserError(f"--images is {images}; it must be at least {MIN_IMAGES}.")
     for package in _packages(table):
         import_module(package)
     for run in runs:
@@ -273,7 +273,7 @@ def _measure(run: Training, data: Splits, shown: int, images: int, measure: Call
 
     def report(measurement: Measurement) -> None:
         store(path, head, measurement)
-        key = Key(measurement.metric, measurement.of, measurement.protocol)
+        key = Key(measurement.metric, measurement.subject, measurement.protocol)
         if key in run.needed:
             measured[key] = measurement
 
@@ -289,7 +289,7 @@ def _measure(run: Training, data: Splits, shown: int, images: int, measure: Call
 def _too_few(measured: dict[Key, Measurement]) -> tuple[str, ...]:
     """Return a remark for each FID and IS of fewer images than the paper's: both depend on the number of images."""
     remarks = {
-        f"FID and IS of {measurement.of} on {measurement.count:,} images, not {IMAGES:,}"
+        f"FID and IS of {measurement.subject} on {measurement.count:,} images, not {IMAGES:,}"
         for key, measurement in measured.items()
         if key.metric in ("fid", "is") and measurement.count < IMAGES
     }
@@ -318,16 +318,16 @@ def _stored(folder: Path) -> dict[Key, Measurement]:
         for stored in read(folder / EVALUATION_FILE).get("measurements", [])
         if names.keys() <= stored.keys()
     ]
-    return {Key(m.metric, m.of, m.protocol): m for m in measurements}
+    return {Key(m.metric, m.subject, m.protocol): m for m in measurements}
 
 
 def _is_current(measurement: Measurement, data: Splits, images: int) -> bool:
     """Return whether a measurement has this data set, this number of images and the default seed."""
-    if measurement.data != data_of(measurement.metric, measurement.of, data) or measurement.seed != 0:
+    if measurement.data != data_of(measurement.metric, measurement.subject, data) or measurement.seed != 0:
         return False
-    if measurement.of == "latents":  # uses all images that have labels
+    if measurement.subject == "latents":  # uses all images that have labels
         return True
-    if measurement.of == "reconstructions":
+    if measurement.subject == "reconstructions":
         return measurement.count == min(images, len(data.test))
     return measurement.count == (2 * images if measurement.metric == "ppl" else images)
 

@@ -48,7 +48,7 @@ def compiling() -> Iterator[None]:
     """Context manager that turns failures of torch.compile into a ConfigError.
 
     Raises:
-        ConfigError: torch.compile fails, usually because there is no C++ compiler.
+        ConfigError: torch.compile fails, usually because a C or C++ compiler is missing.
     """
     try:
         yield

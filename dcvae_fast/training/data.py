@@ -56,7 +56,7 @@ def training_images(config: Config) -> ImageSet | EncodedSet:
     images, model = open_data(config, "train"), config.model
     if not config.data.resident or isinstance(images, ImageSet):
         return images
-    logger.info(f"Decoding {len(images):,} images once")
+    logger.info(f"Decoding {len(images):,} images, which stay in memory")
     with progress_bars() as report:
         return decode_images(
             images,

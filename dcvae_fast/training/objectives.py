@@ -1,9 +1,9 @@
 """The objectives of DC-VAE (Eq. 9) as pure functions: networks, inputs and loss settings → a loss and detached metrics.
 
 Encoder E and decoder G reconstruct an image x as G(z), with z drawn from q(z|x). Discriminator C separates real images
-from prior samples and reconstructions (set level). C′, the moving average of C, computes the keys of the contrastive
-loss, which matches each reconstruction with its own image (instance level). `step.py` calls the functions in order and
-steps the parameters.
+from prior samples and reconstructions (set level). The momentum discriminator C′, an EMA of C, computes the keys of the
+contrastive loss, which matches each reconstruction with its own image (instance level). `step.py` calls the functions
+in order and steps the parameters.
 """
 
 from typing import NamedTuple

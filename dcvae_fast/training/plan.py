@@ -220,7 +220,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _NoModules(ModuleTracker):
-    """Module tracker without hooks, which fail when gradients of leaf tensors are computed, as for penalties."""
+    """Module tracker without hooks; torch's hooks fail when gradients of leaf tensors are computed, as in penalties."""
 
     def __enter__(self):
         return self

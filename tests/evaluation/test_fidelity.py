@@ -20,7 +20,7 @@ ALL = ("fid", "is", "kid", "prc")
 
 
 def values(measurements):
-    return {(m.metric, m.of): m.value for m in measurements}
+    return {(m.metric, m.subject): m.value for m in measurements}
 
 
 def by_scipy(features, real):
@@ -78,7 +78,7 @@ def test_feature_metrics_match_torch_fidelity(model, data, features):
             cuda=False,
             verbose=False,
         )
-        actual = {m.metric: m for m in measurements if m.of == subject}
+        actual = {m.metric: m for m in measurements if m.subject == subject}
         assert actual["fid"].value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
         assert actual["is"].value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
         assert actual["is"].spread == pytest.approx(expected["inception_score_std"], rel=1e-3, abs=1e-7)
@@ -92,7 +92,7 @@ def test_feature_metrics_match_torch_fidelity(model, data, features):
 def test_official_follows_the_authors_protocol(model, data, features):
     """Clamped samples, repeated draws from the posterior with new noise, whole batches, pixels rounded down."""
     measurements = evaluate(model, data, ["fid"], protocol="official", images=50, seed=4, features=features)
-    assert [(m.of, m.count, m.protocol) for m in measurements] == [
+    assert [(m.subject, m.count, m.protocol) for m in measurements] == [
         ("samples", 64, "official"),
         ("reconstructions", 64, "official"),
     ]
@@ -101,7 +101,7 @@ def test_official_follows_the_authors_protocol(model, data, features):
     latents = {"samples": noise.clamp(-1, 1), "reconstructions": model.encode(real).at(noise)}
     reference = features_of([data.train.images], features)["pool"]
     for m in measurements:
-        generated = features_of([bytes_of(model.decode(latents[m.of]), rounded=False)], features)["pool"]
+        generated = features_of([bytes_of(model.decode(latents[m.subject]), rounded=False)], features)["pool"]
         assert m.value == pytest.approx(by_scipy(generated, reference), rel=1e-4)
 
 

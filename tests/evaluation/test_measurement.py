@@ -18,7 +18,7 @@ from dcvae_pipelines import ImageSet
 
 FID = Measurement(
     metric="fid",
-    of="samples",
+    subject="samples",
     protocol="paper",
     value=17.9,
     count=50_000,
@@ -30,7 +30,7 @@ FID = Measurement(
 
 def test_a_measurement_replaces_only_its_older_value(model, tmp_path):
     path, head = tmp_path / "new" / "evaluation.json", describe(model, 640)
-    others = [replace(FID, of="reconstructions"), replace(FID, protocol="official"), replace(FID, metric="is")]
+    others = [replace(FID, subject="reconstructions"), replace(FID, protocol="official"), replace(FID, metric="is")]
     for measurement in (FID, *others):
         store(path, head, measurement)
     store(path, head, replace(FID, value=16.0))

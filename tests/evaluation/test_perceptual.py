@@ -36,7 +36,7 @@ def test_official_uses_draws_and_images_limits_the_count(model, data):
     mean, drawn = (values(evaluate(model, data, ["pixel"], protocol=name)) for name in ("paper", "official"))
     assert mean != drawn
     (first, *_) = evaluate(model, data, ["pixel"], images=20)
-    assert (first.count, first.of, first.data) == (20, "reconstructions", "noise: 37 test images")
+    assert (first.count, first.subject, first.data) == (20, "reconstructions", "noise: 37 test images")
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_path_length_of_a_linear_decoder_is_analytic(lpips):
     decoder = LinearDecoder(6)
     model.decoder = decoder  # pyright: ignore[reportAttributeAccessIssue]
     (ppl,) = evaluate(model, None, ["ppl"], images=60, batch=16, seed=3, lpips=lpips)
-    assert (ppl.metric, ppl.of, ppl.count, ppl.extractor) == ("ppl", "samples", 120, "squared distance, not LPIPS")
+    assert (ppl.metric, ppl.subject, ppl.count, ppl.extractor) == ("ppl", "samples", 120, "squared distance, not LPIPS")
     lengths = torch.cat(list(path_lengths(model, lpips, 120, 16, 3)))
     assert ppl.value == pytest.approx(trimmed_mean(lengths))
     assert torch.cat(list(path_lengths(model, lpips, 120, 7, 3))) == pytest.approx(lengths, rel=1e-2)

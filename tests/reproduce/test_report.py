@@ -68,10 +68,10 @@ def test_columns_whose_unit_the_paper_leaves_open_have_a_note():
     assert "perceptual, Caffe scaling ↓ [2]" in page and "[2] Mean squared difference of VGG16's" in page
 
 
-def measurement(metric: str, of: str, value: float, spread: float | None = None) -> Measurement:
+def measurement(metric: str, subject: str, value: float, spread: float | None = None) -> Measurement:
     return Measurement(
         metric=metric,
-        of=of,  # type: ignore[arg-type]
+        subject=subject,  # type: ignore[arg-type]
         protocol="paper",
         value=value,
         spread=spread,
@@ -136,7 +136,7 @@ def test_figure_7_has_no_numbers_of_the_paper():
 
 
 def test_a_row_without_a_subject_is_rejected():
-    wrong = replace(TABLES["table5"].rows[-1], of=None)
+    wrong = replace(TABLES["table5"].rows[-1], subject=None)
     table = Table("table5", "", TABLES["table5"].columns, (wrong,))
-    with pytest.raises(AssertionError, match="sets `of`"):
+    with pytest.raises(AssertionError, match="sets `subject`"):
         table.needed()

@@ -39,7 +39,7 @@ CHANGED = (
 )
 FID = Measurement(
     metric="fid",
-    of="reconstructions",
+    subject="reconstructions",
     protocol="paper",
     value=1.0,
     count=300,
@@ -277,7 +277,7 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(t
 
 
 @pytest.mark.parametrize(
-    ("metric", "of", "stored", "kept"),
+    ("metric", "subject", "stored", "kept"),
     [
         ("fid", "samples", {}, True),
         ("fid", "samples", {"data": "digits: 37 training images"}, False),
@@ -291,16 +291,16 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(t
         ("ppl", "samples", {"count": 20}, True),
     ],
 )
-def test_numbers_of_other_images_are_measured_again(metric: Any, of: Any, stored: dict[str, Any], kept: bool):
+def test_numbers_of_other_images_are_measured_again(metric: Any, subject: Any, stored: dict[str, Any], kept: bool):
     pixels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
     data = Splits(ImageSet("digits", pixels.repeat(3, 1, 1, 1), None), ImageSet("digits", pixels, None))
-    measurement = replace(FID, metric=metric, of=of, count=10, data=data_of(metric, of, data))
+    measurement = replace(FID, metric=metric, subject=subject, count=10, data=data_of(metric, subject, data))
     assert runs._is_current(replace(measurement, **stored), data, 10) is kept
 
 
 def test_fid_of_few_images_gets_a_remark():
-    many, pixels = replace(FID, of="samples", count=50_000), replace(FID, metric="pixel_mse")
-    measurements = {Key(m.metric, m.of, m.protocol): m for m in (FID, many, pixels)}
+    many, pixels = replace(FID, subject="samples", count=50_000), replace(FID, metric="pixel_mse")
+    measurements = {Key(m.metric, m.subject, m.protocol): m for m in (FID, many, pixels)}
     assert runs._too_few(measurements) == ("FID and IS of reconstructions on 300 images, not 50,000",)
 
 

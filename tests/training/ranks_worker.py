@@ -198,7 +198,7 @@ def nbytes(values: Iterable[Any]) -> int:
 
 
 def check_collectives(step: TrainStep) -> None:
-    """Check the collectives of an iteration of FIXED with a step of the autoencoder, and of one without."""
+    """Check the collectives of two iterations of FIXED, one of which updates the autoencoder."""
     config, groups, world_size = step.config, step.engine.groups, step.ranks.world_size
     trunk, score = nbytes(groups["trunk"]), nbytes(groups["score"])
     heads = nbytes(step.networks.discriminator.heads["b2"].parameters())
