@@ -252,14 +252,16 @@ def _real_features(work: _Work, extractor: Extractor, cache: Path | None) -> dic
 
 def _pixel(work: _Work) -> Iterator[Measurement]:
     config = work.model.config
-    error, count = perceptual.pixel_error(work.pairs(work.test_indices(), "pixels"))
+    error, count = perceptual.pixel_error(work.pairs(work.test_indices(), "images compared by pixels"))
     values = perceptual.pixel_distances(error, config.image_channels * config.resolution**2)
     for name, value in values.items():
         yield work.measurement(name, "reconstructions", value, count)
 
 
 def _perceptual(work: _Work, vgg16: Extractor) -> Iterator[Measurement]:
-    distances, count = perceptual.perceptual_distances(work.pairs(work.test_indices(), "perceptual"), vgg16)
+    distances, count = perceptual.perceptual_distances(
+        work.pairs(work.test_indices(), "images compared by VGG-16"), vgg16
+    )
     for name, value in distances.items():
         yield work.measurement(name, "reconstructions", value, count, extractor=vgg16.name)
 

@@ -143,13 +143,13 @@ class FusedInfoNCE(torch.autograd.Function):
         ]
         compiling = torch.compiler.is_compiling()
         if compiling:
-            loss, rank, *gradients = forward_operator(*inputs, *settings, output_mask)
+            loss, rank, *gradients_and_state = forward_operator(*inputs, *settings, output_mask)
         else:
-            loss, rank, *gradients = forward(inputs, settings, output_mask)
+            loss, rank, *gradients_and_state = forward(inputs, settings, output_mask)
         q, temperature, *keys = inputs
         # Frozen keys are not saved, because the backward pass does not need them and they can be overwritten before it.
         frozen = not (in_batch or needs_k or needs_queue)
-        ctx.save_for_backward(*gradients, q, temperature, *([None] * len(keys) if frozen else keys))
+        ctx.save_for_backward(*gradients_and_state, q, temperature, *([None] * len(keys) if frozen else keys))
         ctx.settings = settings
         ctx.frozen = None
         if frozen and not compiling:

@@ -105,7 +105,7 @@ class _SpectralNorm(nn.Module):
         rows, columns = as_matrix(weight, dim).shape
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
-        if not weight.is_meta:  # models are often built on the meta device first
+        if not weight.is_meta:  # a meta tensor, on which models are often built first, has no values to iterate on
             spectral_norm_update(Layers([weight], [self._u], [self._v], [dim]), 15, eps)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def _celeba(root: str | Path | None, split: str, download: bool) -> EncodedSet:
 
 
 def _celeba_face(width: int, height: int) -> Box:
-    """Return the 128×128 around the face of an aligned image: Progressive GAN's crop."""
+    """Return the 128×128 square around the face of an aligned image: Progressive GAN's crop."""
     if (width, height) != (178, 218):
         raise DataError(f"celeba: aligned images have 178 × 218 pixels; this one has {width} × {height}")
     row, column, side = 121, 89, 128  # row and column of the centre

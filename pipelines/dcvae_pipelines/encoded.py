@@ -158,8 +158,8 @@ def _is_image_within(entry: os.DirEntry[str], folder: Path) -> bool:
 class Shards:
     """Images in tar archives in WebDataset's layout, with random access.
 
-    The index of an archive, NAME.idx as written by DALI's `wds2idx` and `dcvae prepare`, is used if it is newer than
-    the archive. Otherwise the archive is scanned once.
+    The index of an archive, NAME.idx as written by DALI's `wds2idx` and `dcvae prepare`, is used unless it is older
+    than the archive. Otherwise the archive is scanned once.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:

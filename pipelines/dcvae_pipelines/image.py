@@ -14,7 +14,7 @@ from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.pixels import normalize, resize
 from dcvae_pipelines.source import DataError
 
-# File extensions of images in folders and shards, in lower or upper case.
+# File extensions of images in folders and shards; upper and lower case are equivalent.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".jp2")
 # Pillow's names of these formats. Others are not tried: a file named .jpg could hold PostScript and run Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")

@@ -99,7 +99,7 @@ class Order:
         They are drawn on the CPU, to be the same for every device, and copied to the device once per epoch.
         """
         if self._planned is None or self._planned[0] != epoch:
-            # Hashed: with the seed `seed + epoch`, the runs of neighbouring seeds would share most of their epochs.
+            # Hashed: with the seed `seed + epoch`, runs of neighbouring seeds would share most of their permutations.
             digest = hashlib.blake2b(f"{self._seed} {epoch}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest))
             permutation = torch.randperm(self.count, generator=generator)

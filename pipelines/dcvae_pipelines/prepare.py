@@ -257,7 +257,7 @@ def _is_complete(target: Path, shard: _Shard) -> bool:
 
 
 def _write_shard(target: Path, shard: _Shard, images: Iterable[Packed]) -> None:
-    """Write the archive, then its index, which must be newer, then its record.
+    """Write the archive, then its index, which must not be older, then its record.
 
     A shard without images has only a record.
     """

@@ -65,7 +65,7 @@ def _inverse_norm(squares, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _inverse_temperature(temperature, inverse_temperature):
-    """Return 1/τ of the tensor if given, else the number."""
+    """Return 1/τ, from the tensor `temperature` if given, else the number `inverse_temperature`."""
     if temperature is not None:
         inverse_temperature = 1.0 / tl.load(temperature).to(tl.float32)
     return inverse_temperature

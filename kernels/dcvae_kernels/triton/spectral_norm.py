@@ -136,7 +136,10 @@ def columns_kernel(layers, blocks, ts, ss, dtype_like, eps, BLOCK_ROWS: tl.const
 def divide_kernel(
     layers, blocks, ts, ss, us, vs, sigmas, normalized, eps, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Ŵ ← W/σ for a block of rows. The first program of a layer also writes σ and updates u and v, with copies."""
+    """Ŵ ← W/σ for a block of rows. The first program of a layer also writes σ, and the new u and v.
+
+    u and v are written to the buffers of the layer, and to us and vs for the backward pass.
+    """
     layer = tl.load(blocks + 2 * tl.program_id(0))
     block = tl.load(blocks + 2 * tl.program_id(0) + 1)
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
