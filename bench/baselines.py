@@ -96,16 +96,16 @@ class Baseline:
     As with `TrainStep`, call `grow` and `refill` first if `schedule` has another resolution.
 
     Raises:
-        ValueError: the config has an objective other than dc_vae, the joint order, or another adversarial loss.
+        ValueError: the config has an objective other than dc_vae, or another adversarial loss.
     """
 
     def __init__(self, config: Config, device: torch.device | str = "cpu"):
         loss = config.loss
         known = loss.adversarial in ("hinge", "wgan_gp", "logistic_r1")
-        if loss.objective != "dc_vae" or loss.order != "sequential" or not known:
+        if loss.objective != "dc_vae" or not known:
             raise ValueError(
-                f"loss.objective is {loss.objective!r}, loss.order {loss.order!r} and loss.adversarial "
-                f"{loss.adversarial!r}; the baseline does dc_vae, sequential, with hinge, wgan_gp or logistic_r1."
+                f"loss.objective is {loss.objective!r} and loss.adversarial {loss.adversarial!r}; "
+                f"the baseline does dc_vae with hinge, wgan_gp or logistic_r1."
             )
         self.config, self.device = config, torch.device(device)
         ours = Networks(config)
@@ -159,8 +159,7 @@ class Baseline:
         noise = self._noise(len(x))
         losses = self._discriminator_step(x, noise)
         if self.iterations % config.train.n_critic == 0:
-            losses |= self._autoencoder_step(x, noise)
-            losses |= self._contrastive_step(x, ids)
+            losses |= self._autoencoder_steps(x, noise, ids)
             update_ema(self.decoder_ema, self.decoder, config.train.ema_decay)
         for ema, value in zip(self.decoder_ema.buffers(), self.decoder.buffers(), strict=True):
             ema.copy_(value)
@@ -192,18 +191,32 @@ class Baseline:
         self._step(total, "trunk", "score")
         return losses
 
-    def _autoencoder_step(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """With the noise of the discriminator's step, because ours reuses that step's reconstruction."""
+    def _autoencoder_steps(self, x: Tensor, noise: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Use the noise of the discriminator's step first, because ours reuses that step's reconstruction."""
         loss = self.config.loss
         rec, kl = self._reconstruct(x, noise)
         fake = self.decoder(self._noise(self.config.train.sampled_batch or len(x)))
         adversarial = adversarial_loss(self._score(fake), self._score(rec), loss.adversarial)
-        self._step(adversarial + loss.kl_weight * kl, "encoder", "decoder")
-        return {"loss/adversarial": adversarial.detach()}
+        if loss.order == "sequential":
+            self._step(adversarial + loss.kl_weight * kl, "encoder", "decoder")
+            rec, kl = self._reconstruct(x, self._noise(len(x)))
+            info_nce, keys, losses = self._contrast(x, rec, ids)
+            self._step(info_nce + loss.kl_weight * kl, "encoder", "decoder", "trunk", "heads")
+        else:
+            info_nce, keys, losses = self._contrast(x, rec, ids)
+            # The discriminator is trained by InfoNCE alone, encoder and decoder by the sum.
+            discriminator = [*self.groups["trunk"], *self.groups["heads"]]
+            gradients = torch.autograd.grad(info_nce, discriminator, retain_graph=True, allow_unused=True)
+            self._backward(adversarial + info_nce + loss.kl_weight * kl)
+            for parameter, gradient in zip(discriminator, gradients, strict=True):
+                parameter.grad = gradient
+            self._update("encoder", "decoder", "trunk", "heads")
+        self._enqueue(keys, ids)
+        return {**losses, "loss/adversarial": adversarial.detach(), "loss/kl": kl.detach()}
 
-    def _contrastive_step(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def _contrast(self, x: Tensor, rec: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return InfoNCE, the keys and metrics."""
         contrast = self.config.contrast
-        rec, kl = self._reconstruct(x, self._noise(len(x)))
         update_ema(self.momentum, self.discriminator, contrast.momentum)
         queries = self._embeddings(self.discriminator, rec)
         with torch.no_grad():
@@ -215,19 +228,23 @@ class Baseline:
         logits = torch.cat([positive, negatives], dim=2) / contrast.temperature
         target = torch.zeros(logits.shape[:2], dtype=torch.long, device=self.device)
         info_nce = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        losses = {"loss/contrast": info_nce.detach(), "loss/kl": kl.detach()}
+        losses = {"loss/contrast": info_nce.detach()}
         rank = (negatives.detach() > positive.detach()).sum(2)
         for i, layer in enumerate(self.layers):
             losses[f"contrast/top1_{layer}"] = (rank[i] < 1).float().mean()
             losses[f"contrast/top5_{layer}"] = (rank[i] < 5).float().mean()
-        self._step(info_nce + self.config.loss.kl_weight * kl, "encoder", "decoder", "trunk", "heads")
-        self._enqueue(keys, ids)
-        return losses
+        return info_nce, keys, losses
 
     def _step(self, loss: Tensor, *groups: str) -> None:
-        for name in groups:
-            self.adam[name].zero_grad()
+        self._backward(loss)
+        self._update(*groups)
+
+    def _backward(self, loss: Tensor) -> None:
+        for optimizer in self.adam.values():
+            optimizer.zero_grad()
         loss.backward()
+
+    def _update(self, *groups: str) -> None:
         for name in groups:
             self.adam[name].step()
 

@@ -1,13 +1,13 @@
 """Run the tests and benchmarks that need a GPU, and print a summary that fits on one screen.
 
 With `--first`, for a machine on which the project has never run, also check the device, run each op and each kind of
-training iteration once, and train, stop, resume and sample (test_smoke.py), all within 470 seconds. A failing part does
-not stop later parts.
+training iteration once, and train, stop, resume and sample (test_smoke.py), all within 470 seconds. A failing job does
+not stop later jobs.
 
 Needs only a checkout, Python 3.11, torch, Triton, pytest and pytest-benchmark. Installs and downloads nothing. Skips
 checks that need other packages, and names them. Runs tests in parallel if pytest-xdist is installed. Writes results to
-OUT/<device>/<benchmark>.json, and logs, test outcomes and pictures to OUT/logs.tar.gz. Exits with 1 if a check, a test
-or one of our benchmarks fails; missed targets are only reported.
+OUT/<device>/<benchmark>.json, and logs and pictures to OUT/logs.tar.gz. Exits with 1 if a check, a test or one of our
+benchmarks fails; missed targets are only reported.
 """
 
 import argparse
@@ -22,12 +22,10 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import outcomes
 import results
 import tables
 from results import Document
@@ -36,27 +34,42 @@ FIRST_SECONDS = 470
 # Time limits in seconds. At its limit a job gets SIGINT, so that it can write its results, and GRACE later SIGKILL.
 # A benchmark starts no new measurement in the last OVERTIME seconds before its limit.
 GRACE, OVERTIME, TEST_SECONDS = 10, 20, 120
-CHECKS = {"device": 40, "ops": 150, "iterations": 150, "fast-iterations": 150, "train": 170, "train-eager": 170}
+STOPPED = (124, -signal.SIGKILL)  # exit statuses of `timeout` after SIGINT and SIGKILL, which it also sends to itself
+
+
+class Job(NamedTuple):
+    """A pytest process with its time limit in seconds and pytest's arguments."""
+
+    name: str
+    seconds: float
+    arguments: Sequence[str]
+
+
+def smoke(tests: str) -> Sequence[str]:
+    return "bench/test_smoke.py", "-v", "-s", "-rfEs", "-k", tests
+
+
 BENCHMARKS = {"info_nce": 110, "spectral_norm": 60, "step": 440, "switches": 440, "pipelines": 70}
-LIMITS = {**CHECKS, "tests": 180, **BENCHMARKS}
-SMOKE = {
-    "device": "test_device",
-    "ops": "test_info_nce_op or test_spectral_norm_op",
-    "iterations": "test_iterations and (none or graphs)",
-    "fast-iterations": "test_iterations and ours",
-    "train": "test_training and fast",
-    "train-eager": "test_training and eager",
-}
-PARTS = {"device": ["device"], "smoke": ["ops", "iterations", "fast-iterations"], "train": ["train", "train-eager"]}
-PARTS |= {name: [name] for name in ("tests", *BENCHMARKS)}
-# Checks and tests run in parallel; the device and the benchmarks are measured alone.
-GROUPS = [["device"], [*PARTS["smoke"], *PARTS["train"], "tests"], *([name] for name in BENCHMARKS)]
+# Jobs of a stage run in parallel. The device and the benchmarks are measured alone.
+STAGES = (
+    [Job("device", 40, smoke("test_device"))],
+    [
+        Job("ops", 150, smoke("test_info_nce_op or test_spectral_norm_op")),
+        Job("iterations", 150, smoke("test_iterations and (none or graphs)")),
+        Job("fast-iterations", 150, smoke("test_iterations and ours")),
+        Job("train", 170, smoke("test_training and fast")),
+        Job("train-eager", 170, smoke("test_training and eager")),
+        Job("tests", 180, ("-m", "gpu", "-v", "--no-header", "--continue-on-collection-errors")),
+    ],
+    *(
+        [Job(name, seconds, (f"bench/test_{name}.py", "-q", "-s", "--benchmark-quiet"))]
+        for name, seconds in BENCHMARKS.items()
+    ),
+)
+JOBS = {job.name: job for stage in STAGES for job in stage}
 USUAL = ("tests", "info_nce", "spectral_norm", "pipelines")
-FIRST = ("device", "smoke", "train", "tests", "info_nce", "spectral_norm", "step")
+FIRST = tuple(name for name in JOBS if name not in ("switches", "pipelines"))
 NEEDED = ("torch", "triton", "pytest", "pytest_benchmark")
-TEST_FOLDERS = ("training", "kernels", "pipelines", "models", "evaluation", "bench")  # the slowest first
-TEST_FILES = sorted(path.name for path in (results.ROOT / "tests").glob("test_*.py"))
-ALL_TESTS = [f"tests/{name}" for name in (*TEST_FOLDERS, *TEST_FILES)]
 WORKERS = 10
 NOT_PACKED = ("checkpoints", "tensorboard")
 REHEARSAL = {"CUDA_VISIBLE_DEVICES": "", results.REHEARSAL_VARIABLE: "1"}
@@ -66,15 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", action="store_true", help="run everything once on a new machine; needs --out")
     parser.add_argument("--out", type=Path, help="folder for results and logs; default: bench/results, build/gpu")
-    choices = f"{', '.join(PARTS)}, or test files and ids"
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"{choices}; default: {', '.join(USUAL)}")
+    choices = f"{', '.join(JOBS)}, or test files and ids"
+    parser.add_argument("--only", nargs="+", metavar="JOB", help=f"{choices}; default: {', '.join(USUAL)}")
     rehearsal = "on the CPU, small, without time limits; writes only to --out"
     parser.add_argument("--cpu-rehearsal", action="store_true", help=rehearsal)
     options = parser.parse_args(arguments)
     if options.first and options.out is None:
         parser.error("--first needs --out DIR, a folder for results and logs")
     only = options.only or (FIRST if options.first else USUAL)
-    if unknown := [part for part in only if part not in PARTS and not (results.ROOT / part.split("::")[0]).exists()]:
+    if unknown := [name for name in only if name not in JOBS and not (results.ROOT / name.split("::")[0]).exists()]:
         parser.error(f"--only {unknown[0]}: choose from {choices}")
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
@@ -101,118 +114,95 @@ def has_gpu() -> bool:
 
 
 def run(only: Sequence[str], logs: Path, out: Path, rehearsal: bool, seconds: float) -> tuple[list[str], bool]:
-    """Run parts and return the lines of a summary, and whether something failed.
+    """Run jobs and return the lines of a summary, and whether something failed.
 
     Args:
         logs: folder for <job>.log and for a folder per job, passed to the job as $OUT
         out: folder for result files
-        seconds: time limit for everything
+        seconds: time limit for everything, except in a rehearsal
     """
-    tests = [part for part in only if part not in PARTS]
-    chosen = [name for part in only for name in PARTS.get(part, ["tests"])]
+    tests = [name for name in only if name not in JOBS]
     end, summary, failed = time.monotonic() + seconds, [], False
     try:
-        for names in ([name for name in group if name in chosen] for group in GROUPS):
-            if end - time.monotonic() <= GRACE + OVERTIME:
-                summary += [f"{name}: no time left" for name in names]
-                continue
+        for stage in STAGES:
             left = math.inf if rehearsal else end - time.monotonic() - GRACE
-            limits = {name: math.inf if rehearsal else min(LIMITS[name], left) for name in names}
-            jobs = [Job(name, arguments(name, limits[name], tests or ALL_TESTS, out), limits[name]) for name in names]
-            with contextlib.closing(run_jobs(jobs, logs, rehearsal)) as ended_jobs:
-                for ended in ended_jobs:
-                    lines, job_failed = outcome_lines(ended, logs / ended.name)
+            chosen = [job for job in stage if job.name in only or (job.name == "tests" and tests)]
+            if left <= OVERTIME:
+                summary += [f"{job.name}: no time left" for job in chosen]
+                continue
+            jobs = [job._replace(seconds=math.inf if rehearsal else min(job.seconds, left)) for job in chosen]
+            commands = {job.name: command(job, tests or ["tests"], out) for job in jobs}
+            with contextlib.closing(run_jobs(commands, logs, rehearsal)) as ended:
+                for name, status in ended:
+                    lines, job_failed = outcome_lines(name, status, logs)
                     print(lines[0], flush=True)
                     summary += lines
                     failed |= job_failed
-                    if ended.name in BENCHMARKS:
-                        summary += result_lines(ended.name, out)
+                    if name in BENCHMARKS:
+                        summary += result_lines(name, out)
     except KeyboardInterrupt:
         return [*summary, "interrupted: the rest was not run"], True
     return summary, failed
 
 
-# --- jobs: pytest processes, each with a time limit and a log ---
+# --- jobs ---
 
 
-class Job(NamedTuple):
-    """A pytest process with its arguments and its time limit in seconds."""
-
-    name: str
-    arguments: Sequence[str]
-    seconds: float
-
-
-class Ended(NamedTuple):
-    """End of a job: exit status, or None if it was stopped at its time limit, and duration in seconds."""
-
-    name: str
-    status: int | None
-    seconds: float
-
-
-def arguments(name: str, seconds: float, tests: Sequence[str], out: Path) -> list[str]:
-    """Return pytest's arguments for a job with a time limit."""
-    if name in BENCHMARKS:
-        options = ["-q", "-s", "--benchmark-quiet", f"--results={out.resolve()}", f"--deadline={seconds - OVERTIME}"]
-        return [f"bench/test_{name}.py", *options]
-    if name in SMOKE:
-        return ["bench/test_smoke.py", "-k", SMOKE[name], "-v", "-s", "--tb=short"]
-    options = ["-m", "gpu", "-v", "--tb=short", "--no-header", "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
-    if importlib.util.find_spec("pytest_timeout") is not None:
-        options += ["--timeout", str(TEST_SECONDS)]
-    return [*tests, *options]
-
-
-def run_benchmark(name: str, out: Path, rehearsal: bool, *more: str) -> int:
-    """Run a benchmark in the terminal, without a log, and return pytest's exit status."""
-    command = pytest_command([*arguments(name, LIMITS[name], [], out), *more])
-    return subprocess.run(command, cwd=results.ROOT, env=environment(rehearsal)).returncode
-
-
-def pytest_command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider"]
+def command(job: Job, tests: Sequence[str], out: Path) -> list[str]:
+    """Return the command of a job, which `timeout` stops at its time limit."""
+    options = [*job.arguments, "--tb=short", "-p", "no:cacheprovider"]
+    if job.name in BENCHMARKS:
+        options += [f"--results={out.resolve()}", f"--deadline={job.seconds - OVERTIME}"]
+    if job.name == "tests":
+        options += tests
+        if importlib.util.find_spec("xdist") is not None:
+            options += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            options += ["--timeout", str(TEST_SECONDS)]
+    seconds = "0" if math.isinf(job.seconds) else str(job.seconds)  # 0: no limit
+    return ["timeout", "--signal=INT", f"--kill-after={GRACE}", seconds, sys.executable, "-m", "pytest", *options]
 
 
 def environment(rehearsal: bool) -> dict[str, str]:
     paths = [str(results.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     variables = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    variables["COLUMNS"] = "160"  # pytest cuts the messages of failures at this width
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     return {**inherited, **variables, **(REHEARSAL if rehearsal else {})}
 
 
-def run_jobs(jobs: Sequence[Job], logs: Path, rehearsal: bool) -> Generator[Ended]:
-    """Run jobs in parallel, and yield each one when it ends.
+def run_benchmark(name: str, out: Path, rehearsal: bool, *more: str) -> int:
+    """Run a benchmark in the terminal, without a log, and return pytest's exit status."""
+    arguments = [*command(JOBS[name], [], out), *more]
+    return subprocess.run(arguments, cwd=results.ROOT, env=environment(rehearsal)).returncode
 
-    Kill the children of a job when it ends, and all jobs if the caller stops iterating or presses Ctrl-C.
+
+def run_jobs(commands: dict[str, list[str]], logs: Path, rehearsal: bool) -> Generator[tuple[str, int]]:
+    """Run the commands of jobs in parallel; yield name and exit status of each job.
+
+    Kill the children of a job that has ended, and all jobs if the caller stops iterating or presses Ctrl-C.
     """
-    begin, running = time.monotonic(), {}
+    processes = {}
     try:
-        for job in jobs:
-            running[start(job, logs, rehearsal)] = job
-        while running:
-            for process in [process for process in running if process.poll() is not None]:
-                kill(process)  # its children
-                job, seconds = running.pop(process), time.monotonic() - begin
-                yield Ended(job.name, process.returncode if seconds < job.seconds else None, seconds)
-            time.sleep(0.05)
+        for name, arguments in commands.items():
+            processes[name] = start(name, arguments, logs, rehearsal)
+        for name, process in processes.items():
+            status = process.wait()
+            kill(process)
+            yield name, status
     finally:
-        for process in running:
+        for process in processes.values():
             kill(process)
 
 
-def start(job: Job, logs: Path, rehearsal: bool) -> subprocess.Popen:
-    folder = logs / job.name
+def start(name: str, arguments: list[str], logs: Path, rehearsal: bool) -> subprocess.Popen:
+    folder = logs / name
     folder.mkdir(parents=True)
-    limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", "0" if math.isinf(job.seconds) else str(job.seconds)]
-    plugin = ["-p", "outcomes", f"--outcomes={folder / outcomes.FILE}"]
-    threads = {"OMP_NUM_THREADS": "1"} if job.name == "tests" else {}
+    threads = {"OMP_NUM_THREADS": "1"} if name == "tests" else {}
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [*limit, *pytest_command([*job.arguments, *plugin])],
+            arguments,
             cwd=results.ROOT,
             env={**environment(rehearsal), **threads, "OUT": str(folder)},
             stdout=log,
@@ -231,35 +221,32 @@ def kill(process: subprocess.Popen) -> None:
 # --- summary ---
 
 
-def outcome_lines(ended: Ended, folder: Path) -> tuple[list[str], bool]:
-    """Return a job's totals, its reasons for skips (except of the tests) and its failures, and whether it failed.
+def outcome_lines(name: str, status: int, logs: Path) -> tuple[list[str], bool]:
+    """Return pytest's totals, failures and skips from the log of a job, and whether the job failed.
 
     A file that cannot be collected because a package is missing is listed with the package, not as a failure.
     """
-    count, lines, uncollected = Counter(), [], []
-    tests = outcomes.read(folder / outcomes.FILE)
-    for test in tests:
-        text, name = test.get("text", ""), test["test"]
-        absent = re.search(r"ModuleNotFoundError: No module named '((?!dcvae_)[\w.]+)'", text)
-        if test["outcome"] == "failed" and absent and "::" not in name:
-            uncollected.append(f"{name} (needs {absent[1]})")
-            continue
-        count[test["outcome"]] += 1
-        if test["outcome"] == "failed":
-            errors = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")] or text.splitlines()
-            lines.append(f"FAILED  {name}: {errors[0][:160] if errors else 'no message'}")
-        elif test["outcome"] == "skipped" and ended.name != "tests":
-            lines.append(f"skipped {name.partition('::')[2]}: {text.rpartition('Skipped: ')[2].strip(chr(39) + ')')}")
-    numbers = ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
-    total = f"{ended.name}: {numbers}, {ended.seconds:.0f} s"
-    total += f"; not collected: {', '.join(uncollected)}" if uncollected else ""
-    total += "; stopped at the time limit, the rest not run" if ended.status is None else ""
-    # pytest also exits with 1 if a file could not be collected, and with 5 if no test was selected.
-    broken = ended.status not in (0, 1, 5, None) or (ended.status == 1 and not tests)
-    total += f"; pytest's exit status {ended.status}, see its log" if broken else ""
-    facts = folder / "summary.txt"
+    log = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+    totals = re.findall(r"^(?:=+ )?((?:\d+ |no tests ran).*in [\d.]+s.*?)(?: =+)?$", log, re.MULTILINE)
+    total = f"{name}: {totals[-1]}" if totals else f"{name}: its log ends with {''.join(log.splitlines()[-1:])!r}"
+    _, summarized, short_summary = log.rpartition(" short test summary info ")
+    lines = re.findall(r"^(?:FAILED|ERROR|SKIPPED) .*", short_summary, re.MULTILINE) if summarized else []
+    section = r"^ImportError while importing test module '(.+)'\.\n(?:(?!___).*\n)*?E   ModuleNotFoundError: .*'(.+)'"
+    absent = [(os.path.relpath(x, results.ROOT), module) for x, module in re.findall(section, log, re.MULTILINE)]
+    absent = {file: module for file, module in absent if not module.startswith("dcvae_")}
+    if absent:
+        total += f"; not collected: {', '.join(f'{file} (needs {module})' for file, module in absent.items())}"
+    lines = [line for line in lines if line.split()[1] not in absent]
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    problem = ""
+    if status in STOPPED:
+        problem = "; stopped at the time limit, the rest not run"
+    # Status 1 means failures or files that could not be collected, and 5 that no test was selected.
+    elif status not in (0, 1, 5) or (status == 1 and not failures and not absent):
+        problem = f"; exit status {status}, see its log"
+    facts = logs / name / "summary.txt"
     lines += facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
-    return [total, *lines], count["failed"] > 0 or broken or ended.status is None
+    return [total + problem, *lines], bool(failures or problem)
 
 
 def result_lines(name: str, out: Path) -> list[str]:
@@ -269,13 +256,10 @@ def result_lines(name: str, out: Path) -> list[str]:
         return [f"{name}: no result file"]
     document: Document = results.read(paths[-1])
     lines = [str(paths[-1]), *tables.tables(document).replace("\n\n", "\n").splitlines()]
+    cells = [cell for row in document["rows"] for cell in row["cells"]]
     for reason in results.UNMEASURED:
-        rows = [
-            f"{row['name']} ({', '.join(peers)})"
-            for row in document["rows"]
-            if (peers := dict.fromkeys(c["peer"] for c in row["cells"] if reason in (c["reason"], c["graph_reason"])))
-        ]
-        lines += [f"{reason}: {', '.join(rows)}"] if rows else []
+        count = sum(reason in (cell["reason"], cell["graph_reason"]) for cell in cells)
+        lines += [f"{reason}: {count} of {len(cells)} measurements"] if count else []
     absent = [package for package, version in document["packages"].items() if version is None]
     return lines + ([f"not installed: {', '.join(absent)}"] if absent else [])
 

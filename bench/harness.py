@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer, timer
 
 import results
@@ -38,6 +39,8 @@ TIMER = {
     "graph": "triton.testing.do_bench_cudagraph, warm cache",
 }
 GRAPH_MS = 20  # calls in one graph take about as long
+Outputs = tuple[list[Tensor], list[Tensor]]  # of an op, and the gradients in its inputs
+Check = Callable[[Callable[[], Outputs]], Document]
 
 
 class Unavailable(Exception):
@@ -160,6 +163,11 @@ def imported(module: str, package: str) -> ModuleType:
         raise
 
 
+def require_gpu(reason: str) -> None:
+    if not ON_GPU:
+        raise Unavailable(reason)
+
+
 def device_works() -> bool:
     """Return False after an error from which a CUDA process cannot recover, such as an illegal access."""
     try:
@@ -172,21 +180,57 @@ def device_works() -> bool:
 # --- measurements ---
 
 
-def measure_op(cell: Document, benchmark: Any, call: Callable[[], Any], check: Callable[..., Document]) -> None:
+def make_call(
+    mode: str, op: Callable[[], list[Tensor]], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor] | None = None
+) -> Callable[[], Outputs]:
+    """Return the call that is timed: it returns the outputs of an op and, in forward_backward, the gradients."""
+
+    @torch.no_grad()
+    def forward() -> Outputs:
+        return op(), []
+
+    def forward_backward() -> Outputs:
+        outputs = op()
+        return outputs, list(torch.autograd.grad(outputs, inputs, grad_outputs))
+
+    return forward if mode == "forward" else forward_backward
+
+
+def relative_errors(name: str, outputs: Outputs, expected: Outputs, tolerances: tuple[float, float]) -> Document:
+    """Return the largest errors of outputs, called `name`, and of gradients, if any: relative, by Frobenius norm.
+
+    Raises:
+        Unavailable: an error is larger than its tolerance, or a shape is wrong.
+    """
+    errors = {}
+    for what, tensors, exact, tolerance in zip((name, "gradient"), outputs, expected, tolerances, strict=True):
+        if what == "gradient" and not tensors:
+            continue
+        if [x.shape for x in tensors] != [y.shape for y in exact]:
+            raise Unavailable(f"its {what} has a wrong shape")
+        relative = [(x.detach().double() - y).norm() / y.norm() for x, y in zip(tensors, exact, strict=True)]
+        worst = torch.stack(relative).max().item()  # NaN if one is
+        if not worst <= tolerance:
+            raise Unavailable(f"its {what} is wrong by {worst:.3%}")
+        errors[f"{what}_error"] = float(f"{worst:.3g}")
+    return errors
+
+
+def measure_op(cell: Document, benchmark: Any, call: Callable[[], Outputs], check: Check) -> None:
     """Fill the cell of an op.
 
     Args:
-        check: takes a function that returns the outputs, and how many updates of the op's state that function makes;
-            returns the outputs' errors, or raises Unavailable if they are too large.
+        check: takes a function that makes the call, once, and returns its outputs; returns their errors, or raises
+            Unavailable if they are too large.
     """
-    cell["errors"] = check(call, 1)
+    cell["errors"] = check(call)
     for _ in range(3):  # warm-up, so that pytest-benchmark chooses the right number of calls in a batch
         call()
     cell["wall"] = wall(benchmark, call)
     cell["peak_bytes"], events = peak_bytes(call), device_events(call)
     cell["launches"] = len(events) if events else None
     if ON_GPU:
-        cell["graph"] = benchmark.extra_info["graph"] = graph(call, check)
+        cell["graph"] = graph(call, check)
 
 
 def wall(benchmark: Any, call: Callable[[], Any], iterations: int = 1) -> dict[str, float]:
@@ -198,25 +242,33 @@ def wall(benchmark: Any, call: Callable[[], Any], iterations: int = 1) -> dict[s
     return {"median_us": median, "q1_us": q1, "q3_us": q3, "batches": stats.rounds, "calls_per_batch": calls}
 
 
-def graph(call: Callable[[], Any], check: Callable[..., Document]) -> dict[str, float]:
-    """Return the time of a replayed call in µs, after checking the outputs of the last replay."""
+def graph(call: Callable[[], Outputs], check: Check) -> dict[str, float]:
+    """Return the time of a replayed call in µs, after checking the outputs of a replay."""
     from triton.testing import do_bench_cudagraph
-
-    outputs = []
-
-    def kept() -> None:
-        outputs[:] = [call()]
 
     torch.cuda.synchronize()
     try:
-        times: Any = do_bench_cudagraph(kept, rep=GRAPH_MS, quantiles=[0.5, 0.25, 0.75])
+        check(captured(call))
+        times: Any = do_bench_cudagraph(call, rep=GRAPH_MS, quantiles=[0.5, 0.25, 0.75])
     except Exception:
         # A failed capture leaves the random generator in capture mode, in which drawing raises. A new one resets it.
         with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=DEVICE)
         raise
-    check(outputs.pop, 0)
     return {name: round(time * 1e3, 3) for name, time in zip(("median_us", "q1_us", "q3_us"), times, strict=True)}
+
+
+def captured(call: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    """Return a function that replays a CUDA graph of a call and returns its outputs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def fastest(calls: Sequence[Callable[[], Any]]) -> int:

@@ -36,11 +36,10 @@ def path_of(folder: Path, document: Document) -> Path:
 
 
 def write(path: Path, document: Document) -> None:
-    """Write atomically: an interrupted write leaves the old file."""
+    from dcvae_pipelines.atomic import atomic_write  # its package imports torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    atomic_write(path, json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Document:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import harness
 from dcvae_kernels import info_nce
-from harness import MODES, Unavailable, imported
+from harness import MODES, Outputs, Unavailable, imported, make_call, relative_errors
 from results import Document, Target
 
 TEMPERATURE = 0.07
-# Largest error of the loss (relative to it, or to 1 if that is more) and of a gradient (Frobenius norm). The bounds for
-# float32 admit implementations that compute in tf32; the result files hold the actual errors.
+# Largest relative error of the loss and of a gradient (by Frobenius norm). The bounds for float32 admit implementations
+# that compute in tf32; the result files hold the actual errors.
 TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 5e-2)}
 
 
@@ -117,7 +117,7 @@ def make_problem(row: Row, device: torch.device) -> Problem:
     return Problem(row, q, k.to(device, dtype).requires_grad_(not row.queue), queue)
 
 
-def reference(problem: Problem, chunk: int = 4096) -> tuple[Tensor, ...]:
+def reference(problem: Problem, chunk: int = 4096) -> Outputs:
     """Return the loss and its gradients in float64, computed in chunks of queries to save memory."""
     q, k = (x.detach().double().requires_grad_() for x in (problem.q, problem.k))
     queue = None if problem.queue is None else problem.queue.double()
@@ -135,28 +135,11 @@ def reference(problem: Problem, chunk: int = 4096) -> tuple[Tensor, ...]:
             loss = (lse - positive).sum() / (len(directions) * q[..., 0].numel())
             for total, part in zip(totals, (loss.detach(), *torch.autograd.grad(loss, inputs)), strict=True):
                 total += part
-    return tuple(totals)
+    return totals[:1], totals[1:]
 
 
-def errors(row: Row, outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
-    """Return the errors of the loss and of gradients, if any, compared with the reference.
-
-    Raises:
-        Unavailable: an error is larger than the row's dtype explains, or the loss is not a scalar.
-    """
-    loss_tolerance, gradient_tolerance = TOLERANCES[row.dtype]
-    loss, *gradients = (output.double() for output in outputs)
-    if loss.shape != ():
-        raise Unavailable(f"its loss is of shape {list(loss.shape)}, not a number")
-    result = {"loss_error": ((loss - expected[0]).abs() / expected[0].abs().clamp_min(1)).item()}
-    if not result["loss_error"] <= loss_tolerance:  # `not` catches NaN
-        raise Unavailable(f"its loss is {loss.item():.6g}, which should be {expected[0].item():.6g}")
-    if gradients:
-        pairs = zip(gradients, expected[1:], strict=True)
-        result["gradient_error"] = max(((x - y).norm() / y.norm()).item() for x, y in pairs)
-        if not result["gradient_error"] <= gradient_tolerance:
-            raise Unavailable(f"its gradient is wrong by {result['gradient_error']:.1%}")
-    return {name: float(f"{error:.3g}") for name, error in result.items()}
+def errors(row: Row, outputs: Outputs, expected: Outputs) -> Document:
+    return relative_errors("loss", outputs, expected, TOLERANCES[row.dtype])
 
 
 # --- implementations: each takes a problem and returns the call that computes its loss ---
@@ -200,8 +183,7 @@ def eager(problem: Problem) -> Loss:
 
 
 def compiled(problem: Problem) -> Loss:
-    if not problem.q.is_cuda:
-        raise Unavailable("left out on a CPU, where compiling needs a C++ compiler and most of the time")
+    harness.require_gpu("left out on a CPU, where compiling needs a C++ compiler and most of the time")
     torch.compiler.reset()  # otherwise the compiler generalises over the shapes of earlier rows
     return _fastest(problem, [partial(torch.compile(f, dynamic=False), *_arguments(problem)) for f in FORMULATIONS])
 
@@ -252,7 +234,7 @@ def inf_cl(problem: Problem) -> Loss:
     if problem.row.batch % 64:
         raise Unavailable("its gradients are NaN unless B is a multiple of 64")
     flash, ring = (imported(f"inf_cl.{name}", "inf_cl") for name in ("flash", "ring"))
-    _cuda_only(problem)
+    harness.require_gpu("it needs a CUDA device")
     labels = torch.arange(problem.row.batch, device=problem.q.device)
     inverse_temperature = torch.tensor(1 / TEMPERATURE, device=problem.q.device)
 
@@ -276,7 +258,7 @@ def liger(problem: Problem) -> Loss:
     if problem.queue is not None:
         raise Unavailable("it has no queue")
     module = imported("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
-    _cuda_only(problem)
+    harness.require_gpu("it needs a CUDA device")
     fused = module.LigerFusedLinearCrossEntropyLoss()
     labels = torch.arange(problem.row.batch, device=problem.q.device)
     return both_ways(problem, lambda q, k: fused(k, q / TEMPERATURE, labels))
@@ -335,11 +317,6 @@ PEERS: dict[str, Callable[[Problem], Loss]] = {
 PACKAGES = ("info-nce-pytorch", "lightly", "inf_cl", "liger-kernel")
 
 
-def _cuda_only(problem: Problem) -> None:
-    if not problem.q.is_cuda:
-        raise Unavailable("it needs a CUDA device")
-
-
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     return problem.q, problem.k, problem.queue, problem.row.symmetric
 
@@ -364,7 +341,7 @@ def _fastest(problem: Problem, losses: list[Loss]) -> Loss:
 
 # --- the benchmark ---
 
-pytestmark = harness.timed(0.3, 0.01, 5) if harness.ON_GPU else harness.timed(0.02, 0.002, 5)
+pytestmark = harness.timed(0.3, 0.01, 5)
 BENCHMARK = harness.Benchmark("info_nce", ROWS, PEERS, PACKAGES)
 # The targets' cases come first: forward and backward of ours and eager PyTorch in all rows, then of the others.
 OTHERS = [peer for peer in PEERS if peer not in ("ours", "eager")]
@@ -381,32 +358,17 @@ def test_info_nce(row: Row, peer: str, mode: str, fill: Callable[..., None]) -> 
 
 def measure(cell: Document, benchmark: Any, row: Row, peer: str, mode: str) -> None:
     problem, expected = prepared(row)
-    call = make_call(problem, prepared_loss(row, peer), mode)
-    harness.measure_op(cell, benchmark, call, lambda run, updates: errors(row, run(), expected))
-
-
-def make_call(problem: Problem, loss: Loss, mode: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Return the call that is timed, which returns the loss and, in forward_backward, its gradients."""
-
-    @torch.no_grad()
-    def forward() -> tuple[Tensor, ...]:
-        return (loss(),)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        value = loss()
-        return value.detach(), *torch.autograd.grad(value, problem.inputs)
-
-    return forward if mode == "forward" else forward_backward
+    call = call_of(problem, PEERS[peer](problem), mode)
+    harness.measure_op(cell, benchmark, call, lambda run: errors(row, run(), expected))
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(row: Row) -> tuple[Problem, tuple[Tensor, ...]]:
+def prepared(row: Row) -> tuple[Problem, Outputs]:
     """Inputs of a row and its reference, kept while the row's cases run."""
     harness.free_memory()
     problem = make_problem(row, harness.DEVICE)
     return problem, reference(problem)
 
 
-@functools.lru_cache(maxsize=1)
-def prepared_loss(row: Row, peer: str) -> Loss:
-    return PEERS[peer](prepared(row)[0])
+def call_of(problem: Problem, loss: Loss, mode: str) -> Callable[[], Outputs]:
+    return make_call(mode, lambda: [loss()], problem.inputs)

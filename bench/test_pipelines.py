@@ -14,17 +14,18 @@ training and decoding would compete for the cores. To measure on a CPU:
 Real images are read from $DCVAE_IMAGES, shared/data or ../shared/data: folders faces1024, bedroom256 and cifar10.
 """
 
+import atexit
 import functools
 import gc
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ TOLERANCE = 1.5  # mean absolute difference of an image in levels of 255; NVIDIA
 # passes of a network.
 FORWARD_PASSES, SIZE = 41, 4096
 ITERATIONS = 20  # a multiple of n_critic, so that every such run does the same
-# Number of cores, and how many times faster than the DataLoader encoded images must arrive with them.
-ENCODED_CORES, ENCODED_FASTER = (16, 5) if ON_GPU else (2, 1.5)
+# How many times faster than with the DataLoader encoded images must arrive, by ON_GPU and number of cores.
+ENCODED_FASTER = {(True, 16): 5, (False, 2): 1.5}
 
 
 # --- problems ---
@@ -86,8 +87,8 @@ class Row:
         what, targets = "times faster than the DataLoader", []
         if self.images == "cifar10":
             targets.append(Target(what, 20, against="dataloader"))
-        elif CORES == ENCODED_CORES:
-            targets.append(Target(f"{what}, on {CORES} cores", ENCODED_FASTER, against="dataloader"))
+        elif required := ENCODED_FASTER.get((ON_GPU, CORES)):
+            targets.append(Target(f"{what}, on {CORES} cores", required, against="dataloader"))
         if ON_GPU:
             simulated = ", simulated" if self.flops else ""
             what = f"share of an iteration that is not waiting for data{simulated}"
@@ -114,16 +115,15 @@ def folder_of(images: str) -> Path:
     Raises:
         Absent: there is no such folder.
     """
-    variable = os.environ.get(FOLDER_VARIABLE)
-    folders = (
-        [Path(variable)] if variable else [root / "shared" / "data" for root in (results.ROOT, results.ROOT.parent)]
-    )
-    for folder in folders:
+    shared = [root / "shared" / "data" for root in (results.ROOT, results.ROOT.parent)]
+    given = os.environ.get(FOLDER_VARIABLE)
+    for folder in [Path(given)] if given else shared:
         if (folder / images).is_dir():
             return folder / images
     raise Absent("real images absent")
 
 
+@functools.cache
 def torchvision_root() -> Path:
     """Return the folder that holds CIFAR-10 in torchvision's layout, unpacked for this process if necessary.
 
@@ -135,15 +135,10 @@ def torchvision_root() -> Path:
         return folder
     for module, package in (("numpy", "numpy"), ("PIL", "Pillow")):
         imported(module, package)
-    return Path(_unpacked(folder.parent / "unpack.py").name)
-
-
-@functools.cache
-def _unpacked(script: Path) -> tempfile.TemporaryDirectory[str]:
-    """Run a script that unpacks the images, into a folder that is removed when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="bench-")
-    subprocess.run([sys.executable, script, folder.name], check=True, capture_output=True)
-    return folder
+    unpacked = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, unpacked)
+    subprocess.run([sys.executable, folder.parent / "unpack.py", unpacked], check=True, capture_output=True)
+    return Path(unpacked)
 
 
 @functools.cache
@@ -251,17 +246,25 @@ def dataloader(row: Row, images: Images) -> Iterator[Batch]:
     if isinstance(images, ImageSet):
         datasets = imported("torchvision.datasets", "torchvision")
         cifar10 = datasets.CIFAR10(torchvision_root(), transform=transforms.Compose(steps))
-        return _loaded(row, Numbered(partial(_image_of, cifar10), len(cifar10)))
+        return _batches(row, Numbered(lambda index: cifar10[index][0], len(cifar10)))
+    pillow, paths = imported("PIL.Image", "Pillow"), _paths(images)
     resize = transforms.Resize(row.resolution, transforms.InterpolationMode.BICUBIC)
-    return _loaded(row, Numbered(partial(_opened, _paths(images), transforms.Compose([resize, *steps])), len(images)))
+    transform = transforms.Compose([resize, *steps])
+
+    def opened(index: int) -> Tensor:
+        with pillow.open(paths[index]) as image:
+            return transform(image.convert("RGB"))
+
+    return _batches(row, Numbered(opened, len(paths)))
 
 
 def torchvision_io(row: Row, images: Images) -> Iterator[Batch]:
     """torchvision's decoder, and its transforms of tensors."""
-    v2 = imported("torchvision.transforms.v2", "torchvision")
-    resize = v2.Resize(row.resolution, v2.InterpolationMode.BICUBIC)
+    io, v2 = imported("torchvision.io", "torchvision"), imported("torchvision.transforms.v2", "torchvision")
+    paths, resize = _paths(images), v2.Resize(row.resolution, v2.InterpolationMode.BICUBIC)
     transform = v2.Compose([resize, v2.RandomHorizontalFlip(), _normalized(v2)])
-    return _loaded(row, Numbered(partial(_decoded, _paths(images), transform), len(images)))
+    dataset = Numbered(lambda index: transform(io.decode_image(paths[index], io.ImageReadMode.RGB)), len(paths))
+    return _batches(row, dataset)
 
 
 def torchvision_gpu(row: Row, images: Images) -> Iterator[Batch]:
@@ -270,8 +273,15 @@ def torchvision_gpu(row: Row, images: Images) -> Iterator[Batch]:
         raise Unavailable("it decodes on a GPU")
     io, v2 = imported("torchvision.io", "torchvision"), imported("torchvision.transforms.v2", "torchvision")
     resize, normalized = v2.Resize(row.resolution, v2.InterpolationMode.BICUBIC), _normalized(v2)
-    files = Numbered(partial(_read, _paths(images)), len(images))
-    for encoded, ids in _loader(row, files, _listed):
+    paths = _paths(images)
+
+    def collate(samples: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:
+        encoded, ids = zip(*samples, strict=True)
+        return list(encoded), torch.tensor(ids)
+
+    # A copy, because memory mapped from a file cannot be sent between processes.
+    files = Numbered(lambda index: io.read_file(paths[index]).clone(), len(paths))
+    for encoded, ids in _loader(row, files, collate):
         decoded = io.decode_jpeg(encoded, io.ImageReadMode.RGB, device=DEVICE)
         small = resize(torch.stack(decoded))  # all have one size
         mirrored = torch.rand(row.batch, 1, 1, 1, device=DEVICE) < 0.5
@@ -300,7 +310,7 @@ class Numbered(Dataset):
         return self.image(index), index
 
 
-def _loaded(row: Row, dataset: Numbered) -> Iterator[Batch]:
+def _batches(row: Row, dataset: Numbered) -> Iterator[Batch]:
     for images, ids in _loader(row, dataset, default_collate):
         yield Batch(images.to(DEVICE, non_blocking=True), ids.to(DEVICE, non_blocking=True))
 
@@ -313,41 +323,14 @@ def _loader(row: Row, dataset: Numbered, collate: Callable[[list[Any]], Any]) ->
         num_workers=CORES,
         collate_fn=collate,
         pin_memory=ON_GPU,
-        timeout=60,  # otherwise a batch that a process fails to send is awaited for ever
+        timeout=60,  # without it, a batch that a process fails to send is awaited forever
         persistent_workers=True,
+        multiprocessing_context="fork",  # the data sets are closures, which cannot be pickled
     )
 
 
 def _normalized(v2: Any) -> Any:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
-
-
-def _image_of(dataset: Any, index: int) -> Tensor:
-    return dataset[index][0]
-
-
-def _opened(paths: Sequence[str], transform: Callable[[Any], Tensor], index: int) -> Tensor:
-    from PIL import Image
-
-    with Image.open(paths[index]) as image:
-        return transform(image.convert("RGB"))
-
-
-def _decoded(paths: Sequence[str], transform: Callable[[Tensor], Tensor], index: int) -> Tensor:
-    from torchvision import io
-
-    return transform(io.decode_image(paths[index], io.ImageReadMode.RGB))
-
-
-def _read(paths: Sequence[str], index: int) -> Tensor:
-    from torchvision import io
-
-    return io.read_file(paths[index]).clone()  # memory mapped from a file cannot be sent between processes
-
-
-def _listed(samples: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:
-    encoded, ids = zip(*samples, strict=True)
-    return list(encoded), torch.tensor(ids)
 
 
 def _paths(images: Images) -> list[str]:

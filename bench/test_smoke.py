@@ -58,14 +58,14 @@ def test_info_nce_op(row: nce.Row, dtype: str) -> None:
     small = replace(row, batch=min(row.batch, 1024), queue=row.queue and min(row.queue, 8192))
     row = replace(small if ON_GPU else row.shrunk(), dtype=dtype)
     problem = nce.make_problem(row, DEVICE)
-    outputs = nce.make_call(problem, nce.ours(problem), "forward_backward")()
+    outputs = nce.call_of(problem, nce.ours(problem), "forward_backward")()
     print(nce.errors(row, outputs, nce.reference(problem)))
 
 
 @pytest.mark.parametrize("row", norm.ROWS, ids=lambda row: row.name)
 def test_spectral_norm_op(row: norm.Row) -> None:
-    network, gradients = norm.prepared(row if ON_GPU else row.shrunk(), "ours")
-    print(norm.checked(network, gradients, norm.make_call(network, gradients, "forward_backward"), 1))
+    call, check = norm.prepared(row if ON_GPU else row.shrunk(), "ours", "forward_backward")
+    print(check(call))
 
 
 @pytest.mark.parametrize("switch", ["none", "graphs", "ours"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import harness
 import results
 
 
@@ -25,8 +26,30 @@ def script():
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Result folder and output of a rehearsal of everything except training, with two of the tests."""
     folder = tmp_path_factory.mktemp("results")
-    parts = ("device", "smoke", "tests/kernels/test_info_nce.py::test_simclr", "info_nce", "spectral_norm", "step")
-    arguments = ("--first", "--cpu-rehearsal", "--out", folder, "--only", *parts)
+    checks = ("device", "ops", "iterations", "fast-iterations", "tests/kernels/test_info_nce.py::test_simclr")
+    benchmarks = ("info_nce", "spectral_norm", "step")
+    arguments = ("--first", "--cpu-rehearsal", "--out", folder, "--only", *checks, *benchmarks)
     result = run_script("gpu", *arguments, DCVAE_COMMIT="0123456789abcdef-dirty")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
+
+
+@pytest.fixture
+def make_document(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that makes a benchmark's result file for a GPU.
+
+    Its `times` are (wall, graph) in µs by (row, implementation) or (row, implementation, mode).
+    """
+
+    def make(benchmark: harness.Benchmark, times: dict, rates: dict | None = None) -> results.Document:
+        monkeypatch.setattr(harness, "ON_GPU", True)
+        monkeypatch.setattr(harness, "device_rates", lambda: rates)
+        document = benchmark.document()
+        for row in document["rows"]:
+            for cell in row["cells"]:
+                key = row["name"], cell["peer"]
+                wall, graph = times.get(key) or times.get((*key, cell["mode"])) or (None, None)
+                cell |= {"wall": wall and {"median_us": wall}, "graph": graph and {"median_us": graph}, "reason": None}
+        return document
+
+    return make

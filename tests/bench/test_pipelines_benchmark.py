@@ -166,30 +166,24 @@ def test_missing_packages_are_absent():
         imported("no_such_module.inside", "some-package")
 
 
-def test_images_that_are_absent(monkeypatch, tmp_path):
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(Absent, match="real images absent"):
-        bench.folder_of("faces1024")
-
-
-def document(times, waiting=None):
-    """A document in which ours and the DataLoader take these µs in every row."""
-    cells = [{"peer": peer, "wall": {"median_us": time}, "waiting_share": waiting} for peer, time in times.items()]
-    cells += [{"peer": peer, "wall": None} for peer in PEERS if peer not in times]
-    cells = [{**cell, "mode": "batches", "reason": None, "graph_reason": None} for cell in cells]
-    rows = [{**row.description(), "cores": 16, "cells": cells} for row in ROWS]
-    return {"benchmark": "pipelines", "device": "Some GPU", "rehearsal": False, "rows": rows}
+@pytest.fixture
+def document(make_document):
+    """All rows measured on 16 cores, and times of ours and the DataLoader."""
+    times = {(row.name, peer): (time, None) for row in ROWS for peer, time in (("ours", 100.0), ("dataloader", 499.0))}
+    document = make_document(bench.BENCHMARK, times)
+    for row in document["rows"]:
+        row["cores"] = 16
+        for peer in ("ours", "dataloader"):
+            results.cells_of(row)[peer]["waiting_share"] = 0.013
+    return document
 
 
 @pytest.mark.parametrize(("on_gpu", "cores", "encoded"), [(False, 2, 1.5), (True, 16, 5), (True, 4, None)])
-def test_targets(on_gpu, cores, encoded, monkeypatch):
+def test_targets(document, on_gpu, cores, encoded, monkeypatch):
     """Sources of encoded images have a target for one number of cores on each kind of device."""
     monkeypatch.setattr(bench, "ON_GPU", on_gpu)
     monkeypatch.setattr(bench, "CORES", cores)
-    monkeypatch.setattr(bench, "ENCODED_CORES", 16 if on_gpu else 2)
-    monkeypatch.setattr(bench, "ENCODED_FASTER", 5 if on_gpu else 1.5)
-    targets = {row.name: row.targets for row in ROWS}
-    entries = results.target_entries(document({"ours": 100.0, "dataloader": 499.0}, waiting=0.013), targets)
+    entries = results.target_entries(document, {row.name: row.targets for row in ROWS})
     speeds = {x["row"]: (x["required"], x["measured"], x["met"]) for x in entries if x["against"] == "dataloader"}
     expected_speeds = {"cifar10": (20, 4.99, False)}
     if encoded:
@@ -204,11 +198,7 @@ def test_targets(on_gpu, cores, encoded, monkeypatch):
         assert waiting["faces512"] == (f"{what}, simulated", 0.987, True)
 
 
-def test_table():
-    head = {"driver": None, "cuda": None, "torch": "2.11.0", "triton": "3.6.0", "python": "3.11.7"}
-    head |= {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "dirty": False, "packages": {}}
-    measured = document({"ours": 1000.0, "dataloader": 6000.0}, waiting=0.013)
-    text = tables.tables({**head, **measured, "targets": []})
-    assert "| faces512: faces1024 at 512×512, batch 6, 16 cores | 6,000 | 1,000 | 1.3% / 1.3% |" in text
-    on_cpu = {**head, **measured, "device": "cpu", "cpu": "Some CPU", "targets": []}
-    assert tables.tables(on_cpu).startswith("**Some CPU**: torch 2.11.0")
+def test_table(document):
+    text = tables.tables({**document, "targets": []})
+    assert text.startswith(f"**{document['cpu']}**: torch {torch.__version__}")
+    assert "| faces512: faces1024 at 512×512, batch 6, 16 cores | 60,000 | 12,024 | 1.3% / 1.3% |" in text

@@ -1,14 +1,11 @@
 """Tests of the benchmark of training iterations: wrong losses, memory, recipes, targets, tables."""
 
-import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import harness
 import results
 import tables
 import test_step as bench  # the benchmark's own files
@@ -60,42 +57,6 @@ def test_wrong_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
         errors(cifar, {"loss/discriminator": torch.tensor(float("nan"))})
 
 
-def test_memory_of_ours_is_counted_without_the_baseline(monkeypatch: pytest.MonkeyPatch):
-    """The baseline's iteration that computes the expected loss must end before memory is counted."""
-    used = peak = 0
-
-    def take(amount: int) -> None:
-        nonlocal used, peak
-        used += amount
-        peak = max(peak, used)
-
-    def reset() -> None:
-        nonlocal peak
-        peak = used
-
-    def maker(amount: int) -> Any:
-        def make(row: Any) -> Any:
-            def iterate() -> dict[str, torch.Tensor]:
-                return {"loss/discriminator": torch.tensor(1.0)}
-
-            take(amount)
-            weakref.finalize(iterate, take, -amount)
-            return iterate
-
-        return make
-
-    monkeypatch.setattr(bench, "PEERS", {"ours": maker(10)})
-    monkeypatch.setattr(bench, "baseline", maker(100))
-    monkeypatch.setattr(harness, "free_memory", reset)
-    monkeypatch.setattr(harness, "peak_reserved", lambda: peak)
-    monkeypatch.setattr(harness, "wall", lambda *_: {"median_us": 1.0})
-    expected_loss.cache_clear()
-    cell: dict[str, Any] = {}
-    bench.measure(cell, None, SMALL[1], "ours", "iteration")
-    assert cell["peak_bytes"] == 10
-    expected_loss.cache_clear()
-
-
 @pytest.mark.parametrize(("switch", "last"), [("none", False), ("channels last", True)])
 def test_a_switch_changes_no_arithmetic(switch: str, last: bool, monkeypatch: pytest.MonkeyPatch):
     row, made = SMALL[1], []
@@ -115,37 +76,39 @@ def test_switches_for_gpus_are_absent_from_a_cpu():
                 switches.switched(SMALL[0], name)
 
 
-def document(benchmark: str, device: str, names: list[str], times: Mapping[str, float | None]) -> dict[str, Any]:
-    cells = [{"peer": peer, "mode": "iteration", "wall": t and {"median_us": t}} for peer, t in times.items()]
-    cells = [{**cell, "reason": None, "graph_reason": None, "peak_bytes": None} for cell in cells]
-    row = {"recipe": "r", "resolution": 32, "batch": 64, "precision": "p", "flops": {"ours": 3e12, "baseline": 4e12}}
-    rows = [{**row, "name": name, "cells": cells} for name in names]
-    known = dict.fromkeys(("driver", "cuda", "torch", "triton", "python"))
-    head = {"benchmark": benchmark, "device": device, "date": "2026-01-01", "commit": "c", "dirty": False, **known}
-    return {**head, "rehearsal": False, "device_rates": {"bfloat16": 750.0}, "rows": rows, "targets": []}
+@pytest.fixture
+def step_document(make_document, monkeypatch: pytest.MonkeyPatch):
+    def make(rows: Any, ours: float, baseline: float) -> dict[str, Any]:
+        monkeypatch.setattr(bench, "flops", lambda row: {"ours": 3e12, "baseline": 4e12})
+        times = {(row.name, peer): (t, None) for row in rows for peer, t in (("ours", ours), ("baseline", baseline))}
+        return make_document(replace(bench.BENCHMARK, rows=rows), times, {"bfloat16": 750.0})
+
+    return make
 
 
-def test_table_of_switches():
+def test_table_of_switches(make_document, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "flops", lambda row: {})
     times = dict(zip(switches.SWITCHES, (8e3, 4e3, 5e3, 6.4e3, None, 1e3), strict=True))
-    lines = tables.tables(document("switches", "H100", ["cifar10-64"], times)).splitlines()
+    benchmark = replace(switches.BENCHMARK, rows=ROWS_ON_GPU[:1])
+    document = make_document(benchmark, {("cifar10-64", name): (time, None) for name, time in times.items()})
+    lines = tables.tables({**document, "targets": []}).splitlines()
     assert lines[2] == "|  | none | channels last | bfloat16 | compile | all |"
     assert "| 8,000 | 16,000 (2×) | 12,800 (1.6×) | 10,000 (1.25×) | 64,000 (8×) |" in lines[4]
 
 
-def test_table_of_steps():
-    text = tables.tables(document("step", "H100", ["a"], {"ours": 1e4, "baseline": 5e4}))
-    assert "| a: r at 32×32, batch 64, p | 6,400 (5×) | 1,280 | 300 / 80 | 40% |" in text
+def test_table_of_steps(step_document):
+    text = tables.tables({**step_document(ROWS_ON_GPU[:1], 1e4, 5e4), "targets": []})
+    assert "| cifar10-64: cifar10 at 32×32, batch 64, float32 | 6,400 (5×) | 1,280 | 300 / 80 | 40% |" in text
 
 
-def test_targets():
-    def entries(rows: Any, device: str, ours: float, baseline: float) -> dict[tuple[str, float], tuple[float, bool]]:
-        times = {"ours": ours, "baseline": baseline}
-        measured = document("step", device, [row.name for row in rows], times)
-        targets = results.target_entries(measured, {row.name: row.targets for row in rows})
+def test_targets(step_document):
+    def entries(rows: Any, ours: float, baseline: float) -> dict[tuple[str, float], tuple[float, bool]]:
+        document = step_document(rows, ours, baseline)
+        targets = results.target_entries(document, {row.name: row.targets for row in rows})
         return {(t["row"], t["required"]): (t["measured"], t["met"]) for t in targets}
 
-    assert entries(ROWS_ON_CPU, "cpu", 2e6, 3e6) == {("cifar10-8", 1.35): (1.5, True)}
-    assert entries(ROWS_ON_GPU, "H100", 1e4, 5e4) == {
+    assert entries(ROWS_ON_CPU, 2e6, 3e6) == {("cifar10-8", 1.35): (1.5, True)}
+    assert entries(ROWS_ON_GPU, 1e4, 5e4) == {
         ("cifar10-64", 6): (5.0, False),
         ("cifar10-256", 0.4): (0.4, True),  # 3 TFLOP in 10 ms are 300 TFLOP/s, 40 % of 750
         ("faces512", 3): (5.0, True),

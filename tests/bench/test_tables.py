@@ -58,28 +58,6 @@ TABLE = """\
 """
 
 
-def test_table_of_spectral_norm():
-    row = {
-        **{"name": "dcvae", "layers": 23, "elements": 2139664, "largest": [128, 1152], "dtype": "float32"},
-        "floors": {"forward_backward": {"bytes": 59910592}},
-        "cells": [
-            cell("ours", 210.0, 40.0, peak_bytes=2e7, launches=5),
-            cell("eager", 2900.0, 500.0, peak_bytes=4e7, launches=391),
-            cell("older hook", 2500.0, 450.0),
-            cell("torch.compile", 900.0),
-        ],
-    }
-    head = {**HEAD, "benchmark": "spectral_norm", "device_rates": {"copy": 2500.0}}
-    # 59,910,592 bytes at 2500 GB/s take 23.96 µs, 59.9% of 40.
-    text = tables.tables({**head, "rows": [row], "targets": []}).split("\n\n")
-    assert text[1].splitlines()[::2] == [
-        "|  | ours | eager | `torch.compile` | fastest other | memory, ours / eager | launches, ours / eager | floor "
-        "| copy rate |",
-        "| dcvae: 23 layers, 2.14 M weights, the largest 128×1152, float32 | 210 / 40 | 2,900 / 500 | 900 / – "
-        "| 2,500 / 450 (older hook) | 20 MB / 40 MB | 5 / 391 | 24 | 60% |",
-    ]
-
-
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"

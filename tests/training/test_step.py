@@ -1,4 +1,7 @@
-"""Training iterations against a plain implementation of the method, and which state each objective changes."""
+"""Training iterations: objectives, and the state that each of them changes.
+
+tests/bench/test_baselines.py compares whole iterations with a plain implementation of the method.
+"""
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -6,12 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcvae_fast.config import Config, ContrastConfig
 from dcvae_fast.distributed import SINGLE
-from dcvae_fast.models.autogan import Decoder
 from dcvae_fast.training.noise import NoiseSource, StepVariant
 from dcvae_fast.training.objectives import (
     Inputs,
@@ -26,7 +27,7 @@ from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
 from test_graphs import GROWING, SMALL
 
-B, SAMPLED, Z, D = SMALL.train.batch, 6, SMALL.model.latent_dim, SMALL.model.contrast_dim
+B, Z = SMALL.train.batch, SMALL.model.latent_dim
 # With the default ε, Adam makes full steps from gradients that are rounding errors (of a bias before BatchNorm).
 CONFIG = replace(SMALL, contrast=replace(SMALL.contrast, negatives=10), optim=replace(SMALL.optim, eps=1e-3))
 
@@ -42,122 +43,9 @@ def batches(n: int, channels: int = 1) -> list[Batch]:
     ]
 
 
-class Reference:
-    """Plain implementation of an iteration, sequential or joint: unfused Adam, cross-entropy of explicit logits."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        networks = TrainStep(config).networks  # for the initial weights
-        self.encoder, self.decoder = networks.encoder, networks.decoder
-        self.discriminator, self.momentum = networks.discriminator, deepcopy(networks.discriminator)
-        self.ema = [p.detach().clone() for p in self.decoder.parameters()]
-        self.queue: list[torch.Tensor] = []  # keys [S, D], oldest first
-        critic = self.discriminator.critic
-        self.groups = {
-            "encoder": self.encoder,
-            "decoder": self.decoder,
-            "trunk": critic.trunk,
-            "score": critic.score,
-            "heads": self.discriminator.heads,
-        }
-        optim = config.optim
-        self.adam = {
-            name: torch.optim.Adam(group.parameters(), optim.lr, optim.betas, optim.eps, foreach=False, fused=False)
-            for name, group in self.groups.items()
-        }
-        self.images = 0
-
-    def step(self, loss: torch.Tensor, *groups: str) -> None:
-        self.backward(loss)
-        for name in groups:
-            self.adam[name].step()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        for optimizer in self.adam.values():
-            optimizer.zero_grad()
-        loss.backward()
-
-    def reconstruct(self, images, generator):
-        mean, logvar = self.encoder(images)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-        return self.decoder(z), (-0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())) * 1e-6 * 64 / len(images)
-
-    def iterate(self, batch: Batch) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(derive_seed(self.config.train.seed, self.images))
-        x = batch.images
-        rec, kl = self.reconstruct(x, generator)
-        with torch.no_grad():
-            fake = self.decoder(torch.randn(B, Z, generator=generator))
-        real_score, fake_score, rec_score = self.discriminator(torch.cat([x, fake, rec.detach()])).score.chunk(3)
-        d_loss = (
-            F.relu(1 - real_score).mean() + 0.5 * F.relu(1 + fake_score).mean() + 0.5 * F.relu(1 + rec_score).mean()
-        )
-        self.step(d_loss, "trunk", "score")
-        losses = {"loss/discriminator": d_loss}
-        if self.images // B % self.config.train.n_critic == 0:
-            generated = self.decoder(torch.randn(SAMPLED, Z, generator=generator))
-            score = self.discriminator(torch.cat([generated, rec])).score
-            g_loss = -(score[:SAMPLED].mean() * 0.5 + score[SAMPLED:].mean() * 0.5)
-            if self.config.loss.order == "sequential":
-                self.step(g_loss + kl, "encoder", "decoder")
-                rec, kl = self.reconstruct(x, generator)
-                contrast = self.contrast(rec, x)
-                self.step(contrast + kl, "encoder", "decoder", "trunk", "heads")
-            else:
-                contrast = self.contrast(rec, x)
-                # The discriminator receives only the gradient of InfoNCE, encoder and decoder that of the sum.
-                d_parameters = [*self.groups["trunk"].parameters(), *self.groups["heads"].parameters()]
-                d_gradients = torch.autograd.grad(contrast, d_parameters, retain_graph=True, allow_unused=True)
-                self.backward(g_loss + contrast + kl)
-                for parameter, gradient in zip(d_parameters, d_gradients, strict=True):
-                    parameter.grad = gradient
-                for name in ("encoder", "decoder", "trunk", "heads"):
-                    self.adam[name].step()
-            losses |= {"loss/adversarial": g_loss, "loss/contrast": contrast}
-            decay, parameters = self.config.train.ema_decay, self.decoder.parameters()
-            self.ema = [decay * a + (1 - decay) * p.detach() for a, p in zip(self.ema, parameters, strict=True)]
-        self.images += B
-        return {name: loss.item() for name, loss in losses.items()}
-
-    def contrast(self, rec, x):
-        layers = self.config.contrast.layers
-        with torch.no_grad():
-            for p, m in zip(self.discriminator.parameters(), self.momentum.parameters(), strict=True):
-                m.copy_(m * self.config.contrast.momentum + p * (1 - self.config.contrast.momentum))
-            keys = F.normalize(self.momentum.embed(self.momentum(x), layers), dim=2)
-        queries = F.normalize(self.discriminator.embed(self.discriminator(rec), layers), dim=2)
-        total = torch.zeros(())
-        for s in range(len(layers)):
-            negatives = torch.stack(self.queue)[:, s] if self.queue else torch.zeros(0, D)
-            positive = (queries[s] * keys[s]).sum(1, keepdim=True)
-            logits = torch.cat([positive, queries[s] @ negatives.T], dim=1) / self.config.contrast.temperature
-            total = total + F.cross_entropy(logits, torch.zeros(B, dtype=torch.long)) / len(layers)
-        self.queue = [*self.queue, *keys.unbind(1)][-self.config.contrast.negatives :]
-        return total
-
-
 def assert_close(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
-
-
-def assert_same_state(step: TrainStep, reference: Reference) -> None:
-    for name, group in reference.groups.items():
-        assert_close(step.engine.groups[name], group.parameters())
-    ema = step.networks.decoder_ema
-    assert isinstance(ema, Decoder)
-    assert_close(ema.parameters(), reference.ema)
-    for x, y in zip(ema.buffers(), step.networks.decoder.buffers(), strict=True):
-        assert torch.equal(x, y)
-    running_mean = ema.norm.running_mean
-    assert running_mean is not None and running_mean.abs().min() > 0
-    contrast = step.networks.contrast
-    assert contrast is not None
-    assert_close(contrast.momentum.parameters(), reference.momentum.parameters())
-    keys = F.normalize(contrast.queue.keys, dim=2)
-    oldest = int(contrast.queue.cursor) if int(contrast.queue.valid) == CONFIG.contrast.negatives else 0
-    keys = keys.roll(-oldest, dims=1)[:, : int(contrast.queue.valid)]
-    assert_close([keys], [torch.stack(reference.queue, dim=1)])
 
 
 @pytest.fixture
@@ -166,19 +54,6 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("order", ["sequential", "joint"])
-def test_iterations_match_the_reference(order):
-    config = with_loss(order=order)
-    step, reference = TrainStep(config), Reference(config)
-    for batch in batches(7):  # the autoencoder is updated four times, so the queue of ten wraps around
-        metrics, expected = step(batch), reference.iterate(batch)
-        for name, value in expected.items():
-            assert metrics[name].item() == pytest.approx(value, rel=1e-10), name
-        assert ("loss/contrast" in metrics) == ("loss/contrast" in expected)
-    assert_same_state(step, reference)
 
 
 def changed_groups(before: dict[str, list[torch.Tensor]], step: TrainStep) -> set[str]:
