@@ -92,9 +92,8 @@ class Log:
     def held_out(self, images: int, metrics: dict[str, float]) -> None:
         """Write held-out metrics as `held_out/NAME` in a separate record, and log them."""
         self._append(images, {f"held_out/{name}": value for name, value in metrics.items()})
-        logger.info(
-            "held out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
-        )
+        names = {"pixel_mse": "pixel error", "probe_accuracy": "probe accuracy"}
+        logger.info("held out: " + ", ".join(f"{names.get(name, name)} {value:.4g}" for name, value in metrics.items()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

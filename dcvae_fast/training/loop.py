@@ -95,7 +95,7 @@ def train(config: Config, folder: Path, ranks: Ranks = SINGLE, profiled: bool = 
         start = step.images
         if start >= total:
             return Outcome(start, trained=False)
-        verb = "Continuing" if start else "Training"
+        verb = "Resuming" if start else "Training"
         logger.info(f"{verb} in {folder} on {step.device}, from {start:,} to {total:,} images")
         logger.info(f"Gradients by {step.engine.describe()}; Adam by {step.engine.adam_name}")
         log = stack.enter_context(closing(Log(folder, start, total, ranks)))

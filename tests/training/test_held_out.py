@@ -37,7 +37,7 @@ def test_metrics_are_logged_when_due_and_training_is_bitwise_unaffected(tmp_path
     train(config_of("--train.images", "160"), tmp_path / "plain")
     assert "held out" not in caplog.text
     train(config_of("--train.images", "160", *options), tmp_path / "measured")
-    assert caplog.text.count("held out: pixel mse 0.") == 3
+    assert caplog.text.count("held out: pixel error 0.") == 3
     states = [load_checkpoint(tmp_path / name) for name in ("plain", "measured")]
     plain, with_metrics = (state["step"]["networks"] for state in states if state is not None)
     assert all(torch.equal(value, with_metrics[name]) for name, value in plain.items())
