@@ -34,7 +34,7 @@ def test_a_run_provides_its_data_and_stores_measurements(tmp_path, features, mon
     capsys.readouterr()
     assert main(["evaluate", str(run), "--metrics", "pixel"]) == 0
     printed = capsys.readouterr()
-    assert "360 / 360 pixels" in printed.err
+    assert "360 / 360 images compared by pixels" in printed.err
     assert printed.out.splitlines()[-1] == str(run / "evaluation.json")
     stored = json.loads((run / "evaluation.json").read_text())
     assert stored["images"] == 16 and stored["device"] == "cpu"
