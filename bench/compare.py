@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name in gpu.BENCHMARKS:
                 gpu.run_benchmark(name, folder, options.cpu_rehearsal, "-k", "ours")
         paths = sorted(path for name in gpu.BENCHMARKS for path in folder.glob(f"*/{name}.json"))
-        lines = [] if paths else ["there are no results to compare"]
+        lines = [] if paths else ["found no results to compare"]
         for path in paths:
             committed = options.committed / path.parent.name / path.name
             if committed.exists():

@@ -1,6 +1,6 @@
 """InfoNCE: ours compared with plain PyTorch and with every package that computes it.
 
-Forward runs without autograd; forward_backward computes the gradient in q, and in k if there is no queue. The outputs
+Forward runs without autograd; forward_backward computes the gradient in q and, without a queue, in k. The outputs
 of every implementation are first compared with a float64 reference.
 """
 

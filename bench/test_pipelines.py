@@ -113,7 +113,7 @@ ROWS = (
 def folder_of(images: str) -> Path:
     """
     Raises:
-        Absent: there is no such folder.
+        Absent: the folder does not exist.
     """
     shared = [root / "shared" / "data" for root in (results.ROOT, results.ROOT.parent)]
     given = os.environ.get(FOLDER_VARIABLE)

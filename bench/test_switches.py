@@ -1,6 +1,6 @@
 """Settings that make iterations fast without changing the arithmetic: what each gains alone, and all together.
 
-To measure on a CPU, where there are no graphs:
+To measure on a CPU, without CUDA graphs:
 
     python -m pytest bench/test_switches.py -q -s --benchmark-quiet --results=bench/results
 """
@@ -42,7 +42,7 @@ def switched(row: Row, name: str) -> Iterate:
     """
     settings = dict(SWITCHES[name])
     if settings["graphs"] and not ON_GPU:
-        raise Absent("there are no CUDA graphs on a CPU")
+        raise Absent("CUDA graphs need a GPU")
     make = TrainStep if settings.pop("channels_last") else Contiguous
     return iterations(make(replace(row.config, train=replace(row.config.train, **settings)), harness.DEVICE), row)
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if "torch" in sys.modules:  # otherwise there is no process group
+    if "torch" in sys.modules:  # without torch, no process group can exist
         from dcvae_fast.distributed import exit_process
 
         exit_process(code)

@@ -18,7 +18,7 @@ class EvaluationError(UserError):
 
 
 class DivergedError(UserError):
-    """A loss or a weight that is no longer finite."""
+    """Raised when a loss or a weight is not finite."""
 
 
 class RankError(UserError):

@@ -107,7 +107,7 @@ def save_checkpoint(folder: Path, images: int, state: dict[str, Any], keep: int)
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer can turn the former into the latter
         existing = _newest_first(folder)
-        newest = f"the newest checkpoint is {existing[0]}" if existing else "there is no checkpoint yet"
+        newest = f"the newest checkpoint is {existing[0]}" if existing else "the run has no checkpoint yet"
         raise RunError(
             f"{path}: the checkpoint could not be written ({reason(error.__context__ or error)}); {newest}."
         ) from error

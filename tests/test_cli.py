@@ -249,4 +249,4 @@ def test_prepare_reports_images_by_name_and_its_shards_can_be_used(tmp_path, cap
     assert main(["prepare", str(source), str(target), "--resolution", "32"]) == 1
     assert "holds shards made with resolution null, not 32; choose another folder" in capsys.readouterr().err
     assert main(["prepare", str(source), str(target), "--skip", "ugly"]) == 1
-    assert "there is no kind 'ugly'; the kinds are corrupt, tiny" in capsys.readouterr().err
+    assert "unknown kind 'ugly'; the kinds are corrupt, tiny" in capsys.readouterr().err

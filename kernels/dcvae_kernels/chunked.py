@@ -67,7 +67,7 @@ def forward(
         factor = loss_weight(reduction, loss.numel())
         gradient_scale = inverse_temperature * factor
         if with_gradient:
-            # The weights of negatives and positive add up to 0, so there is no cancellation if the loss is small.
+            # The weights of negatives and positive add up to 0, which avoids cancellation if the loss is small.
             gradient = (total - weight[..., None] * k) * (states[1] * gradient_scale)[..., None]
             if with_dtemperature:
                 dtemperature = ((gradient * q).sum(-1) * -inverse_temperature).view(shape[:-1])

@@ -79,8 +79,8 @@ def info_nce(
     First and second derivatives exist in q, k, queue and a tensor temperature. Only second derivatives store the
     logits. Sums are in float32, or in float64 if an input is float64, also under autocast. A queue that requires no
     gradient can be overwritten before the backward pass. A query without negatives has loss 0 and gradient 0. NaN and
-    infinity in the inputs propagate to the loss. There is no device synchronisation, and results are bitwise
-    reproducible.
+    infinity in the inputs propagate to the loss. The op does not synchronise with the device, and its results are
+    bitwise reproducible.
 
     Args:
         q: queries [B, D], or [S, B, D] for S independent scales; float16, bfloat16, float32 or float64.

@@ -48,7 +48,7 @@ def forward(
 def backward_sweep(
     inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient with respect to q, or with `wrt_keys` to the queue (to k if there is no queue).
+    """Return the gradient with respect to q, or with `wrt_keys` to the queue (without a queue, to k).
 
     Args:
         grad_output: gradient of the loss, 0-d or [S, B] / [B].

@@ -42,7 +42,7 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *,
 
     Raises:
         TypeError: a weight is not floating point.
-        ValueError: there is no layer to normalise, a layer is normalised already, a weight has no elements,
+        ValueError: module has no layer to normalise, a layer is normalised already, a weight has no elements,
             n_power_iterations is below 1, eps is not positive, or impl is unknown or cannot run on the device of the
             weights. `module` is then unchanged.
     """

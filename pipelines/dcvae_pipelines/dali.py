@@ -119,7 +119,7 @@ class DaliSource:
             DataError: no images; a setting out of range; DALI is not installed.
         """
         if len(images) == 0:
-            raise DataError(f"{images.name}: there are no images")
+            raise DataError(f"{images.name}: the data set is empty")
         check_channels(channels)
         if prefetch < 1 or (threads is not None and threads < 1):
             raise DataError(f"prefetch and threads must be at least 1, not {prefetch} and {threads}")

@@ -199,7 +199,7 @@ def _shards(root: Path, split: str) -> EncodedSet:
         return _split_by_key("shards", Shards(paths), split)
     store = Shards(by_split[split])
     if len(store) == 0:
-        raise DataError(f"shards: there are no images in {root}/*.tar")
+        raise DataError(f"shards: {root}/*.tar contain no images")
     return EncodedSet("shards", store, torch.arange(len(store)))
 
 

@@ -321,7 +321,7 @@ class Lmdb:
         except self._error as error:
             raise DataError(f"{self.name(index)}: cannot be read: {error}") from error
         if value is None:
-            raise DataError(f"{self.name(index)}: no longer exists")
+            raise DataError(f"{self.name(index)}: has been removed")
         return value
 
     def label(self, index: int) -> int | None:

@@ -136,7 +136,7 @@ def prepare(
     if format not in FORMATS:
         raise DataError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
     if unknown := set(skip) - set(KINDS):
-        raise DataError(f"skip: there is no kind {min(unknown)!r}; the kinds are {', '.join(KINDS)}")
+        raise DataError(f"skip: unknown kind {min(unknown)!r}; the kinds are {', '.join(KINDS)}")
     source = None if source is None else Path(source).expanduser().resolve()
     target = Path(target).expanduser().resolve()
     if source and (target.is_relative_to(source) or source.is_relative_to(target)):

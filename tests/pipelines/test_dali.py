@@ -362,7 +362,7 @@ def test_settings_out_of_range_are_named(images: EncodedSet, monkeypatch: pytest
     ):
         with pytest.raises(DataError, match=message):
             source(images, **settings)
-    with pytest.raises(DataError, match="empty: there are no images"):
+    with pytest.raises(DataError, match="empty: the data set is empty"):
         source(EncodedSet("empty", images.store, torch.arange(0)))
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(DataError, match=r"nvidia-dali-cuda130 is needed here .*: pip install nvidia-dali-cuda130"):

@@ -634,7 +634,7 @@ def test_a_result_without_images_is_an_error_in_each_call(tmp_path: Path):
         ({"per_shard": 0}, "per_shard must be at least 1, not 0"),
         ({"workers": -1}, "workers must be at least 1, not -1"),
         ({"format": "gif"}, "unknown format 'gif'; known are jpeg, png, webp"),
-        ({"skip": ("grey",)}, "no kind 'grey'; the kinds are corrupt, tiny, greyscale, cmyk, rotated, 16-bit"),
+        ({"skip": ("grey",)}, "unknown kind 'grey'; the kinds are corrupt, tiny, greyscale, cmyk, rotated, 16-bit"),
     ],
 )
 def test_settings_out_of_range_are_named(tmp_path: Path, options: dict, message: str):

@@ -280,4 +280,4 @@ def test_a_damaged_image_stops_a_run_after_a_checkpoint_or_is_skipped(folder_of_
     state = load_checkpoint(tmp_path / "run")
     assert state is not None and state["sources"] == [{"images": 32, "of": 38, "skipped": 1, "ranks": 1}]
     out = capsys.readouterr().out
-    assert "On held-out images: pixel error" in out and "probe" not in out  # there are no labels
+    assert "On held-out images: pixel error" in out and "probe" not in out  # the data set has no labels

@@ -3,7 +3,7 @@
 Similarities q̂·n̂ exist only in registers; a weight is e^{(similarity − maximum)/τ}. Normalisation scales the dot
 products instead of rounding a normalised copy of the rows, and does not depend on which operand comes first. The
 backward pass then reproduces the similarities of the forward pass, whose rounding errors matter at low temperatures.
-There are no atomics: programs write partial sums to a workspace, and a second kernel adds them in a fixed order.
+The kernels use no atomics: programs write partial sums to a workspace, and a second kernel adds them in a fixed order.
 
     forward          sweep_kernel     a program owns queries and sweeps one split of the negatives, like attention with
                                       V = K
@@ -410,7 +410,7 @@ def combine_kernel(
                     BLOCK_SPLITS, BLOCK_B, BLOCK_D,
                 )  # fmt: skip
                 k_direction = k_tile * _inverse_norm(k_squares, NORMALIZE)[:, None]
-                # The weights of negatives and positive add up to 0, so there is no cancellation if the loss is small.
+                # The weights of negatives and positive add up to 0, which avoids cancellation if the loss is small.
                 gradient = total - weight[:, None] * k_direction
                 gradient *= (inverse_sum * inverse_temperature * factor)[:, None]
                 if dtemperature is not None:
