@@ -6,6 +6,7 @@ tests/bench/test_baselines.py compares whole iterations with a plain implementat
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -263,3 +264,23 @@ def test_an_iteration_does_not_wait_for_the_device(objective):
         step(fourth)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_each_pass_updates_spectral_norm_once(monkeypatch):
+    """Power iterations per iteration, by the number of layers: 11 of E, 12 of C or C′."""
+    module = import_module("dcvae_kernels.spectral_norm")
+    update, passes = module.normalized_weights, []
+
+    def count(layers, iterations, *args):
+        passes.append((len(layers.weights), iterations))
+        return update(layers, iterations, *args)
+
+    monkeypatch.setattr(module, "normalized_weights", count)
+    step = TrainStep(CONFIG)
+    encoder, discriminator = (11, 1), (12, 1)
+    first, second = batches(2)
+    step(first)  # C; E and G, with the same reconstruction; keys by C′; a new reconstruction and its features
+    assert passes == [encoder, discriminator, discriminator, discriminator, encoder, discriminator]
+    passes.clear()
+    step(second)  # C alone
+    assert passes == [encoder, discriminator]
