@@ -164,11 +164,11 @@ def _with_current_names(path: Path) -> str | None:
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # jsonargparse reads the file again and reports the error
+    except (OSError, ValueError, yaml.YAMLError):  # jsonargparse reads the file again and reports the error
         return None
     if not isinstance(settings, dict) or (renamed := rename_settings(settings)) == settings:
         return None
-    return json.dumps(renamed)
+    return json.dumps(renamed, default=str)  # YAML reads 2024-01-01 as a date
 
 
 def _by_section(name: str) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,15 @@ MEASUREMENT_FIELDS = {"of": "subject", "spread_is": "spread_kind"}
 
 
 def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration, as in config.yaml, with the current names of settings."""
+    """Return a configuration, as read from config.yaml or a YAML recipe, with the current names of settings.
+
+    Values stored under a current name win over those under its old name.
+    """
     config = {name: dict(values) if isinstance(values, dict) else values for name, values in config.items()}
     for old, new in SETTINGS.items():
         section, option = old.split(".")
+        if old in config:  # YAML recipes may have dotted keys
+            config.setdefault(new, config.pop(old))
         values = config.get(section)
         if isinstance(values, dict) and option in values:
             values.setdefault(new.partition(".")[2], values.pop(option))

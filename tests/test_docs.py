@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dcvae_fast import DCVAE, cli
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import ModelConfig
+from dcvae_fast.reproduce import TABLES
 from dcvae_kernels import InfoNCE
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +97,7 @@ def test_snippets_run(code, namespace):
 
 
 def commands(text: str) -> list[str]:
-    """Command lines of a block, without launchers, comments and variables of a shell."""
+    """Return the lines of a block that run train.py or dcvae, with continuation lines joined."""
     joined = text.replace("\\\n", " ")
     return [
         line for line in joined.splitlines() if re.search(r"(^|-- |deepspeed.* )(python )?(train\.py|dcvae) ", line)
@@ -110,7 +111,9 @@ def test_commands_parse(text):
         start = next(i for i, word in enumerate(words) if word in ("train.py", "dcvae"))
         arguments = words[start + 1 :]
         if words[start] == "dcvae" and arguments[0] != "train":
-            cli._parse(arguments)
+            parsed = cli._parse(arguments)
+            assert getattr(parsed, "table", None) in (None, *TABLES)
+            parse_config(["--recipe", "cifar10", *parsed.settings])
             continue
         arguments = arguments[1:] if words[start] == "dcvae" else arguments
         if ">" in arguments:  # prints settings into a file, and a later line uses the file

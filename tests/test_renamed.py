@@ -73,11 +73,24 @@ def test_measurements_with_old_names_are_read(tmp_path):
     assert set(MEASUREMENT_FIELDS.values()) <= set(Measurement.__dataclass_fields__)
 
 
-def test_a_recipe_file_with_old_names_is_read(tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("train: {average: 0.5, images: 7}\noptim: {fused: torch}\n")
-    config = parse_config(["--recipe", str(recipe)]).config
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {average: 0.5, images: 7}\noptim: {fused: torch}\ndata: {root: 2024-01-01}\n",
+        "train.average: 0.5\ntrain.images: 7\noptim.fused: torch\ndata.root: 2024-01-01\n",
+        "train: {average: 0.9, ema_decay: 0.5, images: 7}\noptim: {implementation: torch}\ndata.root: 2024-01-01\n",
+    ],
+)
+def test_a_recipe_file_with_old_names_is_read(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    config = parse_config(["--recipe", str(tmp_path / "mine.yaml")]).config
     assert (config.train.ema_decay, config.train.images, config.optim.implementation) == (0.5, 7, "torch")
+    assert config.data.root == "2024-01-01"
+
+
+def test_a_recipe_file_may_have_a_folder_like_an_impossible_date(tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: {root: 2024-13-01}\n")
+    assert parse_config(["--recipe", str(tmp_path / "mine.yaml")]).config.data.root == "2024-13-01"
 
 
 @pytest.mark.parametrize("arguments", [["--train.average", "0.9"], ["--train.average=0.9"]])

@@ -48,10 +48,10 @@ def run_sample(arguments: argparse.Namespace) -> int:
         raise UserError(f"--seed is {arguments.seed}; it must be between 0 and 2⁶³ − 1.")
     import torch
 
-    from dcvae_fast.evaluation.perceptual import default_batch_size
+    from dcvae_fast.evaluation.perceptual import inference_batch_size
 
     model, generator = load_model(arguments), torch.Generator().manual_seed(arguments.seed)
-    batch = default_batch_size(model.config.resolution)
+    batch = inference_batch_size(model.config.resolution)
     sizes = [min(batch, arguments.n - start) for start in range(0, arguments.n, batch)]
     samples = torch.cat([model.sample(size, generator=generator).cpu() for size in sizes])
     write_grid(arguments.out, samples, columns=min(8, arguments.n))

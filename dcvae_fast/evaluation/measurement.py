@@ -75,10 +75,9 @@ def read(path: Path) -> dict[str, Any]:
         stored = json.loads(path.read_text())
         if not isinstance(stored, dict) or not {"weights", "measurements"} <= set(stored):
             raise ValueError("it has other content")
-    except (ValueError, OSError) as error:
+        return {**stored, "measurements": [rename_measurement(entry) for entry in stored["measurements"]]}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise EvaluationError(f"--out {path} is not a measurement file ({reason(error)}).") from error
-    stored["measurements"] = [rename_measurement(entry) for entry in stored["measurements"]]
-    return stored
 
 
 def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:

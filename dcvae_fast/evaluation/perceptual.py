@@ -19,7 +19,7 @@ PPL_EPSILON = 1e-4
 PPL_LARGEST = 256  # pixels, limit of the images given to LPIPS; its VGG16 was trained on 224
 
 
-def default_batch_size(resolution: int) -> int:
+def inference_batch_size(resolution: int) -> int:
     """Return a batch size that needs little memory: 256 at 32×32, 1 from 512×512."""
     return max(1, 256 * 32**2 // resolution**2)
 

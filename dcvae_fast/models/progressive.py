@@ -77,12 +77,12 @@ class EqualizedConv2d(nn.Conv2d):
 
 
 class EqualizedLinear(nn.Linear):
-    """Linear layer with equalised learning rate; with `no_cast`, in float32 under autocast too."""
+    """Linear layer with equalised learning rate; with `float32`, computed in float32 also under autocast."""
 
     def __init__(
-        self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, no_cast: bool = False
+        self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, float32: bool = False
     ):
-        self.scale, self.no_cast = gain / math.sqrt(in_features), no_cast
+        self.scale, self.float32 = gain / math.sqrt(in_features), float32
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -91,8 +91,8 @@ class EqualizedLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        with no_autocast(input.device) if self.no_cast else nullcontext():
-            return super().forward(upcast(input) if self.no_cast else input)
+        with no_autocast(input.device) if self.float32 else nullcontext():
+            return super().forward(upcast(input) if self.float32 else input)
 
 
 class UpConv2d(EqualizedConv2d):
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
     def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
         super().__init__()
         self.trunk = Trunk(resolution, widths, image_channels, stddev=False)
-        self.linear = EqualizedLinear(widths.at(BOTTOM), 2 * latent_dim, gain=1, no_cast=True)
+        self.linear = EqualizedLinear(widths.at(BOTTOM), 2 * latent_dim, gain=1, float32=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self.linear(self.trunk(images)["final"]).chunk(2, dim=1)
@@ -257,7 +257,7 @@ class Critic(nn.Module):
     def __init__(self, resolution: int, widths: Widths, image_channels: int):
         super().__init__()
         self.trunk = Trunk(resolution, widths, image_channels, stddev=True)
-        self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, no_cast=True)
+        self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, float32=True)
 
     def forward(self, images: Tensor, stddev_parts: int, layers: tuple[str, ...], scored: bool) -> Critique:
         features = self.trunk(images, stddev_parts, (*layers, "final") if scored else layers)

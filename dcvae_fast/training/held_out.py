@@ -11,7 +11,7 @@ from torch.backends import cudnn
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError, DivergedError, EvaluationError
 from dcvae_fast.evaluation.images import evenly_spaced, parts, reconstructions, samples
-from dcvae_fast.evaluation.perceptual import default_batch_size, pixel_error
+from dcvae_fast.evaluation.perceptual import inference_batch_size, pixel_error
 from dcvae_fast.evaluation.probe import linear_probe, posterior_means
 from dcvae_fast.images import to_bytes
 from dcvae_fast.models.dcvae import DCVAE
@@ -77,7 +77,7 @@ class HeldOut:
             DivergedError: reconstructions are not finite.
         """
         resolution = model.config.resolution
-        batch_size = default_batch_size(resolution)
+        batch_size = inference_batch_size(resolution)
         test_set = _resized(self._test_set, resolution)
         error, _ = pixel_error(reconstructions(model, [test_set], batch_size))
         if not math.isfinite(error):

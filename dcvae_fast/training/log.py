@@ -1,6 +1,6 @@
 """Logging: metrics.jsonl, TensorBoard, progress lines and image grids.
 
-Training waits for the device only when the log is written, when a checkpoint is saved, while it is profiled, and in
+Training waits for the device only for log lines, held-out metrics, grids and checkpoints, while it is profiled, and in
 float16 for the loss scale.
 """
 

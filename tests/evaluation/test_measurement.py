@@ -51,7 +51,8 @@ def test_a_measurement_replaces_only_its_older_value(model, tmp_path):
 
 def test_other_files_are_not_overwritten(model, tmp_path):
     path = tmp_path / "summary.json"
-    for content in ('{"images": 3}', "[1, 2]", "not JSON"):
+    head = '{"weights": "w", "measurements": '
+    for content in ('{"images": 3}', "[1, 2]", "not JSON", head + "null}", head + '["fid"]}'):
         path.write_text(content)
         with pytest.raises(UserError, match=r"summary\.json is not a measurement file"):
             store(path, describe(model, None), FID)
