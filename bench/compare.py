@@ -18,13 +18,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", type=Path, help="folder with results that were measured before")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="on the CPU, with small shapes")
     options = parser.parse_args(arguments)
+    lines = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.fresh or Path(temporary)
         if options.fresh is None:
             for name in gpu.BENCHMARKS:
                 gpu.run_benchmark(name, folder, options.cpu_rehearsal, "-k", "ours")
+                if not list(folder.glob(f"*/{name}.json")):
+                    lines.append(f"{name}: no result file")
         paths = sorted(path for name in gpu.BENCHMARKS for path in folder.glob(f"*/{name}.json"))
-        lines = [] if paths else ["found no results to compare"]
+        if not paths and not lines:
+            lines.append(f"{folder} has no results to compare")
         for path in paths:
             committed = options.committed / path.parent.name / path.name
             if committed.exists():
@@ -36,7 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def regressions(committed: Document, fresh: Document) -> list[str]:
-    """Return a line for each of our medians that is too slow, missing, or of a different problem."""
+    """Return a line for each of our medians that is too slow, missing, or of a different problem.
+
+    Times of different timers cannot be compared: then the only line says so.
+    """
+    if committed.get("timer") != fresh.get("timer"):
+        return [f"{fresh['benchmark']}: the committed result is of another timer; measure and commit it again"]
     rows, lines = {row["name"]: row for row in fresh["rows"]}, []
     for row in committed["rows"]:
         new_row = rows.get(row["name"], {})

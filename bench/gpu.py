@@ -4,10 +4,10 @@ With `--first`, for a machine on which the project has never run, also check the
 training iteration once, and train, stop, resume and sample (test_smoke.py), all within 470 seconds. A failing job does
 not stop later jobs.
 
-Needs only a checkout, Python 3.11, torch, Triton, pytest and pytest-benchmark. Installs and downloads nothing. Skips
-checks that need other packages, and names them. Runs tests in parallel if pytest-xdist is installed. Writes results to
-OUT/<device>/<benchmark>.json, and logs and pictures to OUT/logs.tar.gz. Exits with 1 if a check, a test or one of our
-benchmarks fails; missed targets are only reported.
+Needs only a checkout, Python 3.11, torch, Triton, pytest, pytest-benchmark and GNU timeout. Installs and downloads
+nothing. Skips checks that need other packages, and names them. Runs tests in parallel if pytest-xdist is installed.
+Writes results to OUT/<device>/<benchmark>.json, and logs and pictures to OUT/logs.tar.gz. Exits with 1 if a check, a
+test or one of our benchmarks fails; missed targets are only reported.
 """
 
 import argparse
@@ -34,7 +34,11 @@ FIRST_SECONDS = 470
 # Time limits in seconds. At its limit a job gets SIGINT, so that it can write its results, and GRACE later SIGKILL.
 # A benchmark starts no new measurement in the last OVERTIME seconds before its limit.
 GRACE, OVERTIME, TEST_SECONDS = 10, 20, 120
-STOPPED = (124, -signal.SIGKILL)  # exit statuses of `timeout` after SIGINT and SIGKILL, which it also sends to itself
+# Exit statuses of `timeout` after SIGINT, and after SIGKILL by itself or by the kernel, which it passes on to itself.
+STOPPED = {
+    124: "stopped at the time limit, the rest not run",
+    -signal.SIGKILL: "killed at the time limit or for lack of memory, the rest not run",
+}
 
 
 class Job(NamedTuple):
@@ -122,7 +126,7 @@ def run(only: Sequence[str], logs: Path, out: Path, rehearsal: bool, seconds: fl
         seconds: time limit for everything, except in a rehearsal
     """
     tests = [name for name in only if name not in JOBS]
-    end, summary, failed = time.monotonic() + seconds, [], False
+    begin, end, summary, failed = time.time_ns(), time.monotonic() + seconds, [], False
     try:
         for stage in STAGES:
             left = math.inf if rehearsal else end - time.monotonic() - GRACE
@@ -139,7 +143,7 @@ def run(only: Sequence[str], logs: Path, out: Path, rehearsal: bool, seconds: fl
                     summary += lines
                     failed |= job_failed
                     if name in BENCHMARKS:
-                        summary += result_lines(name, out)
+                        summary += result_lines(name, out, begin)
     except KeyboardInterrupt:
         return [*summary, "interrupted: the rest was not run"], True
     return summary, failed
@@ -166,7 +170,7 @@ def command(job: Job, tests: Sequence[str], out: Path) -> list[str]:
 def environment(rehearsal: bool) -> dict[str, str]:
     paths = [str(results.ROOT / folder) for folder in (".", "bench", "kernels", "pipelines")]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
-    variables = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    variables = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     variables["COLUMNS"] = "160"  # pytest cuts the messages of failures at this width
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     return {**inherited, **variables, **(REHEARSAL if rehearsal else {})}
@@ -175,13 +179,18 @@ def environment(rehearsal: bool) -> dict[str, str]:
 def run_benchmark(name: str, out: Path, rehearsal: bool, *more: str) -> int:
     """Run a benchmark in the terminal, without a log, and return pytest's exit status."""
     arguments = [*command(JOBS[name], [], out), *more]
-    return subprocess.run(arguments, cwd=results.ROOT, env=environment(rehearsal)).returncode
+    process = subprocess.Popen(arguments, cwd=results.ROOT, env=environment(rehearsal), start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        kill(process)
 
 
 def run_jobs(commands: dict[str, list[str]], logs: Path, rehearsal: bool) -> Generator[tuple[str, int]]:
-    """Run the commands of jobs in parallel; yield name and exit status of each job.
+    """Run the commands of jobs in parallel; yield name and exit status of each job, in the order of `commands`.
 
-    Kill the children of a job that has ended, and all jobs if the caller stops iterating or presses Ctrl-C.
+    Kill the remaining children of a job before it is yielded, and all jobs if the caller stops iterating or presses
+    Ctrl-C.
     """
     processes = {}
     try:
@@ -199,7 +208,8 @@ def run_jobs(commands: dict[str, list[str]], logs: Path, rehearsal: bool) -> Gen
 def start(name: str, arguments: list[str], logs: Path, rehearsal: bool) -> subprocess.Popen:
     folder = logs / name
     folder.mkdir(parents=True)
-    threads = {"OMP_NUM_THREADS": "1"} if name == "tests" else {}
+    threads = {} if name in BENCHMARKS else {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # benchmarks run alone
+    threads |= {"OMP_NUM_THREADS": "1"} if name == "tests" else {}
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             arguments,
@@ -240,7 +250,7 @@ def outcome_lines(name: str, status: int, logs: Path) -> tuple[list[str], bool]:
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     problem = ""
     if status in STOPPED:
-        problem = "; stopped at the time limit, the rest not run"
+        problem = f"; {STOPPED[status]}"
     # Status 1 means failures or files that could not be collected, and 5 that no test was selected.
     elif status not in (0, 1, 5) or (status == 1 and not failures and not absent):
         problem = f"; exit status {status}, see its log"
@@ -249,13 +259,17 @@ def outcome_lines(name: str, status: int, logs: Path) -> tuple[list[str], bool]:
     return [total + problem, *lines], bool(failures or problem)
 
 
-def result_lines(name: str, out: Path) -> list[str]:
-    """Return the newest result's tables, what was not measured for lack of time, and missing packages."""
-    paths = sorted(out.glob(f"*/{name}.json"), key=lambda path: path.stat().st_mtime_ns)
+def result_lines(name: str, out: Path, begin: int) -> list[str]:
+    """Return the tables of a benchmark's result, the measurements without time left, and missing packages.
+
+    Args:
+        begin: time in nanoseconds; older result files are ignored.
+    """
+    paths = [path for path in out.glob(f"*/{name}.json") if path.stat().st_mtime_ns >= begin]
     if not paths:
         return [f"{name}: no result file"]
-    document: Document = results.read(paths[-1])
-    lines = [str(paths[-1]), *tables.tables(document).replace("\n\n", "\n").splitlines()]
+    document: Document = results.read(paths[0])
+    lines = [str(paths[0]), *tables.tables(document).replace("\n\n", "\n").splitlines()]
     cells = [cell for row in document["rows"] for cell in row["cells"]]
     for reason in results.UNMEASURED:
         count = sum(reason in (cell["reason"], cell["graph_reason"]) for cell in cells)

@@ -3,7 +3,7 @@
 A file holds the device, versions, date and commit, and for each row (one problem) a cell for each implementation and
 mode: `wall` is the time of a call from Python and `graph` that of a replay from a CUDA graph, as median and quartiles
 in µs. `reason` and `graph_reason` say why a time is missing. Files without the field `timer` were measured by CUDA
-events, also with a warm cache.
+events on a GPU and by `time.perf_counter` on a CPU, with a warm cache.
 """
 
 import json

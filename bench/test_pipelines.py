@@ -72,7 +72,7 @@ class Row:
     resolution: int
     batch: int
     forward_gflop: float | None
-    batches: int = max(24, 2 * CORES)
+    batches: int = max(24, 3 * CORES)
 
     def shrunk(self) -> "Row":
         return replace(self, batch=2, batches=2)

@@ -59,6 +59,19 @@ def test_another_shape_is_not_compared(compare):
     assert text.startswith("dcvae: differs from the committed row")
 
 
+def test_times_of_different_timers_are_not_compared():
+    document = results.read(results.COMMITTED / DEVICE / "step.json")
+    (line,) = compare_script.regressions(document, {**document, "timer": {"wall": "another"}})
+    assert line == "step: the committed result is of another timer; measure and commit it again"
+
+
+def test_a_benchmark_without_a_result_fails(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "BENCHMARKS", ("spectral_norm",))
+    monkeypatch.setattr(gpu, "run_benchmark", lambda *arguments: 1)
+    assert compare_script.main([]) == 1
+    assert capsys.readouterr().out == "spectral_norm: no result file\n"
+
+
 @pytest.mark.multiprocess
 def test_fresh_run_measures_ours_only(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gpu, "BENCHMARKS", ("spectral_norm",))  # one is enough

@@ -13,6 +13,7 @@ import torch
 
 import gpu
 import results
+from dcvae_fast.recipes import recipe_config
 
 pytestmark = pytest.mark.multiprocess
 
@@ -83,7 +84,9 @@ def test_result_of_iterations(documents):
     assert [row["name"] for row in document["rows"]] == ["cifar10-8", "faces16"]
     for row in document["rows"]:
         assert 0 < row["flops"]["ours"] < row["flops"]["baseline"]
+        period = recipe_config(row["recipe"]).train.n_critic
         for cell in row["cells"]:
+            assert cell["wall"]["calls_per_batch"] % period == 0  # a time is the mean of whole periods
             assert cell["reason"] is None and cell["wall"]["median_us"] > 0 and cell["mode"] == "iteration"
     faces = cells(document, "faces16")
     assert faces["baseline", "iteration"]["errors"] == {"loss_error": 0.0}
@@ -135,7 +138,14 @@ def test_number_of_cells_without_time_is_in_the_summary(documents, tmp_path):
     for row in document["rows"][:2]:
         row["cells"][0]["reason"] = "no time left"
     results.write(tmp_path / "cpu" / "info_nce.json", document)
-    assert "no time left: 2 of 144 measurements" in gpu.result_lines("info_nce", tmp_path)
+    assert "no time left: 2 of 144 measurements" in gpu.result_lines("info_nce", tmp_path, 0)
+
+
+def test_results_of_earlier_runs_are_not_in_the_summary(documents, tmp_path):
+    results.write(tmp_path / "cpu" / "step.json", documents["step"])
+    begin = (tmp_path / "cpu" / "step.json").stat().st_mtime_ns
+    assert gpu.result_lines("step", tmp_path, begin)[0] == str(tmp_path / "cpu" / "step.json")
+    assert gpu.result_lines("step", tmp_path, begin + 1) == ["step: no result file"]
 
 
 def test_each_command_takes_eight_minutes_at_most():
@@ -146,6 +156,31 @@ def test_each_command_takes_eight_minutes_at_most():
     checks = limits["device"] + max(limits[job.name] for job in gpu.STAGES[1])
     left = gpu.FIRST_SECONDS - checks - limits["info_nce"] - limits["spectral_norm"]
     assert left > gpu.GRACE + gpu.OVERTIME and gpu.FIRST_SECONDS <= 470
+
+
+def test_jobs_end_before_the_time_limit_of_the_run(tmp_path, monkeypatch):
+    commands = {}
+
+    def run_jobs(new, logs, rehearsal):
+        commands.update(new)
+        yield from ()
+
+    monkeypatch.setattr(gpu, "run_jobs", run_jobs)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1000.0)
+    assert gpu.run(["ops", "info_nce"], tmp_path, tmp_path, False, 100) == ([], False)
+    for command in commands.values():
+        assert command[:4] == ["timeout", "--signal=INT", f"--kill-after={gpu.GRACE}", "90.0"]
+    assert "--deadline=70.0" in commands["info_nce"]  # 20 s before its limit
+
+    commands.clear()
+    summary, failed = gpu.run(["ops", "info_nce"], tmp_path, tmp_path, False, 25)
+    assert (summary, failed, commands) == (["ops: no time left", "info_nce: no time left"], False, {})
+
+
+def test_benchmarks_start_no_measurement_after_their_deadline(tmp_path):
+    gpu.run_benchmark("spectral_norm", tmp_path, True, "--deadline=-1", "-k", "ours and dcvae")
+    (row, *_) = results.read(tmp_path / "cpu" / "spectral_norm.json")["rows"]
+    assert {cell["reason"] for cell in row["cells"] if cell["peer"] == "ours"} == {"no time left"}
 
 
 @pytest.fixture
@@ -189,7 +224,8 @@ def test_jobs_that_ignore_the_interrupt_are_killed(run_test, monkeypatch):
     code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('last line')\ntime.sleep(600)\n"
     lines, failed, _ = run_test(code, seconds=4)
     assert failed
-    assert lines == ["job: its log ends with 'last line'; stopped at the time limit, the rest not run"]
+    end = "killed at the time limit or for lack of memory, the rest not run"
+    assert lines == [f"job: its log ends with 'last line'; {end}"]
 
 
 def test_crashed_jobs_fail_and_leave_no_children(run_test):

@@ -57,6 +57,16 @@ def test_wrong_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
         errors(cifar, {"loss/discriminator": torch.tensor(float("nan"))})
 
 
+def test_memory_is_counted_after_the_expected_loss(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(bench, "expected_loss", lambda row: calls.append("expected_loss"))
+    monkeypatch.setattr(bench.harness, "free_memory", lambda: calls.append("free_memory"))
+    monkeypatch.setattr(bench, "PEERS", {"ours": lambda row: calls.append("ours")})
+    monkeypatch.setattr(bench, "time_iterations", lambda cell, benchmark, row, iterate: lambda: None)
+    bench.measure({}, None, SMALL[1], "ours", "iteration")
+    assert calls == ["expected_loss", "free_memory", "ours"]
+
+
 @pytest.mark.parametrize(("switch", "last"), [("none", False), ("channels last", True)])
 def test_a_switch_changes_no_arithmetic(switch: str, last: bool, monkeypatch: pytest.MonkeyPatch):
     row, made = SMALL[1], []
