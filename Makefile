@@ -41,7 +41,7 @@ test-oldest: .venv/.installed ## Run the ops' tests with the oldest torch and Tr
 	@PYTHONPATH=kernels $(OLDEST)/bin/python -m pytest -q -m "not slow" tests/kernels $(ARGS)
 
 .PHONY: gpu-first
-gpu-first: .venv/.installed ## Run everything once on a new GPU, in eight minutes: ARGS="--out DIR"
+gpu-first: .venv/.installed ## Check a new GPU in eight minutes: ARGS="--out DIR"
 	@$(VENV_PYTHON) bench/gpu.py --first $(ARGS)
 
 .PHONY: gpu

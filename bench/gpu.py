@@ -81,7 +81,7 @@ REHEARSAL = {"CUDA_VISIBLE_DEVICES": "", results.REHEARSAL_VARIABLE: "1"}
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first", action="store_true", help="run everything once on a new machine; needs --out")
+    parser.add_argument("--first", action="store_true", help="check a new machine in eight minutes; needs --out")
     parser.add_argument("--out", type=Path, help="folder for results and logs; default: bench/results, build/gpu")
     choices = f"{', '.join(JOBS)}, or test files and ids"
     parser.add_argument("--only", nargs="+", metavar="JOB", help=f"{choices}; default: {', '.join(USUAL)}")

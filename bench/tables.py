@@ -14,7 +14,7 @@ from typing import NamedTuple
 import results
 from results import Document, cells_of, floor_us, median, ratio
 
-FILES = tuple(results.ROOT / name for name in ("README.md", "kernels/README.md", "docs/data.md", "docs/speed.md"))
+FILES = tuple(results.ROOT / name for name in ("kernels/README.md", "docs/data.md", "docs/speed.md"))
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 NOTHING = "No measurement is committed yet; `make gpu` on a machine with a GPU takes one.\n"
 

@@ -1,4 +1,4 @@
-"""Run everything once: device, ops compared with float64, training iterations, a short training. See gpu.py.
+"""Check a new machine: device, ops compared with float64, training iterations, a short training. See gpu.py.
 
 Not part of `make test`. On a CPU, shapes are small and what needs a GPU is skipped. Writes to the folder $OUT.
 """

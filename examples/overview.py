@@ -2,8 +2,8 @@
 
     python examples/overview.py runs/digits --out overview.png
 
-Rows: test images, their reconstructions, two rows of samples, and an interpolation between the first and the last test
-image.
+Rows: test images, their reconstructions, two rows of samples, and an interpolation between the first and the last of
+these test images.
 """
 
 import argparse
@@ -28,15 +28,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("overview.png"), help="file to write (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.columns < 3:
+        parser.error(f"--columns is {arguments.columns}; it must be at least 3")
 
     model = DCVAE.from_pretrained(arguments.model)
     test_set = load_dataset(arguments.data, arguments.root, "test")
-    chosen = next(parts(test_set, evenly_spaced(len(test_set), arguments.columns), model.config))
+    columns = min(arguments.columns, len(test_set))
+    chosen = next(parts(test_set, evenly_spaced(len(test_set), columns), model.config))
     images = normalize(chosen.images).to(model.device)
-    samples = model.sample(2 * len(images), generator=torch.Generator().manual_seed(arguments.seed))
-    (path,) = interpolate(model, images[:1], images[-1:], steps=arguments.columns - 2)
+    samples = model.sample(2 * columns, generator=torch.Generator().manual_seed(arguments.seed))
+    (path,) = interpolate(model, images[:1], images[-1:], steps=columns - 2)
     rows = [images, model.reconstruct(images), samples, path]
-    arguments.out.write_bytes(png_bytes(make_grid(torch.cat(rows), arguments.columns)))
+    arguments.out.write_bytes(png_bytes(make_grid(torch.cat(rows), columns)))
     print(arguments.out)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from dcvae_fast import DCVAE, cli
 from dcvae_fast.commands.train import parse_config
-from dcvae_fast.config import ModelConfig
+from dcvae_fast.config import Config, ModelConfig, to_dict
+from dcvae_fast.evaluation import METRICS
+from dcvae_fast.renamed import SETTINGS
 from dcvae_fast.reproduce import TABLES
 from dcvae_kernels import InfoNCE
+from dcvae_pipelines.prepare import KINDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels/README.md"])
@@ -113,6 +118,10 @@ def test_commands_parse(text):
         if words[start] == "dcvae" and arguments[0] != "train":
             parsed = cli._parse(arguments)
             assert getattr(parsed, "table", None) in (None, *TABLES)
+            if "metrics" in parsed:
+                assert set(parsed.metrics.split(",")) <= set(METRICS)
+            if "skip" in parsed:
+                assert set(parsed.skip.split(",")) <= set(KINDS)
             parse_config(["--recipe", "cifar10", *parsed.settings])
             continue
         arguments = arguments[1:] if words[start] == "dcvae" else arguments
@@ -125,8 +134,29 @@ def test_commands_parse(text):
         parse_config(arguments)
 
 
-def test_the_readme_quotes_committed_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_settings_and_make_targets_exist(page):
+    text, settings = page.read_text(encoding="utf-8"), to_dict(Config())
+    sections = "|".join(settings)
+    for section, option in re.findall(rf"`(?:--)?({sections})\.(\w+)(?: [^`]+)?`", text):
+        is_file = option in ("md", "png", "py", "yaml")
+        assert option in settings[section] or f"{section}.{option}" in SETTINGS or is_file, f"{section}.{option}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"`\n?make ([\w-]+)", text)) <= set(targets)
+
+
+def test_the_overview_is_drawn(namespace, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["overview.py", "runs/digits", "--columns", "4", "--out", "out.png"])
+    runpy.run_path(str(ROOT / "examples/overview.py"), run_name="__main__")
+    with Image.open("out.png") as image:
+        width, height = image.size
+    assert height > width > 4 * 32  # five rows of four images of 32×32
+
+
+def test_documentation_quotes_committed_results():
+    readme, ops, training = (
+        (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "kernels/README.md", "docs/training.md")
+    )
     folder = ROOT / "bench/results/nvidia-h100-80gb-hbm3"
 
     def median(benchmark: str, row: str, peer: str, timing: str) -> float:
@@ -136,6 +166,8 @@ def test_the_readme_quotes_committed_results():
 
     ours, baseline = (median("step", "cifar10-64", peer, "wall") for peer in ("ours", "baseline"))
     assert f"{64e6 / ours:,.0f}, {baseline / ours:.3g} times the plain PyTorch baseline" in readme
-    assert f"take {40e6 / (64e6 / ours) / 3600:.1f} hours" in readme
+    hours = 40e6 / (64e6 / ours) / 3600
+    assert f"take {hours:.1f} hours" in readme and f"\n{hours:.1f} hours for 40 M images" in training
     fused, lightly = (median("info_nce", "dcvae", peer, "graph") for peer in ("ours", "lightly"))
     assert f"take {fused:.0f} µs on an H100" in readme and f"lightly, takes {lightly:.0f} µs" in readme
+    assert f"takes {fused:.1f} µs, forward and backward: {lightly / fused:.1f} times faster" in ops

@@ -70,7 +70,7 @@ def test_dry_run_plans_every_table_without_data_and_writes_nothing(name, tmp_pat
     for run, line in zip([*names, "total"], lines[3:], strict=False):
         assert re.search(r"shortened: 100,000 of [\d,]+,000 images", line), run
         assert f"{1152.0 * (len(names) if run == 'total' else 1):,.2f}" in line
-    assert lines[-1] == "GPU-hours: training at an assumed 320 TFLOP/s, without measuring."
+    assert lines[-1] == "GPU-hours: training at an assumed 220 TFLOP/s, without measuring."
     assert list(tmp_path.iterdir()) == []
 
 
