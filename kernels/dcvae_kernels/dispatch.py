@@ -76,8 +76,7 @@ def _obstacle_to_building() -> str | None:
             if result.returncode == 0:
                 return None
             obstacle = f"{compiler} cannot compile against {include}/Python.h; install Python's headers (python3-dev)"
-    message = 'Triton kernels cannot be launched: %s. impl="auto" uses the PyTorch implementation instead.'
-    logging.getLogger(__name__).warning(message, obstacle)
+    logging.getLogger(__name__).warning("Triton kernels cannot be launched: %s. PyTorch is used instead.", obstacle)
     return obstacle
 
 

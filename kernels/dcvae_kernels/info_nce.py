@@ -76,8 +76,9 @@ def info_nce(
 
         loss_i = −log( e^{s⁺} / (e^{s⁺} + Σ_j e^{s_j}) ),   s⁺ = q_i·k_i/τ,   s_j = q_i·n_j/τ
 
-    First and second derivatives exist in q, k, queue and a tensor temperature. Only second derivatives store the
-    logits. Sums are in float32, or in float64 if an input is float64, also under autocast. A queue that requires no
+    First and second derivatives exist in q, k, queue and a tensor temperature. Second derivatives, batched gradients
+    (`is_grads_batched`), `torch.func` and tensor subclasses use the reference implementation, which stores the logits.
+    Sums are in float32, or in float64 if an input is float64, also under autocast. A queue that requires no
     gradient can be overwritten before the backward pass. A query without negatives has loss 0 and gradient 0. NaN and
     infinity in the inputs propagate to the loss. The op does not synchronise with the device, and its results are
     bitwise reproducible.

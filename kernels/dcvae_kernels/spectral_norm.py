@@ -35,7 +35,8 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *,
         eps: lower bound of the norms that the power iteration divides by, positive.
         impl: "triton" updates all layers in three kernel launches, plus two per further power iteration, and computes
             the gradient in two, on an NVIDIA GPU of compute capability 8.0 or newer. "torch" uses PyTorch operations.
-            "auto" uses "triton" if possible. float64, mixed dtypes or devices, and unusual strides always use "torch".
+            "auto" uses "triton" if possible. More than 256 layers, float64, mixed dtypes or devices,
+            and unusual strides always use "torch".
 
     Returns:
         module.

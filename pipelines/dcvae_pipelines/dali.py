@@ -98,8 +98,8 @@ class DaliSource:
 
         Args:
             images: the data set.
-            resolution: height and width of the images shown, in pixels, until `set_resolution`; smaller images count as
-                undecodable.
+            resolution: height and width of the images shown, in pixels, until `set_resolution`. Smaller images count as
+                undecodable, also after `set_resolution`.
             batch: batch size per rank.
             seed: seed of the order and flips; the same on all ranks.
             device: device of the batches; a GPU also decodes.
@@ -219,7 +219,7 @@ class DaliSource:
         return normalize(resize(images, self._resolution), mirrored, self._dtype, self._channels_last)
 
     def _finish_on_cpu(self, squares: list[Tensor], flips: Tensor) -> Tensor:
-        """Finish each image in one thread; finishing whole batches makes more copies and uses fewer cores."""
+        """Finish images in parallel, one per thread; whole batches need more copies and use fewer cores."""
         shape = (len(squares), self._channels, self._resolution, self._resolution)
         images = torch.empty(shape, dtype=self._dtype, memory_format=self._layout)
 
@@ -270,10 +270,10 @@ class DaliSource:
         name, encoded = self._images.image_name(index), self._images.read(index)
         header = read_header(encoded, name)
         is_plain = not (header.rotated or header.animated or header.deep or index in self._by_pillow)
+        square = self._images.square(index, header.width, header.height, self._min_side)
         if is_plain and header.mode in _DALI_DECODES.get(header.format, ()):
-            return encoded, self._images.square(index, header.width, header.height, self._min_side)
-        image = decode(encoded, name, channels=3)
-        return _as_ppm(image), self._images.square(index, image.width, image.height, self._min_side)
+            return encoded, square
+        return _as_ppm(decode(encoded, name, channels=3)), square
 
     def _feed(self) -> list[_File]:
         """Return the next batch for DALI."""

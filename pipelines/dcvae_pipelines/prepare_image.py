@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcvae_pipelines.decoded import ImageSet
 from dcvae_pipelines.encoded import EncodedSet
-from dcvae_pipelines.image import EXTENSIONS, Header, centre_square, crop, decode, read_header, to_tensor
+from dcvae_pipelines.image import Header, centre_square, crop, decode, read_header, to_tensor
 from dcvae_pipelines.optional import import_optional
 from dcvae_pipelines.pixels import resize
 from dcvae_pipelines.source import DataError
@@ -72,8 +72,6 @@ def check(job: Job, images: ImageSet | EncodedSet, index: int) -> Packed:
 
     reasons = [kind for kind in kinds if kind != "tiny"]
     extension = {"MPO": "jpeg", "JPEG2000": "jp2"}.get(header.format, header.format.lower())
-    if f".{extension}" not in EXTENSIONS:
-        reasons.append(extension)
     if job.resolution or images.box is not centre_square:
         image = crop(image, box)
         reasons.append("resized" if job.resolution else "cropped")

@@ -85,12 +85,13 @@ class ResidentSource:
         """Set the resolution, and the batch size if given, from the next batch on. The position is unchanged.
 
         Raises:
-            DataError: `resolution` is above that of the images, or below it and they are not square; invalid batch.
+            DataError: `resolution` is not between 1 and that of the images, or they are not square; invalid batch.
         """
         height, width = self._images.shape[2:]
-        if not (resolution == height == width or 1 <= resolution < height == width):
+        if not 1 <= resolution <= height == width:
             raise DataError(
-                f"resolution must be at most that of the resident images, {height}×{width}, not {resolution}"
+                "resolution must be from 1 to that of the resident images, which must be square: "
+                f"they are {height}×{width}, and it is {resolution}"
             )
         self._resolution = resolution
         if batch is not None:

@@ -113,6 +113,16 @@ def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_l
         assert x.stride() == w.stride()
 
 
+@pytest.mark.parametrize(("layers", "supported"), [(256, True), (257, False)])
+def test_number_of_layers_that_the_kernels_support(layers: int, supported: bool):
+    pytest.importorskip("triton")
+    from dcvae_kernels.triton.spectral_norm import make_plan
+
+    weights, vectors = [torch.ones(1, 1)] * layers, [torch.ones(1)] * layers
+    plan = make_plan(reference.Layers(weights, vectors, vectors, [0] * layers))
+    assert (plan is not None) is supported
+
+
 def test_bitwise_reproducible(on: Implementation):
     arguments = problem(on, torch.float32, True)
     first = run(on, 1, *arguments)

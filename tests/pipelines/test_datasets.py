@@ -219,6 +219,14 @@ def test_only_missing_files_are_downloaded_and_only_on_request(tiny_mnist: Path,
     assert len(load_dataset("mnist", tiny_mnist, download=True).images) == 5
 
 
+def test_stl10_is_downloaded_by_reading_its_smallest_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(torchvision.datasets, "STL10", lambda root, **options: calls.append(options))
+    with pytest.raises(DataError, match=r"stl10: .* is missing"):
+        load_dataset("stl10", tmp_path, download=True)
+    assert calls == [{"split": "test", "download": True}]
+
+
 def test_a_downloaded_data_set_is_read(tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fetch(root: Path, train: bool, download: bool):
         (tiny_mnist / "MNIST").rename(root / "MNIST")

@@ -188,9 +188,12 @@ def test_png_orientation_is_also_read_from_xmp():
     assert dcvae_pipelines.image.decode(content, "x", 3).size == (10, 30)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}])
+WITH_THUMBNAIL = turned(1).tobytes() + encode(pixels(1, 16, 16, 3), "JPEG")  # a thumbnail has its own end marker
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}, {"exif": WITH_THUMBNAIL}])
 def test_a_truncated_jpeg_is_named(options: dict):
-    content = encode(pixels(0, 64, 64, 3), "JPEG", exif=turned(1), **options)
+    content = encode(pixels(0, 64, 64, 3), "JPEG", **{"exif": turned(1), **options})
     assert read_header(content + b"\0trailing bytes", "x").format == "JPEG"
     for end in (len(content) - 2, len(content) - 100, len(content) * 3 // 4):
         with pytest.raises(DataError, match=r"a\.jpg: cannot be read as an image: it is truncated"):

@@ -159,10 +159,10 @@ def test_images_are_downscaled_but_not_enlarged():
     small = next(iter(source))
     assert torch.equal(small.images, normalize(resize(images, 8)[small.ids])) and len(small.ids) == 6
     assert source.state_dict()["images"] == 10
-    with pytest.raises(DataError, match="resolution must be at most that of the resident images, 32×32, not 64"):
+    with pytest.raises(DataError, match="they are 32×32, and it is 64"):
         source.set_resolution(64)
     wide = ResidentSource(images[..., :16], batch=4, seed=0)
-    with pytest.raises(DataError, match="32×16, not 16"):
+    with pytest.raises(DataError, match="must be square: they are 32×16, and it is 16"):
         wide.set_resolution(16)
 
 
