@@ -24,14 +24,14 @@ FIXED_MAXIMUM_BELOW = 60.0
 
 def forward(
     inputs: Inputs, settings: Settings, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `dcvae_kernels.info_nce_autograd.forward`."""
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
     tau, normalize, symmetric, reduction, _ = settings
     with_dq, with_dk, with_dtemperature, with_state, with_rank = output_mask
     dtype = accumulate_dtype(q, k, queue)
     shape = q.shape
-    dq, dk, dtemperature, state = (q.new_empty(0, dtype=dtype) for _ in range(4))
+    dq = dk = dtemperature = state = None
     with without_autocast(q.device):
         inverse_temperature = 1 / tau if temperature is None else temperature.to(dtype).reciprocal()
         q, q_squares = _normalized(q, dtype, normalize)
@@ -78,59 +78,69 @@ def forward(
         if with_state:
             state = torch.stack(states).view(1 + symmetric, 3, positive.numel())
         loss = loss.view(shape[:-1]) if reduction == "none" else loss.sum() * factor
-        return loss, rank.view(shape[:-1]) if with_rank else rank, dq, dk, dtemperature, state
+        return loss, rank.view(shape[:-1]) if with_rank else None, dq, dk, dtemperature, state
 
 
 def backward_sweep(
-    inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
-) -> tuple[Tensor, Tensor]:
+    inputs: Inputs,
+    settings: Settings,
+    grad_output: Tensor,
+    state: Tensor,
+    wrt_q: bool,
+    wrt_keys: bool,
+    with_dtemperature: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `dcvae_kernels.info_nce_autograd.backward_sweep`."""
-    q, temperature, k, queue, valid, query_ids, key_ids = inputs
+    original_q, temperature, k, queue, valid, query_ids, key_ids = inputs
     tau, normalize, symmetric, reduction, _ = settings
     in_batch = queue is None
-    k = k if in_batch else queue
+    original_keys = k if in_batch else queue
     factor = loss_weight(reduction, state.shape[-1]) / (2 if symmetric else 1)
-    dtype = accumulate_dtype(q, k)
-    original = k if wrt_keys else q
-    with without_autocast(q.device):
+    dtype = accumulate_dtype(original_q, original_keys)
+    with without_autocast(original_q.device):
         inverse_temperature = 1 / tau if temperature is None else temperature.to(dtype).reciprocal()
-        q, q_squares = _normalized(q, dtype, normalize)
-        k, k_squares = _normalized(k, dtype, normalize)
+        q, q_squares = _normalized(original_q, dtype, normalize)
+        keys, keys_squares = _normalized(original_keys, dtype, normalize)
+        unfilled = None
         if valid is not None:
-            unfilled = (torch.arange(k.shape[1], device=k.device) >= valid)[:, None]
-            k = k.masked_fill(unfilled, 0)
-        x, x_squares, x_ids, y, y_ids = (k, k_squares, key_ids, q, query_ids)
-        if not wrt_keys:
-            x, x_squares, x_ids, y, y_ids = (q, q_squares, query_ids, k, key_ids)
-        excluded = _exclusion(x, x_ids, y_ids, None, in_batch)
+            unfilled = (torch.arange(keys.shape[1], device=q.device) >= valid)[:, None]
+            keys = keys.masked_fill(unfilled, 0)
+        excluded = _exclusion(q, query_ids, key_ids, None, in_batch)
         # (highest, inverse_sum, negatives_probability, grad_output) of the queries and, if symmetric, of the keys.
         scales = q.shape[0]
         grad_output = grad_output.to(dtype).expand(scales, q.shape[1])
-        query_state, *key_state = [[z.reshape(scales, -1) for z in (*direction, grad_output)] for direction in state]
+        states = [[z.reshape(scales, -1) for z in (*direction, grad_output)] for direction in state]
 
-        gradient = torch.zeros_like(x)
-        for rows, columns, scores in _score_blocks(q * inverse_temperature, k, wrt_keys):
+        dq, dkeys = torch.zeros_like(q), torch.zeros_like(keys)
+        for rows, columns, scores in _score_blocks(q * inverse_temperature, keys):
             weights, positives = torch.zeros_like(scores), torch.zeros_like(scores)
-            row_states, column_states = (key_state, [query_state]) if wrt_keys else ([query_state], key_state)
-            states = [[z[:, rows, None] for z in row_state] for row_state in row_states]
-            states += [[z[:, None, columns] for z in column_state] for column_state in column_states]
-            for highest, inverse_sum, negatives_probability, grad in states:
+            blocks = [[z[:, rows, None] for z in states[0]]]
+            blocks += [[z[:, None, columns] for z in statistics] for statistics in states[1:]]
+            for highest, inverse_sum, negatives_probability, grad in blocks:
                 weights += (scores - highest).exp_() * (inverse_sum * grad)
                 positives -= negatives_probability * grad
             for mask in excluded(rows, columns):
                 weights.masked_fill_(mask, 0)
             if in_batch:
-                weights = torch.where(_diagonal(rows, columns, x.device), positives, weights)
-            gradient[:, rows] += weights @ y[:, columns]
+                weights = torch.where(_diagonal(rows, columns, q.device), positives, weights)
+            if wrt_q or with_dtemperature:
+                dq[:, rows] += weights @ keys[:, columns]
+            if wrt_keys:
+                dkeys[:, columns] += weights.mT @ q[:, rows]
 
-        gradient *= inverse_temperature * factor
-        dtemperature = gradient.new_empty(0)
+        dtemperature = None
+        scale = inverse_temperature * factor
         if with_dtemperature:
-            dtemperature = (gradient * x).sum(-1).flatten() * -inverse_temperature
-        dx = _through_norm(gradient, x, x_squares)
-        if valid is not None:
-            dx = dx.masked_fill(unfilled, 0)
-        return dx.view(original.shape).to(original.dtype), dtemperature
+            dtemperature = (dq * q).sum(-1).flatten() * (scale * -inverse_temperature)
+        dq = _through_norm(dq * scale, q, q_squares)
+        dkeys = _through_norm(dkeys * scale, keys, keys_squares)
+        if unfilled is not None:
+            dkeys = dkeys.masked_fill(unfilled, 0)
+        return (
+            dq.view(original_q.shape).to(original_q.dtype) if wrt_q else None,
+            dkeys.view(original_keys.shape).to(original_keys.dtype) if wrt_keys else None,
+            dtemperature,
+        )
 
 
 def _normalized(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ n, it sums p·n along with p. The backward pass then only multiplies that gradie
 for the symmetric loss and for negatives that require a gradient.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +28,7 @@ def _implementation(name: str) -> ModuleType:
 
 def forward(
     inputs: Inputs, settings: Settings, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss and, on request, gradients or the state from which `backward_sweep` computes them.
 
     Args:
@@ -40,26 +41,35 @@ def forward(
         dq, dk, dtemperature: gradients of the reduced loss, or of each query's loss with reduction "none", with respect
             to q, to k as the positive, and, as one term per query, to τ.
         state: softmax statistics for `backward_sweep`, [directions, 3, S·B]; two directions if symmetric, else one.
-        Outputs that are not requested are empty. Floating-point outputs are float64 if an input is, else float32.
+        Outputs that are not requested are None. Floating-point outputs are float64 if an input is, else float32.
     """
     return _implementation(settings.implementation).forward(inputs, settings, output_mask)
 
 
 def backward_sweep(
-    inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor, wrt_keys: bool, with_dtemperature: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient with respect to q, or with `wrt_keys` to the queue (without a queue, to k).
+    inputs: Inputs,
+    settings: Settings,
+    grad_output: Tensor,
+    state: Tensor,
+    wrt_q: bool,
+    wrt_keys: bool,
+    with_dtemperature: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return gradients of the negatives and, if the loss is symmetric, of q and τ.
 
     Args:
         grad_output: gradient of the loss, 0-d or [S, B] / [B].
         state: from `forward`.
+        wrt_q, with_dtemperature: whether to compute the gradients of q and τ; False unless the loss is symmetric.
+        wrt_keys: whether to compute the gradient of the queue (without a queue, of k).
 
     Returns:
-        gradient: shape and dtype of q, queue or k; 0 in unfilled slots of a queue.
-        dtemperature: gradient with respect to τ, one term per row, [S·B] or [S·K]; empty if not requested.
+        dq, dkeys: shape and dtype of q, and of the queue or k; 0 in unfilled slots of a queue.
+        dtemperature: gradient with respect to τ, one term per query, [S·B].
+        Outputs that are not requested are None.
     """
     implementation = _implementation(settings.implementation)
-    return implementation.backward_sweep(inputs, settings, grad_output, state, wrt_keys, with_dtemperature)
+    return implementation.backward_sweep(inputs, settings, grad_output, state, wrt_q, wrt_keys, with_dtemperature)
 
 
 # Operators that are opaque to torch.compile. An operator cannot take a tuple of mixed types, so Inputs and Settings are
@@ -76,47 +86,55 @@ def _unflatten(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return Inputs(*arguments[:first]), Settings(*arguments[first:end]), *arguments[end:]
 
 
+def _empty_if_none(x: Tensor, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Replace None, which an operator cannot return."""
+    return tuple(x.new_empty(0) if output is None else output for output in outputs)
+
+
 @torch.library.custom_op(
     "dcvae_kernels::info_nce",
     mutates_args=(),
     schema=f"({ARGUMENTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    return forward(*_unflatten(arguments))
+def forward_operator(q: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _empty_if_none(q, forward(*_unflatten((q, *arguments))))
 
 
 @torch.library.custom_op(
     "dcvae_kernels::info_nce_backward",
     mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor grad_output, Tensor state, bool wrt_keys, bool with_dtemperature)"
-    " -> (Tensor, Tensor)",
+    schema=f"({ARGUMENTS}, Tensor grad_output, Tensor state, bool wrt_q, bool wrt_keys, bool with_dtemperature)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-def backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    return backward_sweep(*_unflatten(arguments))
+def backward_operator(q: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _empty_if_none(q, backward_sweep(*_unflatten((q, *arguments))))
 
 
 @forward_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, settings, output_mask = _unflatten(arguments)
+    inputs, settings, (with_dq, with_dk, with_dtemperature, with_state, with_rank) = _unflatten(arguments)
     q = inputs.q
+    rows = q.shape[:-1]
     dtype = accumulate_dtype(q, inputs.k, inputs.queue)
-    rows, with_features = q.shape[:-1], q.shape
-    sizes = [with_features, with_features, rows, (2 if settings.symmetric else 1, 3, rows.numel())]
-    dq, dk, dtemperature, state = (
-        q.new_empty(size if flag else (0,), dtype=dtype) for size, flag in zip(sizes, output_mask[:4], strict=True)
+    empty = partial(q.new_empty, dtype=dtype)
+    outputs = (
+        empty(() if settings.reduction != "none" else rows),
+        q.new_empty(rows, dtype=torch.int64) if with_rank else None,
+        empty(q.shape) if with_dq else None,
+        empty(q.shape) if with_dk else None,
+        empty(rows) if with_dtemperature else None,
+        empty((2 if settings.symmetric else 1, 3, rows.numel())) if with_state else None,
     )
-    loss = q.new_empty(rows if settings.reduction == "none" else (), dtype=dtype)
-    rank = q.new_empty(rows if output_mask[4] else (0,), dtype=torch.int64)
-    return loss, rank, dq, dk, dtemperature, state
+    return _empty_if_none(q, outputs)
 
 
 @backward_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, _, _, _, wrt_keys, with_dtemperature = _unflatten(arguments)
-    keys = inputs.k if inputs.queue is None else inputs.queue
-    x = keys if wrt_keys else inputs.q
-    rows = x.shape[:-1].numel() if with_dtemperature else 0
-    return x.new_empty(x.shape), x.new_empty(rows, dtype=accumulate_dtype(inputs.q, keys))
+    inputs, _, _, _, wrt_q, wrt_keys, with_dtemperature = _unflatten(arguments)
+    q, keys = inputs.q, inputs.k if inputs.queue is None else inputs.queue
+    dtemperature = q.new_empty(q.shape[:-1].numel(), dtype=accumulate_dtype(q, keys)) if with_dtemperature else None
+    outputs = q.new_empty(q.shape) if wrt_q else None, keys.new_empty(keys.shape) if wrt_keys else None, dtemperature
+    return _empty_if_none(q, outputs)
 
 
 class FusedInfoNCE(torch.autograd.Function):
@@ -128,7 +146,7 @@ class FusedInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, settings: Settings, with_rank: bool, grad_enabled: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         inputs: Inputs = Inputs(*tensors)  # type: ignore[arg-type]
         needs_q, needs_temperature, needs_k, needs_queue = needs = [
             x and grad_enabled for x in ctx.needs_input_grad[3:7]
@@ -144,6 +162,7 @@ class FusedInfoNCE(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if compiling:
             loss, rank, *gradients_and_state = forward_operator(*inputs, *settings, output_mask)
+            rank = rank if with_rank else None
         else:
             loss, rank, *gradients_and_state = forward(inputs, settings, output_mask)
         q, temperature, *keys = inputs
@@ -154,7 +173,8 @@ class FusedInfoNCE(torch.autograd.Function):
         ctx.frozen = None
         if frozen and not compiling:
             ctx.frozen = [(x, _version(x)) for x in keys]
-        ctx.mark_non_differentiable(rank)
+        if rank is not None:
+            ctx.mark_non_differentiable(rank)
         ctx.set_materialize_grads(False)
         return loss, rank
 
@@ -170,28 +190,27 @@ class FusedInfoNCE(torch.autograd.Function):
         settings = ctx.settings
         needs_q, needs_temperature, needs_k, needs_queue = ctx.needs_input_grad[3:7]
 
-        def sweep(wrt_keys: bool) -> tuple[Tensor, Tensor]:
-            arguments = (grad_output, state, wrt_keys, needs_temperature and not wrt_keys)
+        dkeys = None
+        wrt_q, wrt_keys = settings.symmetric and needs_q, needs_queue or (needs_k and queue is None)
+        if settings.symmetric or wrt_keys:
+            arguments = grad_output, state, wrt_q, wrt_keys, settings.symmetric and needs_temperature
             if compiling:
-                return backward_operator(*tensors, *settings, *arguments)
-            return backward_sweep(Inputs(*tensors), settings, *arguments)
-
-        dqueue = sweep(wrt_keys=True)[0] if needs_queue else None
-        if settings.symmetric and (needs_q or needs_temperature):
-            dq, dtemperature = sweep(wrt_keys=False)
-        elif needs_q or needs_temperature:
-            dq = (dq * grad_output[..., None]).to(q.dtype) if needs_q else dq
-            dtemperature = dtemperature * grad_output if needs_temperature else dtemperature
-        if needs_k and queue is None:
-            dk = sweep(wrt_keys=True)[0]
-        elif needs_k:
+                sweep_q, dkeys, sweep_temperature = backward_operator(*tensors, *settings, *arguments)
+            else:
+                sweep_q, dkeys, sweep_temperature = backward_sweep(Inputs(*tensors), settings, *arguments)
+        if settings.symmetric:
+            dq, dtemperature = sweep_q, sweep_temperature
+        else:
+            dq = (dq * grad_output[..., None]).to(q.dtype) if needs_q else None
+            dtemperature = dtemperature * grad_output if needs_temperature else None
+        if needs_k and queue is not None:
             dk = (dk * grad_output[..., None]).to(k.dtype)
         return (
             *(None,) * 3,
             dq if needs_q else None,
             dtemperature.sum().to(temperature.dtype) if needs_temperature else None,
-            dk if needs_k else None,
-            dqueue,
+            (dkeys if queue is None else dk) if needs_k else None,
+            dkeys if needs_queue else None,
             *(None,) * 3,
         )
 

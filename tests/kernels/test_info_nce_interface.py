@@ -190,7 +190,7 @@ def test_no_host_synchronisation_in_chunked():
         inputs = Inputs(q, torch.tensor(0.1), q, queue, torch.empty(()).long(), ids[:5], ids)
         settings = Settings(1.0, normalize=True, symmetric=False, reduction="mean", implementation="torch")
         state = chunked.forward(inputs, settings, [True] * 5)[-1]
-        chunked.backward_sweep(inputs, settings, torch.tensor(1.0), state, wrt_keys=True, with_dtemperature=True)
+        chunked.backward_sweep(inputs, settings, torch.tensor(1.0), state, True, True, True)
 
 
 def test_meta_tensors():

@@ -18,40 +18,57 @@ from dcvae_kernels.arguments import Inputs, Settings
 
 triton_info_nce = pytest.importorskip("dcvae_kernels.triton.info_nce")
 
-KERNELS = ("sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel")
+KERNELS = (
+    "prepare_kernel",
+    "sweep_kernel",
+    "scores_kernel",
+    "combine_kernel",
+    "weights_kernel",
+    "chunk_kernel",
+    "project_kernel",
+)
 
 
 # Launches -------------------------------------------------------------------------------------------------------------
 
 
-SWEEP, BACKWARD_SWEEP = ["sweep_kernel", "combine_kernel"], ["weights_kernel", "project_kernel"]
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_frozen_keys_take_two_forward_and_no_backward_launches(
-    triton_on: Implementation, reduction: str, learned: bool
+@pytest.mark.parametrize(
+    ("d", "dtype", "expected"),
+    [
+        (16, torch.float32, ["sweep_kernel", "combine_kernel"]),
+        (64, torch.float32, ["prepare_kernel", "sweep_kernel", "combine_kernel"]),
+        (16, torch.bfloat16, ["prepare_kernel", "sweep_kernel", "combine_kernel"]),
+    ],
+)
+def test_frozen_keys_take_no_backward_launches(
+    triton_on: Implementation, reduction: str, learned: bool, d: int, dtype: torch.dtype, expected: list[str]
 ):
-    (q,) = leaves(triton_on.randn(2, 9, 16))
-    k, queue = triton_on.randn(2, 9, 16, seed=1), triton_on.randn(2, 40, 16, seed=2)
+    (q,) = leaves(triton_on.randn(2, 9, d, dtype=dtype))
+    k, queue = (triton_on.randn(2, n, d, seed=n, dtype=dtype) for n in (9, 40))
     temperature = torch.tensor(0.1, requires_grad=True) if learned else 0.1
     launches = []
     with record_launches(triton_info_nce, launches):
         loss, _ = triton_on.info_nce(q, k, queue, temperature=temperature, reduction=reduction, return_stats=True)
         loss.sum().backward()
-    assert launches == SWEEP
+    assert launches == expected
     assert q.grad is not None
 
 
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ("queue", SWEEP + BACKWARD_SWEEP),
-        ("in-batch", SWEEP + BACKWARD_SWEEP),
-        ("symmetric", ["sweep_kernel"] + SWEEP + 2 * BACKWARD_SWEEP),
+        ("queue", ["sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel"]),
+        ("in-batch", ["sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel"]),
+        (
+            "symmetric",
+            [*["prepare_kernel"] * 2, "scores_kernel", "combine_kernel"]
+            + [*["prepare_kernel"] * 4, "chunk_kernel", *["project_kernel"] * 2],
+        ),
     ],
 )
-def test_keys_that_require_gradients_take_a_second_sweep(triton_on: Implementation, form: str, expected: list[str]):
+def test_launches_if_keys_require_gradients(triton_on: Implementation, form: str, expected: list[str]):
     q, k, queue = leaves(*(triton_on.randn(2, 9, 16, seed=i) for i in range(3)))
     launches = []
     with record_launches(triton_info_nce, launches):
@@ -91,10 +108,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", ["frozen", "queue", "in-batch", "symmetric"])
-def test_logits_are_never_stored(on: Implementation, form: str):
+def test_logits_are_never_stored(on: Implementation, form: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_info_nce, "CHUNK_WEIGHTS", 1)  # the smallest chunk, one row of tiles
     b, k, d = (64, 2000, 4) if on.interpreted else (2048, 40_000, 8)
     if form in ("in-batch", "symmetric"):
-        b = k = 200 if on.interpreted else 8192
+        b = k = (1200 if form == "symmetric" else 200) if on.interpreted else 8192
     q, keys, queue = leaves(on.randn(b, d), on.randn(b, d, seed=1), on.randn(k, d, seed=2))
     with LargestTensor() as largest:
         if form in ("in-batch", "symmetric"):
@@ -106,7 +124,9 @@ def test_logits_are_never_stored(on: Implementation, form: str):
         allowed = chunked.BLOCK_SCORES[on.device]
     else:
         splits = triton_info_nce.MAX_SPLITS
-        allowed = max(b * d, k * d, 2 * triton_info_nce._multiprocessors(q.device) * 128 * (d + 4) + splits * b)
+        sums = 2 * triton_info_nce._multiprocessors(q.device) * 128 * (d + 4) + splits * b
+        planes, chunk = 3 * 64 * b, 128 * k
+        allowed = max(sums, planes, chunk) if form == "symmetric" else sums
     assert largest.elements <= max(allowed, b * d, k * d)
     assert largest.elements < b * k / 4
 
@@ -180,7 +200,7 @@ def test_operators(on: Implementation, symmetric: bool):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(info_nce_autograd.forward_operator, (*inputs, *settings, output_mask), test_utils=checks)
     state = info_nce_autograd.forward(inputs, settings, output_mask)[-1]
-    arguments = (torch.tensor(2.0), state, True, True)
+    arguments = (torch.tensor(2.0), state, symmetric, True, symmetric)
     torch.library.opcheck(info_nce_autograd.backward_operator, (*inputs, *settings, *arguments), test_utils=checks)
 
 
