@@ -138,8 +138,8 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
 def tile(launch: Launch) -> tuple[int, int] | None:
     """Return the rows that a program owns and those of the other operand that it loads at a time, or None."""
     sizes = dict(launch.constants)
-    sizes = (sizes.get("BLOCK_X", sizes.get("BLOCK_B")), sizes.get("BLOCK_Y", sizes.get("BLOCK_K")))
-    return None if None in sizes else sizes
+    own, other = sizes.get("BLOCK_X", sizes.get("BLOCK_B")), sizes.get("BLOCK_Y", sizes.get("BLOCK_K"))
+    return None if own is None or other is None else (own, other)
 
 
 def compile_all(jobs: Iterable[tuple[Launch, int]]) -> dict[tuple[Launch, int], Resources]:
