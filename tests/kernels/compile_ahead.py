@@ -2,9 +2,9 @@
 instructions.
 
 Launches are recorded instead of executed, so exactly the programs of the launch code are compiled. Run as a script with
-`info_nce` or `spectral_norm`, this prints the resources of the kernels as JSON; with `--all`, for all configurations.
-`info_nce --rows` prints a Markdown table of the kernels of every row of bench/test_info_nce.py on an H100, and
-`info_nce --rows --json` the same as JSON.
+`info_nce` or `spectral_norm`, this prints the resources of the kernels as JSON; with `--all`, for all configurations;
+with `--instructions`, also the instructions per pair. `info_nce --rows` prints a Markdown table of the kernels that the
+rows of bench/test_info_nce.py launch on an H100, and `info_nce --rows --json` the same as JSON.
 """
 
 import argparse
@@ -73,20 +73,21 @@ class Resources:
         registers: registers per thread.
         spilled: bytes of local memory per thread, where spilled registers are stored.
         shared: bytes of shared memory per program.
-        pair_instructions: instructions × lanes per pair of rows in the main loop; None if the kernel visits no pairs.
-        pair_flops: FLOPs of the tensor cores per pair in the main loop (HGMMA and HMMA); those of tf32 count twice,
-            because they take twice as long as those of bfloat16.
-        tensor_cores: "HGMMA", "HMMA", "UTCHMMA" (sm_100) or "": the instruction by which they are used.
-        repeated_rows: whether several warps compute the same rows of a product.
+        repeated_rows: whether several warps compute the same rows of a product on tensor cores.
+        pair_instructions: instructions × lanes per pair of rows in the main loop. None if the kernel visits no pairs or
+            was not disassembled.
+        pair_flops: FLOPs on tensor cores per pair in the main loop, except on sm_100. Those of tf32 count twice: they
+            take twice as long as those of bfloat16.
+        tensor_cores: the instruction that uses them: "HGMMA" (sm_90), "UTCHMMA" (sm_100), "HMMA" or "".
     """
 
     registers: int
     spilled: int
     shared: int
+    repeated_rows: bool
     pair_instructions: float | None = None
     pair_flops: float = 0
     tensor_cores: str = ""
-    repeated_rows: bool = False
 
 
 def record(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
@@ -142,16 +143,18 @@ def tile(launch: Launch) -> tuple[int, int] | None:
     return None if own is None or other is None else (own, other)
 
 
-def compile_all(jobs: Iterable[tuple[Launch, int]]) -> dict[tuple[Launch, int], Resources]:
-    """Compile launches for the compute capability of each (80 is sm_80), on all cores."""
+def compile_all(jobs: Iterable[tuple[Launch, int]], disassemble: bool) -> dict[tuple[Launch, int], Resources]:
+    """Compile launches for the compute capability of each (80 is sm_80), on all cores.
+
+    With `disassemble`, count the instructions of kernels that visit pairs of rows, which takes half a second per kernel.
+    """
     jobs = list(dict.fromkeys(jobs))
     with ProcessPoolExecutor() as pool:
-        return dict(zip(jobs, pool.map(_compile, jobs), strict=True))
+        return dict(zip(jobs, pool.map(partial(_compile, disassemble), jobs), strict=True))
 
 
-def _compile(job: tuple[Launch, int]) -> Resources:
+def _compile(disassemble: bool, job: tuple[Launch, int]) -> Resources:
     launch, capability = job
-    size = tile(launch)
     kernel = getattr(__import__(launch.module, fromlist=["_"]), launch.kernel)
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -165,19 +168,24 @@ def _compile(job: tuple[Launch, int]) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         report = _output("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output("nvdisasm", "--print-code", file.name) if size else ""
+        listing = _output("nvdisasm", "--print-code", file.name) if disassemble and tile(launch) else None
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    resources = Resources(usage["REG"], max(usage["STACK"], usage["LOCAL"]), compiled.metadata.shared)
-    if size is None:
-        return resources
-    constants, warps_per_pair = dict(launch.constants), compiled.metadata.num_warps / math.prod(size)
-    counts = instructions_per_tile(sass, d_steps=triton.cdiv(constants["D"], constants["BLOCK_D"]))
+    spilled, shared = max(usage["STACK"], usage["LOCAL"]), compiled.metadata.shared
+    resources = Resources(usage["REG"], spilled, shared, repeats_rows(compiled.asm["ttgir"]))
+    return resources if listing is None else _per_pair(resources, launch, listing, compiled.metadata.num_warps)
+
+
+def _per_pair(resources: Resources, launch: Launch, listing: str, warps: int) -> Resources:
+    """Add the instructions per pair of rows, given the output of nvdisasm."""
+    constants, size = dict(launch.constants), tile(launch)
+    assert size is not None
+    counts = instructions_per_tile(listing, d_steps=triton.cdiv(constants["D"], constants["BLOCK_D"]))
+    warps_per_pair = warps / math.prod(size)
     return replace(
         resources,
         pair_instructions=32 * counts.total() * warps_per_pair,
         pair_flops=sum(warp_flops(opcode) * count for opcode, count in counts.items()) * warps_per_pair,
-        tensor_cores=next((x for x in TENSOR_CORES if any(opcode.startswith(x) for opcode in counts)), ""),
-        repeated_rows=repeats_rows(compiled.asm["ttgir"]),
+        tensor_cores=next((name for name in TENSOR_CORES if any(opcode.startswith(name) for opcode in counts)), ""),
     )
 
 
@@ -251,20 +259,16 @@ def _backward_sweep(inputs: Inputs, settings: Settings, state: Tensor, wrt_q: bo
         info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=False, with_dtemperature=learned)
 
 
-def benchmark_row_launches(capability: int) -> dict[str, tuple[Any, list[Launch]]]:
-    """Record the launches of every row of bench/test_info_nce.py, forward and backward, on an H100-sized GPU.
-
-    Returns:
-        the row and its launches by the row's name.
-    """
+def benchmark_row_launches(capability: int) -> list[tuple[Any, list[Launch]]]:
+    """Return every row of bench/test_info_nce.py and its launches, forward and backward, with the size of an H100."""
     sys.path.append(str(BENCH))
     rows = runpy.run_path(str(BENCH / "test_info_nce.py"))["ROWS"]  # this folder has a module of the same name
     with assumed_gpu(capability, MULTIPROCESSORS):
-        return {row.name: (row, record(info_nce, partial(_launch_row, row))) for row in rows}
+        return [(row, list(dict.fromkeys(record(info_nce, partial(_launch_row, row))))) for row in rows]
 
 
 def _launch_row(row: Any) -> None:
-    """Launch what `FusedInfoNCE` does if q and, without a queue, k require gradients."""
+    """Launch what `FusedInfoNCE` launches if q and, without a queue, k require gradients."""
     q, queue = (
         torch.empty((row.scales, rows, row.dim), dtype=getattr(torch, row.dtype), device="meta") if rows else None
         for rows in (row.batch, row.queue)
@@ -280,13 +284,14 @@ def _launch_row(row: Any) -> None:
 def benchmark_row_report() -> list[dict[str, Any]]:
     """Return the resources of each kernel of each row of the benchmark, compiled for sm_90."""
     rows = benchmark_row_launches(90)
-    resources = compile_all((launch, 90) for _, launches in rows.values() for launch in launches)
+    jobs = [(launch, 90) for _, launches in rows for launch in launches]
+    resources = compile_all(jobs, disassemble=True)
     return [
         {"row": row.name, "kernel": launch.kernel, "dtype": row.dtype, "D": row.dim, "tile": tile(launch)}
         | {"pairs": row.scales * row.batch * (row.queue or row.batch)}
         | asdict(resources[launch, 90])
-        for row, launches in rows.values()
-        for launch in dict.fromkeys(launches)
+        for row, launches in rows
+        for launch in launches
     ]
 
 
@@ -330,9 +335,8 @@ def _launch_update(layers: int, dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operation", choices=["info_nce", "spectral_norm"])
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--rows", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    for option in ("--all", "--instructions", "--rows", "--json"):
+        parser.add_argument(option, action="store_true")
     options = parser.parse_args()
     if options.rows:
         programs = benchmark_row_report()
@@ -343,5 +347,5 @@ if __name__ == "__main__":
         for capability in CAPABILITIES:
             with assumed_gpu(capability):
                 report |= {(launch, capability): x for launch, x in record_all(options.all).items()}
-        resources = compile_all(report)
+        resources = compile_all(report, options.instructions)
         print(json.dumps([x | {"capability": job[1]} | asdict(resources[job]) for job, x in report.items()]))
