@@ -146,7 +146,7 @@ def tile(launch: Launch) -> tuple[int, int] | None:
 def compile_all(jobs: Iterable[tuple[Launch, int]], disassemble: bool) -> dict[tuple[Launch, int], Resources]:
     """Compile launches for the compute capability of each (80 is sm_80), on all cores.
 
-    With `disassemble`, count the instructions of kernels that visit pairs of rows, which takes half a second per kernel.
+    With `disassemble`, count the instructions of kernels that visit pairs of rows. This takes half a second per kernel.
     """
     jobs = list(dict.fromkeys(jobs))
     with ProcessPoolExecutor() as pool:
