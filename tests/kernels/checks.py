@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -141,6 +142,7 @@ def run_ranks(script: Path, count: int, folder: Path) -> None:
             process.kill()
 
 
+@cache
 def compiled_ahead(operation: str, *options: str) -> list[dict[str, Any]]:
     """Return the report of `compile_ahead.py`, run in another process because this one can be interpreting kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

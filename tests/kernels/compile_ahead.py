@@ -1,18 +1,25 @@
-"""Compile the launches of a Triton module for GPUs that need not be present, and report registers, spills and memory.
+"""Compile the launches of a Triton module for GPUs that need not be present, and report registers, spills, memory and
+instructions.
 
 Launches are recorded instead of executed, so exactly the programs of the launch code are compiled. Run as a script with
-`info_nce` or `spectral_norm`, this prints the resources of the kernels as JSON; with `--all`, for all configurations.
+`info_nce` or `spectral_norm`, this prints the resources of the kernels as JSON; with `--all`, for all configurations;
+with `--instructions`, also the instructions per pair. `info_nce --rows` prints a Markdown table of the kernels that the
+rows of bench/test_info_nce.py launch on an H100, and `info_nce --rows --json` the same as JSON.
 """
 
+import argparse
 import itertools
 import json
+import math
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +35,15 @@ from triton.compiler import ASTSource
 from dcvae_kernels.arguments import Inputs, Settings
 from dcvae_kernels.reference import Layers
 from dcvae_kernels.triton import info_nce, spectral_norm
+from sass import TENSOR_CORES, instructions_per_tile, warp_flops
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BENCH = Path(__file__).parents[2] / "bench"
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+CAPABILITIES = (80, 90, 100)
+# An H100 SXM at its boost clock: 4 × 32 lanes per multiprocessor; dense bfloat16 products, twice as fast as tf32.
+MULTIPROCESSORS = 132
+LANE_INSTRUCTIONS_PER_US = MULTIPROCESSORS * 128 * 1755
+FLOPS_PER_US = 989e6
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -59,11 +73,21 @@ class Resources:
         registers: registers per thread.
         spilled: bytes of local memory per thread, where spilled registers are stored.
         shared: bytes of shared memory per program.
+        repeated_rows: whether several warps compute the same rows of a product on tensor cores.
+        pair_instructions: instructions × lanes per pair of rows in the main loop. None if the kernel visits no pairs or
+            was not disassembled.
+        pair_flops: FLOPs on tensor cores per pair in the main loop, except on sm_100. Those of tf32 count twice: they
+            take twice as long as those of bfloat16.
+        tensor_cores: the instruction that uses them: "HGMMA" (sm_90), "UTCHMMA" (sm_100), "HMMA" or "".
     """
 
     registers: int
     spilled: int
     shared: int
+    repeated_rows: bool
+    pair_instructions: float | None = None
+    pair_flops: float = 0
+    tensor_cores: str = ""
 
 
 def record(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
@@ -112,14 +136,24 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
     )
 
 
-def compile_all(launches: Iterable[Launch], capabilities: Iterable[int]) -> dict[tuple[Launch, int], Resources]:
-    """Compile every launch for every compute capability (80 is sm_80), on all cores."""
-    jobs = [(launch, capability) for launch in dict.fromkeys(launches) for capability in capabilities]
+def tile(launch: Launch) -> tuple[int, int] | None:
+    """Return the rows that a program owns and those of the other operand that it loads at a time, or None."""
+    sizes = dict(launch.constants)
+    own, other = sizes.get("BLOCK_X", sizes.get("BLOCK_B")), sizes.get("BLOCK_Y", sizes.get("BLOCK_K"))
+    return None if own is None or other is None else (own, other)
+
+
+def compile_all(jobs: Iterable[tuple[Launch, int]], disassemble: bool) -> dict[tuple[Launch, int], Resources]:
+    """Compile launches for the compute capability of each (80 is sm_80), on all cores.
+
+    With `disassemble`, count the instructions of kernels that visit pairs of rows. This takes half a second per kernel.
+    """
+    jobs = list(dict.fromkeys(jobs))
     with ProcessPoolExecutor() as pool:
-        return dict(zip(jobs, pool.map(_compile, jobs), strict=True))
+        return dict(zip(jobs, pool.map(partial(_compile, disassemble), jobs), strict=True))
 
 
-def _compile(job: tuple[Launch, int]) -> Resources:
+def _compile(disassemble: bool, job: tuple[Launch, int]) -> Resources:
     launch, capability = job
     kernel = getattr(__import__(launch.module, fromlist=["_"]), launch.kernel)
     index = {name: i for i, name in enumerate(kernel.arg_names)}
@@ -133,15 +167,54 @@ def _compile(job: tuple[Launch, int]) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        report = _output("cuobjdump", "--dump-resource-usage", file.name)
+        listing = _output("nvdisasm", "--print-code", file.name) if disassemble and tile(launch) else None
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return Resources(usage["REG"], max(usage["STACK"], usage["LOCAL"]), compiled.metadata.shared)
+    spilled, shared = max(usage["STACK"], usage["LOCAL"]), compiled.metadata.shared
+    resources = Resources(usage["REG"], spilled, shared, repeats_rows(compiled.asm["ttgir"]))
+    return resources if listing is None else _per_pair(resources, launch, listing, compiled.metadata.num_warps)
+
+
+def _per_pair(resources: Resources, launch: Launch, listing: str, warps: int) -> Resources:
+    """Add the instructions per pair of rows, given the output of nvdisasm."""
+    constants, size = dict(launch.constants), tile(launch)
+    assert size is not None
+    counts = instructions_per_tile(listing, d_steps=triton.cdiv(constants["D"], constants["BLOCK_D"]))
+    warps_per_pair = warps / math.prod(size)
+    return replace(
+        resources,
+        pair_instructions=32 * counts.total() * warps_per_pair,
+        pair_flops=sum(warp_flops(opcode) * count for opcode, count in counts.items()) * warps_per_pair,
+        tensor_cores=next((name for name in TENSOR_CORES if any(opcode.startswith(name) for opcode in counts)), ""),
+    )
+
+
+def _output(program: str, *arguments: str) -> str:
+    return subprocess.run([BIN / program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def repeats_rows(ttgir: str) -> bool:
+    """Return whether a layout of tensor core products has warps for more rows, 16 each, than its tensors have."""
+    layouts = re.findall(r"^(#\w+) = #ttg\.nvidia_mma<.*warpsPerCTA = \[(\d+)", ttgir, re.MULTILINE)
+    warps = {layout: int(count) for layout, count in layouts}
+    tensors = re.findall(r"tensor<(\d+)x\d+x\w+, (#\w+)>", ttgir)
+    return any(16 * warps.get(layout, 0) > int(rows) for rows, layout in tensors)
 
 
 def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:
     """Return the path of an argument, or of element i of a tuple argument if name is (name, i)."""
     return (index[name],) if isinstance(name, str) else (index[name[0]], name[1])
+
+
+@contextmanager
+def assumed_gpu(capability: int, multiprocessors: int | None = None) -> Iterator[None]:
+    """Context manager that makes the launch code of info_nce choose tiles for this GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(info_nce, "_capability"):
+            patch.setattr(info_nce, "_capability", lambda device: capability)
+        if multiprocessors is not None:
+            patch.setattr(info_nce, "_multiprocessors", lambda device: multiprocessors)
+        yield
 
 
 def info_nce_launches(full: bool) -> dict[Launch, dict[str, Any]]:
@@ -174,8 +247,71 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
         settings = Settings(0.07, normalize=True, symmetric=False, reduction="mean", implementation="triton")
         info_nce.forward(Inputs(q, temperature, q, keys, valid, ids, key_ids), settings, [True] * 5)
     inputs, settings = Inputs(q, learned, q, None, None, ids, ids), settings._replace(symmetric=True)
-    grad_output, state = empty(dtype=torch.float32), empty(2, 3, queries, dtype=torch.float32)
-    info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=False, with_dtemperature=True)
+    state = empty(2, 3, queries, dtype=torch.float32)
+    _backward_sweep(inputs, settings, state, wrt_q=True, wrt_keys=False)
+
+
+def _backward_sweep(inputs: Inputs, settings: Settings, state: Tensor, wrt_q: bool, wrt_keys: bool) -> None:
+    grad_output, learned = torch.empty((), device="meta"), inputs.temperature is not None
+    if wrt_keys:
+        info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=True, with_dtemperature=False)
+    if wrt_q:
+        info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=False, with_dtemperature=learned)
+
+
+def benchmark_row_launches(capability: int) -> list[tuple[Any, list[Launch]]]:
+    """Return every row of bench/test_info_nce.py and its launches, forward and backward, with the size of an H100."""
+    sys.path.append(str(BENCH))
+    rows = runpy.run_path(str(BENCH / "test_info_nce.py"))["ROWS"]  # this folder has a module of the same name
+    with assumed_gpu(capability, MULTIPROCESSORS):
+        return [(row, list(dict.fromkeys(record(info_nce, partial(_launch_row, row))))) for row in rows]
+
+
+def _launch_row(row: Any) -> None:
+    """Launch what `FusedInfoNCE` launches if q and, without a queue, k require gradients."""
+    q, queue = (
+        torch.empty((row.scales, rows, row.dim), dtype=getattr(torch, row.dtype), device="meta") if rows else None
+        for rows in (row.batch, row.queue)
+    )
+    in_batch = queue is None
+    inputs = Inputs(q, None, q, queue, None, None, None)
+    settings = Settings(0.07, normalize=True, symmetric=row.symmetric, reduction="mean", implementation="triton")
+    *_, state = info_nce.forward(inputs, settings, [not row.symmetric, False, False, in_batch, False])
+    if in_batch:
+        _backward_sweep(inputs, settings, state, wrt_q=row.symmetric, wrt_keys=True)
+
+
+def benchmark_row_report() -> list[dict[str, Any]]:
+    """Return the resources of each kernel of each row of the benchmark, compiled for sm_90."""
+    rows = benchmark_row_launches(90)
+    jobs = [(launch, 90) for _, launches in rows for launch in launches]
+    resources = compile_all(jobs, disassemble=True)
+    return [
+        {"row": row.name, "kernel": launch.kernel, "dtype": row.dtype, "D": row.dim, "tile": tile(launch)}
+        | {"pairs": row.scales * row.batch * (row.queue or row.batch)}
+        | asdict(resources[launch, 90])
+        for row, launches in rows
+        for launch in launches
+    ]
+
+
+def markdown(programs: list[dict[str, Any]]) -> str:
+    """Return a table of a report of the benchmark's rows.
+
+    The bounds are for visiting each pair of the row once: instructions at the rate at which all lanes issue them, and
+    products at the rate of the tensor cores.
+    """
+    header = "row|kernel|tile|registers|shared, KiB|instructions per pair|issue bound, µs|tensor bound, µs".split("|")
+    lines = [header, ["---"] * 3 + ["---:"] * 5]
+    for x in programs:
+        line = [x["row"], f"`{x['kernel']}`", "", str(x["registers"]), f"{x['shared'] / 1024:.1f}", "", "", ""]
+        if x["tile"]:
+            issue = x["pairs"] * x["pair_instructions"] / LANE_INSTRUCTIONS_PER_US
+            tensor = x["pairs"] * x["pair_flops"] / FLOPS_PER_US
+            line[2] = "{} × {}".format(*x["tile"])
+            line[5:] = f"{x['pair_instructions']:.1f}", f"{issue:.1f}", f"{tensor:.1f}" if tensor else ""
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
@@ -197,9 +333,19 @@ def _launch_update(layers: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    operation, *options = sys.argv[1:]
-    record_all = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[operation]
-    launches = record_all(full=options == ["--all"])
-    results = compile_all(launches, (80, 90, 100))
-    report = [launches[launch] | {"capability": x} | asdict(result) for (launch, x), result in results.items()]
-    print(json.dumps(report))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operation", choices=["info_nce", "spectral_norm"])
+    for option in ("--all", "--instructions", "--rows", "--json"):
+        parser.add_argument(option, action="store_true")
+    options = parser.parse_args()
+    if options.rows:
+        programs = benchmark_row_report()
+        print(json.dumps(programs) if options.json else markdown(programs))
+    else:
+        record_all = {"info_nce": info_nce_launches, "spectral_norm": spectral_norm_launches}[options.operation]
+        report = {}
+        for capability in CAPABILITIES:
+            with assumed_gpu(capability):
+                report |= {(launch, capability): x for launch, x in record_all(options.all).items()}
+        resources = compile_all(report, options.instructions)
+        print(json.dumps([x | {"capability": job[1]} | asdict(resources[job]) for job, x in report.items()]))

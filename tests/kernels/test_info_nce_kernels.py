@@ -15,6 +15,7 @@ import dcvae_kernels
 from checks import Implementation, compiled_ahead, device_kernels, leaves, poison_allocations, record_launches
 from dcvae_kernels import chunked, info_nce_autograd
 from dcvae_kernels.arguments import Inputs, Settings
+from sass import instructions_per_tile
 
 triton_info_nce = pytest.importorskip("dcvae_kernels.triton.info_nce")
 
@@ -269,3 +270,67 @@ def test_compiled_resources(options: tuple[str, ...], dims: tuple[int, ...]):
         assert program["shared"] <= 1024 * shared, program
         if program["D"] <= (256 if program["dtype"] == "bfloat16" else 64):
             assert program["spilled"] <= SPILLED, program
+
+
+def test_no_repeated_rows():
+    assert not [program for program in compiled_ahead("info_nce") if program["repeated_rows"]]
+
+
+# Instructions × lanes per pair of rows in the kernels that visit pairs, by row of bench/test_info_nce.py.
+PAIR_INSTRUCTIONS = {
+    "dcvae": 45,
+    "dcvae-b1024": 45,
+    "large": 10,
+    "clip": 20,
+    "moco-fp32": 30,
+    "moco-bf16": 10,
+    "simclr-fp32": 30,
+    "simclr-bf16": 12,
+}
+PAIR_KERNELS = ("sweep_kernel", "weights_kernel", "scores_kernel", "chunk_kernel")
+
+
+@pytest.mark.parametrize("row", PAIR_INSTRUCTIONS)
+def test_benchmark_rows_compiled_for_sm_90(row: str):
+    programs = [x for x in compiled_ahead("info_nce", "--rows", "--json") if x["row"] == row]
+    for x in programs:
+        values = (x["registers"], x["shared"], x["pair_instructions"], x["tensor_cores"])
+        print(row, x["kernel"], "registers {}, shared {}, instructions per pair {}, {}".format(*values))
+    assert not [x for x in programs if x["spilled"] > SPILLED]
+    programs = [x for x in programs if x["kernel"] in PAIR_KERNELS]
+    assert programs
+    assert not [x for x in programs if x["repeated_rows"]]
+    assert not [x for x in programs if x["pair_instructions"] > 1.1 * PAIR_INSTRUCTIONS[row]]
+    for program in programs:
+        if program["dtype"] != "float32" and program["D"] >= 64:
+            assert program["tensor_cores"] == "HGMMA", program
+
+
+SASS = """
+        /*0000*/                   MUFU.EX2 R1, R1 ;
+.L_x_1:
+        /*0010*/                   FMUL R2, R1, R1 ;
+.L_x_0:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0030*/              @!P0 BRA `(.L_x_0) ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   SEL R2, RZ, R2, P2 ;
+.L_x_2:
+        /*0060*/                   MUFU.EX2 R2, R2 ;
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   BRA `(.L_x_3);
+"""
+
+
+def test_instructions_of_the_main_loop():
+    """The loop over D takes 4 steps, and the block that masks a tile does not count."""
+    counts = instructions_per_tile(SASS, d_steps=4)
+    assert counts == {"HGMMA.64x64x16.F32.BF16": 4, "BRA": 6, "FMUL": 1, "MUFU.EX2": 1}
+
+
+def test_instructions_of_a_program_without_a_main_loop():
+    listing = SASS.replace("@P2 BRA `(.L_x_1)", "NOP")
+    counts = instructions_per_tile(listing, d_steps=4)
+    assert counts == {"HGMMA.64x64x16.F32.BF16": 4, "BRA": 5, "NOP": 1, "FMUL": 1, "MUFU.EX2": 2, "EXIT": 1}
