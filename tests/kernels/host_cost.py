@@ -1,4 +1,4 @@
-"""Print the cost on the CPU of one DC-VAE call of `info_nce` as JSON: microseconds and numbers of function calls.
+"""Print the cost on the CPU of one DC-VAE call of `info_nce` as JSON: microseconds, function calls and launches.
 
 No GPU is needed: Triton compiles the kernels for sm_90, and a stub driver launches nothing. The tensors are on the CPU
 and the results are undefined. Replacing the driver affects the whole process, so this is a script; run it without
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -43,12 +44,15 @@ class StubUtils:
 class StubLauncher:
     """Replacement for the compiled code that launches a kernel. Like it, calls the hooks of profilers."""
 
+    launches = 0
+
     def __init__(self, source: Any, metadata: Any):
         pass
 
     def __call__(
         self, x: int, y: int, z: int, stream: int, function: int, packed: Any, metadata: Any, enter: Any, leave: Any, *_
     ) -> None:
+        StubLauncher.launches += 1
         if enter is not None:
             enter(metadata)
         if leave is not None:
@@ -75,7 +79,7 @@ class StubDriver:
 
 def replace_device() -> None:
     """Make Triton compile for an H100 and launch nothing, and make impl="triton" accept tensors on the CPU."""
-    driver.set_active(StubDriver())
+    driver.set_active(StubDriver())  # type: ignore[arg-type]
     sys.modules["dcvae_kernels.info_nce"].obstacle_to_triton = lambda device: None  # type: ignore[attr-defined]
     for name, value in (("_multiprocessors", MULTIPROCESSORS), ("_capability", CAPABILITY)):
         if hasattr(triton_info_nce, name):
@@ -156,6 +160,22 @@ def package(frame: Any) -> str:
     raise AssertionError("neither dcvae_kernels nor torch is in the call stack")
 
 
+def launches(call: Callable[[], Any]) -> dict[str, Any]:
+    """Return the number of launches, and the names of the kernels that a launch hook sees, such as that of Proton."""
+    names = []
+
+    def enter(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    before = StubLauncher.launches
+    knobs.runtime.launch_enter_hook.add(enter)
+    try:
+        call()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+    return {"number": StubLauncher.launches - before, "hooked": names}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     replace_device()
@@ -164,7 +184,7 @@ def main() -> None:
     for name, call in dcvae_calls().items():
         for _ in range(WARM_UP):
             call()
-        costs[name] = {"microseconds": microseconds(call), "calls": function_calls(call)}
+        costs[name] = {"microseconds": microseconds(call), "calls": function_calls(call), "launches": launches(call)}
     print(json.dumps(costs, indent=1))
 
 
