@@ -178,6 +178,7 @@ def launches(call: Callable[[], Any]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # the results are uninitialized memory, and denormal numbers are slow
     replace_device()
     gc.disable()  # a collection can call Python functions and takes time
     costs = {}
