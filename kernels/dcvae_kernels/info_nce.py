@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcvae_kernels.arguments import Inputs, Settings
-from dcvae_kernels.dispatch import Impl, check_impl, needs_reference, obstacle_to_triton
+from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
+from dcvae_kernels.dispatch import PLAIN_TENSORS, Impl, check_impl, needs_reference, obstacle_to_triton
 from dcvae_kernels.gather import gather, gather_ids
-from dcvae_kernels.info_nce_autograd import FusedInfoNCE, reference_loss
+from dcvae_kernels.info_nce_autograd import FrozenPlan, FusedInfoNCE, frozen_loss, plan_frozen, reference_loss
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM, MAX_SCALES = 4096, 65535  # limits of the Triton kernels
@@ -117,6 +118,11 @@ def info_nce(
         TypeError: an argument has the wrong type or dtype.
         ValueError: wrong shape, device or value, or arguments that cannot be combined.
     """
+    keys = (k, queue, valid, query_ids, negative_ids)
+    call = None if group is not None or symmetric else _frozen_call(q, *keys, temperature, normalize, reduction, impl)
+    if call is not None and (plan := _PLANS.get((call, return_stats))) is not None:
+        loss, rank = frozen_loss(q, keys, temperature, plan)  # type: ignore[arg-type]
+        return (loss, InfoNCEStats(rank)) if return_stats and rank is not None else loss
     if group is not None:
         _check_group(group, queue, negative_ids)
     if queue is None and negative_ids is None:
@@ -148,6 +154,8 @@ def info_nce(
     settings = Settings(tau, normalize, symmetric, reduction, implementation)
     if group is None or group.size() == 1:
         loss, rank = _loss(inputs, settings, return_stats)
+        if call is not None and implementation == "triton":
+            _keep_plan((call, return_stats), inputs, settings)
     else:  # the gathered keys are the queue, and ids exclude a query's own key from it
         local_ids, all_ids = gather_ids(query_ids, q.shape[-2], q.device, group)
         inputs = inputs._replace(queue=gather(k, group), query_ids=local_ids, negative_ids=all_ids)
@@ -157,6 +165,55 @@ def info_nce(
             mirrored = inputs._replace(q=k, k=q, queue=gather(q, group))
             loss = (loss + _loss(mirrored, settings, with_rank=False)[0]) / 2
     return (loss, InfoNCEStats(rank)) if return_stats and isinstance(rank, Tensor) else loss
+
+
+# Plans of the Triton kernels for calls with frozen keys, by all that plans and argument checks depend on. The GPU takes
+# 10 µs for such a call; checking its arguments and planning its launches again would take the CPU longer.
+_PLANS: dict[tuple[Any, ...], FrozenPlan] = {}
+_MAX_PLANS = 256
+
+
+def _frozen_call(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None,
+    valid: int | Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    temperature: float | Tensor,
+    normalize: bool,
+    reduction: str,
+    impl: str,
+) -> tuple[Any, ...] | None:
+    """Return the key in `_PLANS` of a call in which at most q requires a gradient; None for other calls."""
+    if type(temperature) is not float or not 1e-37 < temperature < math.inf or queue is None:
+        return None
+    if not type(reduction) is type(impl) is str or type(normalize) is not bool:
+        return None
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    layouts = []
+    for x in (q, k, queue, valid, query_ids, negative_ids):
+        if x is None:
+            layouts.append(None)
+        elif type(x) not in PLAIN_TENSORS or x.layout != torch.strided:
+            return None
+        else:
+            layouts.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16))
+    with_gradient = torch.is_grad_enabled()
+    if with_gradient and (k.requires_grad or queue.requires_grad):
+        return None
+    fixed_maximum = 2 / temperature < FIXED_MAXIMUM_BELOW
+    return with_gradient and q.requires_grad, *layouts, fixed_maximum, normalize, reduction, impl
+
+
+def _keep_plan(key: tuple[tuple[Any, ...], bool], inputs: Inputs, settings: Settings) -> None:
+    (with_dq, *_), with_rank = key
+    plan = plan_frozen(inputs, settings, with_dq, with_rank)
+    if plan is not None:
+        if len(_PLANS) >= _MAX_PLANS:
+            _PLANS.clear()
+        _PLANS[key] = plan
 
 
 def _loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:

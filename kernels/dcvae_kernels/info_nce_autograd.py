@@ -5,9 +5,10 @@ n, it sums p·n along with p. The backward pass then only multiplies that gradie
 for the symmetric loss and for negatives that require a gradient.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,7 +185,10 @@ class FusedInfoNCE(torch.autograd.Function):
             return (None,) * 10
         compiling = torch.compiler.is_compiling()
         if not compiling and (torch.is_grad_enabled() or is_batched(grad_output)):
-            return None, None, None, *_differentiable_gradients(ctx, grad_output), None, None, None
+            q, temperature, *keys = ctx.saved_tensors[4:]
+            inputs: Inputs = Inputs(q, temperature, *(keys if ctx.frozen is None else _unchanged(ctx.frozen)))
+            gradients = _differentiable_gradients(inputs, ctx.settings, ctx.needs_input_grad[3:7], grad_output)
+            return None, None, None, *gradients, None, None, None
         dq, dk, dtemperature, state, *tensors = ctx.saved_tensors
         q, temperature, k, queue = tensors[:4]
         settings = ctx.settings
@@ -201,10 +205,10 @@ class FusedInfoNCE(torch.autograd.Function):
         if settings.symmetric:
             dq, dtemperature = sweep_q, sweep_temperature
         else:
-            dq = (dq * grad_output[..., None]).to(q.dtype) if needs_q else None
+            dq = _scaled(dq, grad_output, q.dtype) if needs_q else None
             dtemperature = dtemperature * grad_output if needs_temperature else None
         if needs_k and queue is not None:
-            dk = (dk * grad_output[..., None]).to(k.dtype)
+            dk = _scaled(dk, grad_output, k.dtype)
         return (
             *(None,) * 3,
             dq if needs_q else None,
@@ -215,23 +219,89 @@ class FusedInfoNCE(torch.autograd.Function):
         )
 
 
-def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+class FrozenPlan(NamedTuple):
+    """A call of the Triton kernels in which at most q requires a gradient.
+
+    Attributes:
+        forward: takes Inputs and τ, and returns the same as `forward`.
+        settings: as given, but with any τ.
+        with_dq: whether q requires a gradient.
+    """
+
+    forward: Callable[[Inputs, float], tuple[Any, ...]]
+    settings: Settings
+    with_dq: bool
+
+
+def plan_frozen(inputs: Inputs, settings: Settings, with_dq: bool, with_rank: bool) -> FrozenPlan | None:
+    """Return a plan for inputs with the same layouts as these, or None if rows do not fit into registers."""
+    kernels = _implementation("triton")
+    plan = kernels.plan_rows(inputs, settings, (with_dq, False, False, False, with_rank))
+    return None if plan is None else FrozenPlan(partial(kernels.forward_rows, plan), settings, with_dq)
+
+
+def frozen_loss(q: Tensor, keys: Sequence[Tensor | None], tau: float, plan: FrozenPlan) -> tuple[Tensor, Tensor | None]:
+    """Return the loss and, if planned, the rank. `keys` are the fields of `Inputs` after the temperature."""
+    if plan.with_dq:
+        return FrozenInfoNCE.apply(q, keys, tau, plan)
+    return plan.forward(Inputs(q, None, *keys), tau)[:2]  # type: ignore[arg-type]
+
+
+class FrozenInfoNCE(torch.autograd.Function):
+    """`FusedInfoNCE` for a plan: a short call waits for the CPU, not for the GPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, keys: Sequence[Tensor | None], tau: float, plan: FrozenPlan
+    ) -> tuple[Tensor, Tensor | None]:
+        loss, rank, dq, *_ = plan.forward(Inputs(q, None, *keys), tau)  # type: ignore[arg-type]
+        ctx.save_for_backward(q, dq)
+        ctx.frozen = [(x, 0 if x is None else _version(x)) for x in keys]
+        ctx.tau, ctx.plan = tau, plan
+        if rank is not None:
+            ctx.mark_non_differentiable(rank)
+        return loss, rank
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        q, dq = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grad_output):
+            inputs: Inputs = Inputs(q, None, *_unchanged(ctx.frozen))  # type: ignore[arg-type]
+            settings = ctx.plan.settings._replace(tau=ctx.tau)
+            needs = (True, False, False, False)
+            return _differentiable_gradients(inputs, settings, needs, grad_output)[0], None, None, None
+        return _scaled(dq, grad_output, q.dtype), None, None, None
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply the gradient of the loss or of each query's loss by its grad_output."""
+    gradient = gradient * (grad_output[..., None] if grad_output.ndim else grad_output)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+
+
+def _unchanged(frozen: Sequence[tuple[Tensor | None, int]]) -> list[Tensor | None]:
+    """Return tensors that were not saved for backward.
+
+    Raises:
+        RuntimeError: one of them was modified after the forward pass.
+    """
+    if any(_version(x) != version for x, version in frozen):
+        raise RuntimeError(
+            "the queue was modified after the forward pass, but second derivatives of info_nce need it: "
+            "pass clones of the queue's keys, ids and valid"
+        )
+    return [x for x, _ in frozen]
+
+
+def _differentiable_gradients(
+    inputs: Inputs, settings: Settings, needs: Sequence[bool], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of the first four inputs from the reference, differentiable in grad mode."""
-    q, temperature, *keys = ctx.saved_tensors[4:]
-    if ctx.frozen is not None:
-        if any(_version(x) != version for x, version in ctx.frozen):
-            raise RuntimeError(
-                "the queue was modified after the forward pass, but second derivatives of info_nce need it: "
-                "pass clones of the queue's keys, ids and valid"
-            )
-        keys = [x for x, _ in ctx.frozen]
-    k, queue, *rest = keys
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: an input can depend on another one, and partial derivatives hold the others constant.
-        aliases: Any = [x if x is None else x.view_as(x) for x in (q, temperature, k, queue)]
-        loss, _ = reference_loss(Inputs(*aliases, *rest), ctx.settings, with_rank=False)
-    needs = ctx.needs_input_grad[3:7]
+        aliases: Any = [x if x is None else x.view_as(x) for x in inputs[:4]]
+        loss, _ = reference_loss(Inputs(*aliases, *inputs[4:]), settings, with_rank=False)
     differentiated = [x for x, needed in zip(aliases, needs, strict=True) if needed]
     gradients = iter(torch.autograd.grad(loss, differentiated, grad_output, create_graph=create_graph))
     return tuple(next(gradients) if needed else None for needed in needs)

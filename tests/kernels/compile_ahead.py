@@ -139,7 +139,7 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
 def tile(launch: Launch) -> tuple[int, int] | None:
     """Return the rows that a program owns and those of the other operand that it loads at a time, or None."""
     sizes = dict(launch.constants)
-    own, other = sizes.get("BLOCK_X", sizes.get("BLOCK_B")), sizes.get("BLOCK_Y", sizes.get("BLOCK_K"))
+    own, other = sizes.get("BLOCK_X"), sizes.get("BLOCK_Y")
     return None if own is None or other is None else (own, other)
 
 
@@ -253,10 +253,7 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
 
 def _backward_sweep(inputs: Inputs, settings: Settings, state: Tensor, wrt_q: bool, wrt_keys: bool) -> None:
     grad_output, learned = torch.empty((), device="meta"), inputs.temperature is not None
-    if wrt_keys:
-        info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=True, with_dtemperature=False)
-    if wrt_q:
-        info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_keys=False, with_dtemperature=learned)
+    info_nce.backward_sweep(inputs, settings, grad_output, state, wrt_q, wrt_keys, with_dtemperature=wrt_q and learned)
 
 
 def benchmark_row_launches(capability: int) -> list[tuple[Any, list[Launch]]]:

@@ -38,13 +38,13 @@ KERNELS = (
 @pytest.mark.parametrize(
     ("d", "dtype", "expected"),
     [
-        (16, torch.float32, ["sweep_kernel", "combine_kernel"]),
-        (64, torch.float32, ["prepare_kernel", "sweep_kernel", "combine_kernel"]),
-        (16, torch.bfloat16, ["prepare_kernel", "sweep_kernel", "combine_kernel"]),
+        (16, torch.float32, "sweep combine"),
+        (64, torch.float32, "prepare sweep combine"),
+        (16, torch.bfloat16, "prepare sweep combine"),
     ],
 )
 def test_frozen_keys_take_no_backward_launches(
-    triton_on: Implementation, reduction: str, learned: bool, d: int, dtype: torch.dtype, expected: list[str]
+    triton_on: Implementation, reduction: str, learned: bool, d: int, dtype: torch.dtype, expected: str
 ):
     (q,) = leaves(triton_on.randn(2, 9, d, dtype=dtype))
     k, queue = (triton_on.randn(2, n, d, seed=n, dtype=dtype) for n in (9, 40))
@@ -53,28 +53,24 @@ def test_frozen_keys_take_no_backward_launches(
     with record_launches(triton_info_nce, launches):
         loss, _ = triton_on.info_nce(q, k, queue, temperature=temperature, reduction=reduction, return_stats=True)
         loss.sum().backward()
-    assert launches == expected
+    assert launches == [f"{name}_kernel" for name in expected.split()]
     assert q.grad is not None
 
 
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ("queue", ["sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel"]),
-        ("in-batch", ["sweep_kernel", "combine_kernel", "weights_kernel", "project_kernel"]),
-        (
-            "symmetric",
-            [*["prepare_kernel"] * 2, "scores_kernel", "combine_kernel"]
-            + [*["prepare_kernel"] * 4, "chunk_kernel", *["project_kernel"] * 2],
-        ),
+        ("queue", "sweep combine weights project"),
+        ("in-batch", "sweep combine weights project"),
+        ("symmetric", "prepare prepare scores combine prepare prepare prepare prepare chunk project project"),
     ],
 )
-def test_launches_if_keys_require_gradients(triton_on: Implementation, form: str, expected: list[str]):
+def test_launches_if_keys_require_gradients(triton_on: Implementation, form: str, expected: str):
     q, k, queue = leaves(*(triton_on.randn(2, 9, 16, seed=i) for i in range(3)))
     launches = []
     with record_launches(triton_info_nce, launches):
         triton_on.info_nce(q, k, queue if form == "queue" else None, symmetric=form == "symmetric").backward()
-    assert launches == expected
+    assert launches == [f"{name}_kernel" for name in expected.split()]
 
 
 @pytest.mark.gpu

@@ -1,830 +1,47 @@
 """InfoNCE in Triton: `forward` and `backward_sweep`, the two computations of `dcvae_kernels.info_nce`.
 
-Similarities q̂·n̂ exist only in registers or, for large D, in tiles; a weight is e^{(similarity − maximum)/τ}. Programs
-write partial sums to a workspace, and a second kernel adds them in a fixed order, so results are bitwise reproducible.
+If a row fits into registers, similarities exist only there:
 
-If a row fits into registers:
-
-    forward          prepare_kernel   normalises the negatives once
+    forward          prepare_kernel   inverse norms or planes of the negatives, unless they are short float32 rows
                      sweep_kernel     a program owns queries and sweeps one split of the negatives, like attention with
                                       V = K
                      combine_kernel   adds the splits: loss, rank, gradients of the queries, their keys and τ
     backward_sweep   weights_kernel   a program owns keys and sweeps one split of the queries
                      project_kernel   adds the splits and backpropagates through the normalisation
 
-For larger D and for symmetric losses, products with the weights are matrix products of PyTorch (cuBLAS):
+For larger D and for symmetric losses, similarities exist in tiles, and the weights of some queries at a time are stored
+for matrix products by PyTorch (cuBLAS):
 
     forward          scores_kernel    a program computes one tile of similarities and adds its rows and columns
                      combine_kernel
-    backward_sweep   chunk_kernel     stores the weights of some queries and all keys, for the products
+    backward_sweep   chunk_kernel     stores the weights of some queries and all keys
                      project_kernel
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcvae_kernels import reference
 from dcvae_kernels.arguments import Inputs, Settings, loss_weight
 from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
 from dcvae_kernels.triton import on_device
+from dcvae_kernels.triton.info_nce_kernels import (
+    chunk_kernel,
+    combine_kernel,
+    prepare_kernel,
+    project_kernel,
+    scores_kernel,
+    sweep_kernel,
+    weights_kernel,
+)
 
 # Set explicitly, because the kernels were tested with it: a·b + c can be fused into one instruction.
 LAUNCH = {"enable_fp_fusion": True}
-
-# Arguments that Triton does not specialise on, so that another batch size causes no compilation during training.
-SIZES = ["B", "K", "X", "Y", "part", "rows", "splits", "first"]
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
-UNKNOWN_ID = tl.constexpr(reference.UNKNOWN_ID)
-SMALLEST_SQUARE = tl.constexpr(reference.SMALLEST_SQUARE)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-# Device code. Matrices are [rows, D] with unit stride along D; `*_stride` is the row stride, `*_scale_stride` the scale
-# stride, `*_plane_stride` the plane stride. x are rows that a program owns, y the rows that it compares them with. ----
-
-
-@triton.jit
-def _load_rows(x, rows, row_mask, features, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load x[rows, features] in the dtype of x; 0 for masked rows and features beyond D."""
-    mask = row_mask[:, None]
-    if D % BLOCK_D != 0:
-        mask = mask & (features < D)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * stride + features[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _inverse_norms(x, NORMALIZE: tl.constexpr):
-    """Return 1 / max(‖x‖, 1e-12) of rows, or 1 without NORMALIZE; in the latter case NaN if an element is infinite."""
-    x = x.to(tl.float32)
-    if NORMALIZE:
-        inverse = 1.0 / tl.sqrt(tl.maximum(tl.sum(x * x, 1), SMALLEST_SQUARE))
-    else:
-        inverse = 1.0 + tl.sum(0.0 * x, 1)  # a similarity of −∞ would look like a distant negative
-    return inverse
-
-
-@triton.jit
-def _directions(x, NORMALIZE: tl.constexpr):
-    """Return the rows to compare in float32: x/‖x‖, or x without NORMALIZE."""
-    return x.to(tl.float32) * _inverse_norms(x, NORMALIZE)[:, None]
-
-
-@triton.jit
-def _inverse_temperature(temperature, inverse_temperature):
-    """Return 1/τ, from the tensor `temperature` if given, else the number `inverse_temperature`."""
-    if temperature is not None:
-        inverse_temperature = 1.0 / tl.load(temperature).to(tl.float32)
-    return inverse_temperature
-
-
-@triton.jit
-def _log1p(x):
-    """ln(1 + x) for 0 ≤ x ≤ 1 in full fp32 precision; the GPU's approximate logarithm is inaccurate near 1."""
-    z = x / (2.0 + x)  # ln(1 + x) = 2 artanh(z), z ≤ 1/3
-    z2 = z * z
-    series = 1.0 / 15 + z2 * (1.0 / 17)
-    series = 1.0 / 13 + z2 * series
-    series = 1.0 / 11 + z2 * series
-    series = 1.0 / 9 + z2 * series
-    series = 1.0 / 7 + z2 * series
-    series = 1.0 / 5 + z2 * series
-    series = 1.0 / 3 + z2 * series
-    return 2.0 * z * (1.0 + z2 * series)
-
-
-@triton.jit
-def _softplus(x):
-    softplus = tl.maximum(x, 0.0) + _log1p(tl.exp2(-tl.abs(x) * LOG2E))
-    return tl.where(x == x, softplus, x)  # tl.maximum drops NaN
-
-
-# Matrix products. A float32 operand is the sum of three bfloat16 planes: first, second, third, with 8 bits each. Six
-# products of planes on tensor cores are as accurate as one of float32.
-
-
-@triton.jit
-def _rounded(x, DOT: tl.constexpr):
-    """Round a float32 tile to DOT."""
-    if INTERPRETED and DOT == tl.bfloat16:  # the interpreter truncates
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DOT)
-
-
-@triton.jit
-def _planes(x, DOT: tl.constexpr, PLANES: tl.constexpr):
-    """Split a float32 tile into a sum of PLANES tiles of dtype DOT."""
-    first = _rounded(x, DOT)
-    second, third = first, first
-    if PLANES == 3:
-        rest = x - first.to(tl.float32)
-        second = _rounded(rest, DOT)
-        third = _rounded(rest - second.to(tl.float32), DOT)
-    return first, second, third
-
-
-@triton.jit
-def _load_planes(
-    y, rows, row_mask, features, plane_stride, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, PLANES: tl.constexpr
-):
-    first = _load_rows(y, rows, row_mask, features, stride, D, BLOCK_D)
-    second, third = first, first
-    if PLANES == 3:
-        second = _load_rows(y + plane_stride, rows, row_mask, features, stride, D, BLOCK_D)
-        third = _load_rows(y + 2 * plane_stride, rows, row_mask, features, stride, D, BLOCK_D)
-    return first, second, third
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if INTERPRETED:  # the interpreter multiplies bfloat16 operands as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _products(x, y, total, PLANES: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + x·yᵀ, given planes; products of the smallest planes first, those below 2⁻²⁴ left out."""
-    first = tl.trans(y[0])
-    if PLANES == 3:
-        second = tl.trans(y[1])
-        total = _dot(x[0], tl.trans(y[2]), total, PRECISION)
-        total = _dot(x[2], first, total, PRECISION)
-        total = _dot(x[1], second, total, PRECISION)
-        total = _dot(x[0], second, total, PRECISION)
-        total = _dot(x[1], first, total, PRECISION)
-    return _dot(x[0], first, total, PRECISION)
-
-
-@triton.jit
-def _weighted_sum(weights, y, total, DOT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + weights·y. The range of float16 is too small for weights, but float16 rows are exact in tf32."""
-    if DOT == tl.float16:
-        total = _dot(weights, y[0].to(tl.float32), total, "tf32")
-    else:
-        parts = _planes(weights, DOT, PLANES)
-        if PLANES == 3:
-            total = _dot(parts[0], y[2], total, PRECISION)
-            total = _dot(parts[2], y[0], total, PRECISION)
-            total = _dot(parts[1], y[1], total, PRECISION)
-            total = _dot(parts[0], y[1], total, PRECISION)
-            total = _dot(parts[1], y[0], total, PRECISION)
-        total = _dot(parts[0], y[0], total, PRECISION)
-    return total
-
-
-@triton.jit
-def _excluded(xs, ys, x_ids, y_ids, x_mask, y_mask, IN_BATCH: tl.constexpr):
-    """Mask of the pairs that are not negatives, [xs, ys]: out of range, positives, or equal ids."""
-    excluded = tl.broadcast_to((~y_mask)[None, :], (xs.shape[0], ys.shape[0]))
-    if IN_BATCH:
-        excluded = excluded | (xs[:, None] == ys[None, :])
-    if x_ids is not None:
-        x_id = tl.load(x_ids + xs, mask=x_mask, other=UNKNOWN_ID)
-        y_id = tl.load(y_ids + ys, mask=y_mask, other=UNKNOWN_ID)
-        excluded = excluded | ((x_id[:, None] == y_id[None, :]) & (x_id != UNKNOWN_ID)[:, None])
-    return excluded
-
-
-@triton.jit
-def _overlap(first_x, first_y, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
-    """Whether two blocks of rows contain the same index, so that a tile contains positives of the batch."""
-    return (first_x < first_y + BLOCK_Y) & (first_y < first_x + BLOCK_X)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def prepare_kernel(
-    x, planes, inverses, valid, x_scale_stride, x_stride, plane_stride, X, rows,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Store inverse norms of rows [scales × X, D], and normalised rows as planes [PLANES, scales × X, WIDTH]."""
-    row = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    row_mask = row < rows
-    if valid is not None:
-        row_mask = row_mask & (row % X < tl.load(valid))
-    features = tl.arange(0, BLOCK_D)
-    x_row = (row // X).to(tl.int64) * x_scale_stride + (row % X).to(tl.int64) * x_stride
-    tile = _load_rows(x, x_row, row_mask, features, 1, D, BLOCK_D)
-    inverse = _inverse_norms(tile, NORMALIZE)
-    if inverses is not None:
-        tl.store(inverses + row, inverse, mask=row < rows)
-    if planes is not None:
-        first, second, third = _planes(tile.to(tl.float32) * inverse[:, None], DOT, PLANES)
-        offsets = row.to(tl.int64)[:, None] * WIDTH + features[None, :]
-        mask = (row < rows)[:, None] & (features < WIDTH)[None, :]
-        tl.store(planes + offsets, first, mask=mask)
-        if PLANES == 3:
-            tl.store(planes + plane_stride + offsets, second, mask=mask)
-            tl.store(planes + 2 * plane_stride + offsets, third, mask=mask)
-
-
-# A program owns rows x and sweeps over rows y. Half-precision rows are multiplied as they are, and their inverse norms
-# scale the products. Float32 rows are normalised before they are split, y in advance if `inverses` or planes are given.
-
-
-@triton.jit
-def _own_rows(x, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr):
-    """Return the planes of x, and the inverse norms that remain to be multiplied by."""
-    inverse = _inverse_norms(x, NORMALIZE)
-    if PLANES == 1 and DOT != tl.float32:
-        planes = (x, x, x)
-    else:
-        planes = _planes(x.to(tl.float32) * inverse[:, None], DOT, PLANES)
-        inverse = tl.full(inverse.shape, 1.0, tl.float32)
-    return planes, inverse
-
-
-@triton.jit
-def _other_rows(
-    y, inverses, ys, y_mask, features, plane_stride, stride, D: tl.constexpr, NORMALIZE: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Return the planes of y, and the inverse norms that remain to be multiplied by."""
-    if PLANES == 3:  # prepared, with BLOCK_D columns
-        planes = _load_planes(y, ys, y_mask, features, plane_stride, stride, BLOCK_D, BLOCK_D, PLANES)
-    else:
-        planes = _load_planes(y, ys, y_mask, features, plane_stride, stride, D, BLOCK_D, PLANES)
-    inverse = tl.full((ys.shape[0],), 1.0, tl.float32)
-    if inverses is not None:
-        inverse = tl.load(inverses + ys, mask=y_mask, other=0.0)
-    elif PLANES == 1:
-        tile = _directions(planes[0], NORMALIZE)
-        planes = (tile, tile, tile)
-    return planes, inverse
-
-
-@triton.jit(do_not_specialize=SIZES)
-def sweep_kernel(
-    q, k, negatives, inverses, query_ids, negative_ids, valid, temperature, workspace,
-    q_scale_stride, q_stride, k_scale_stride, k_stride,
-    negatives_plane_stride, negatives_scale_stride, negatives_stride,
-    B, K, part, inverse_temperature,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, GRADIENT: tl.constexpr,
-    RANK: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of BLOCK_X queries over `part` negatives.
-
-    Grid: (blocks of queries, splits of the negatives, scales). Workspace: see `_partials`.
-    negatives, inverses: rows and their inverse norms, if in half precision; planes, if PLANES is 3; else only rows.
-    """
-    split = tl.program_id(1)
-    scale = tl.program_id(2)
-    splits = tl.num_programs(1)
-    rows = tl.num_programs(2) * B
-    q += scale.to(tl.int64) * q_scale_stride
-    k += scale.to(tl.int64) * k_scale_stride
-    negatives += scale.to(tl.int64) * negatives_scale_stride
-    if inverses is not None:
-        inverses += scale * K
-    log2_scale = _inverse_temperature(temperature, inverse_temperature) * LOG2E
-    partials = _partials(workspace, splits, rows, D, GRADIENT)
-    if tl.program_id(0) + split + scale == 0:
-        tl.store(_counter(partials, splits, rows), 0)
-
-    first_query = tl.program_id(0) * BLOCK_X
-    queries = first_query + tl.arange(0, BLOCK_X)
-    row_mask = queries < B
-    features = tl.arange(0, BLOCK_D)
-    q_tile = _load_rows(q, queries, row_mask, features, q_stride, D, BLOCK_D)
-    x, x_inverse = _own_rows(q_tile, NORMALIZE, DOT, PLANES)
-    positive = tl.zeros((BLOCK_X,), tl.float32)
-    if RANK:
-        k_tile = _load_rows(k, queries, row_mask, features, k_stride, D, BLOCK_D)
-        positive = tl.sum(_directions(q_tile, NORMALIZE) * _directions(k_tile, NORMALIZE), 1)
-    if FIXED:  # the exponent's factor includes the query's norm, which saves a multiplication per pair
-        positive = positive / x_inverse
-        log2_scales = (log2_scale * x_inverse)[:, None]
-        x_inverse = tl.full((BLOCK_X,), 1.0, tl.float32)
-
-    maximum = tl.full((BLOCK_X,), -float("inf"), tl.float32)
-    weight = tl.zeros((BLOCK_X,), tl.float32)
-    rank_count = tl.zeros((BLOCK_X,), tl.int32)
-    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
-    end = tl.minimum((split + 1) * part, K)
-    if valid is not None:
-        end = tl.minimum(end, tl.load(valid).to(tl.int64)).to(tl.int32)
-    for first in range(split * part, end, BLOCK_Y):
-        slots = first + tl.arange(0, BLOCK_Y)
-        filled = slots < end
-        y, y_inverse = _other_rows(
-            negatives, inverses, slots, filled, features, negatives_plane_stride, negatives_stride,
-            D, NORMALIZE, PLANES, BLOCK_D,
-        )  # fmt: skip
-        similarity = _products(x, y, tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PLANES, PRECISION)
-        if inverses is not None:
-            similarity *= x_inverse[:, None] * y_inverse[None, :]
-        if query_ids is not None or IN_BATCH:
-            edge = (first + BLOCK_Y > end) | (query_ids is not None)
-            if IN_BATCH:
-                edge = edge | _overlap(first_query, first, BLOCK_X, BLOCK_Y)
-        else:
-            edge = first + BLOCK_Y > end
-        if edge:
-            excluded = _excluded(queries, slots, query_ids, negative_ids, row_mask, filled, IN_BATCH)
-            similarity = tl.where(excluded & (similarity == similarity), -float("inf"), similarity)  # keep NaN
-        if RANK:
-            rank_count += tl.sum((similarity > positive[:, None]).to(tl.int32), 1)
-        if FIXED:
-            weights = tl.exp2(similarity * log2_scales - log2_scale)
-        else:
-            new_maximum = tl.maximum(maximum, tl.max(similarity, 1))
-            # If there was no negative so far, −∞ − −∞ would be NaN.
-            finite = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
-            shrink = tl.exp2((maximum - finite) * log2_scale)
-            weights = tl.exp2((similarity - finite[:, None]) * log2_scale)
-            weight = weight * shrink
-            total = total * shrink[:, None]
-            maximum = new_maximum
-        weight += tl.sum(weights, 1)
-        if GRADIENT:
-            if inverses is not None:
-                weights *= y_inverse[None, :]
-            total = _weighted_sum(weights, y, total, DOT, PLANES, PRECISION)
-
-    row = split * rows + scale * B + queries
-    tl.store(partials + row, weight, mask=row_mask)
-    if not FIXED:
-        tl.store(partials + splits * rows + row, maximum, mask=row_mask)
-    if RANK:
-        tl.store(partials + 2 * splits * rows + row, rank_count.to(tl.float32), mask=row_mask)
-    if GRADIENT:
-        pointers = workspace + row.to(tl.int64)[:, None] * D + features[None, :]
-        tl.store(pointers, total, mask=row_mask[:, None] & (features < D)[None, :])
-
-
-@triton.jit
-def _partials(workspace, splits, rows, D: tl.constexpr, GRADIENT: tl.constexpr):
-    """Return the start of the per-row sums in a workspace.
-
-    The workspace contains partial gradients [splits, rows, D] (if GRADIENT), then weights, maxima (unless FIXED) and
-    counts of negatives above the positive (if RANK), [splits, rows] each, losses [rows], and a counter.
-    """
-    if GRADIENT:
-        workspace += (splits * rows).to(tl.int64) * D
-    return workspace
-
-
-@triton.jit
-def _counter(partials, splits, rows):
-    """Return the address of the number of programs of `combine_kernel` that have stored their losses."""
-    return (partials + (3 * splits + 1).to(tl.int64) * rows).to(tl.pointer_type(tl.int32), bitcast=True)
-
-
-@triton.jit
-def _merge(
-    partials, positive, row, row_mask, splits, rows, log2_scale, FIXED: tl.constexpr, BLOCK_SPLITS: tl.constexpr
-):
-    """Return the maximum, the weights of the negatives and of the positive relative to it, and the loss of each row.
-
-    Loads BLOCK_SPLITS splits together: one at a time, memory latency would exceed the duration of the sweep.
-    """
-    if FIXED:
-        maximum = tl.full(positive.shape, 1.0, tl.float32)
-    else:
-        maximum = positive
-        for first in range(0, splits, BLOCK_SPLITS):
-            offsets, mask = _split_offsets(first, row, row_mask, splits, rows, BLOCK_SPLITS)
-            maxima = tl.load(partials + splits * rows + offsets, mask=mask, other=-float("inf"))
-            maximum = tl.maximum(maximum, tl.max(maxima, 0))
-    weight = tl.zeros_like(positive)
-    for first in range(0, splits, BLOCK_SPLITS):
-        offsets, mask = _split_offsets(first, row, row_mask, splits, rows, BLOCK_SPLITS)
-        weights = tl.load(partials + offsets, mask=mask, other=0.0)
-        if not FIXED:
-            weights *= _shrink(partials + splits * rows + offsets, mask, maximum, log2_scale)
-        weight += tl.sum(weights, 0)
-    loss = _softplus(((maximum - positive) * log2_scale + tl.log2(weight)) * LN2)
-    return maximum, weight, tl.exp2((positive - maximum) * log2_scale), loss
-
-
-@triton.jit
-def _split_offsets(first, row, row_mask, splits, rows, BLOCK_SPLITS: tl.constexpr):
-    """Return the offsets of these rows in BLOCK_SPLITS splits, and their mask; [BLOCK_SPLITS, rows]."""
-    split = first + tl.arange(0, BLOCK_SPLITS)
-    return split[:, None] * rows + row[None, :], (split < splits)[:, None] & row_mask[None, :]
-
-
-@triton.jit
-def _shrink(maxima, mask, maximum, log2_scale):
-    """Return the factors that make sums relative to the splits' maxima relative to the common maximum."""
-    return tl.exp2((tl.load(maxima, mask=mask, other=-float("inf")) - maximum[None, :]) * log2_scale)
-
-
-@triton.jit
-def _sum_of_gradients(
-    workspace, maxima, maximum, row, row_mask, features, splits, rows, log2_scale, D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Sum partial gradients [rows, D] over the splits; with `maxima`, first rescale them to the common maximum."""
-    total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
-    for first in range(0, splits, BLOCK_SPLITS):
-        offsets, mask = _split_offsets(first, row, row_mask, splits, rows, BLOCK_SPLITS)
-        pointers = workspace + offsets.to(tl.int64)[:, :, None] * D + features[None, None, :]
-        parts = tl.load(pointers, mask=mask[:, :, None] & (features < D)[None, None, :], other=0.0)
-        if maxima is not None:
-            parts *= _shrink(maxima + offsets, mask, maximum, log2_scale)[:, :, None]
-        total += tl.sum(parts, 0)
-    return total
-
-
-@triton.jit
-def _store_state(state, row, row_mask, rows, maximum, inverse_sum, negatives_probability):
-    tl.store(state + row, maximum, mask=row_mask)
-    tl.store(state + rows + row, inverse_sum, mask=row_mask)
-    tl.store(state + 2 * rows + row, negatives_probability, mask=row_mask)
-
-
-@triton.jit
-def _load_state(state, grad_output, rows, row, row_mask):
-    """Return the maximum, and the inverse sum and the probability of the negatives, both times grad_output."""
-    maximum = tl.load(state + row, mask=row_mask, other=0.0)
-    inverse_sum = tl.load(state + rows + row, mask=row_mask, other=0.0)
-    negatives_probability = tl.load(state + 2 * rows + row, mask=row_mask, other=0.0)
-    grad = tl.load(grad_output, mask=row_mask, other=0.0).to(tl.float32)
-    return maximum, inverse_sum * grad, negatives_probability * grad
-
-
-@triton.jit
-def _through_norm(gradient, x, inverse, NORMALIZE: tl.constexpr):
-    """Return the gradient with respect to x, given the one with respect to x/‖x‖, [rows, D]."""
-    if NORMALIZE:
-        direction = x * inverse[:, None]
-        # A clamped norm is constant.
-        projection = tl.where(tl.sum(x * x, 1) > SMALLEST_SQUARE, tl.sum(gradient * direction, 1), 0.0)
-        gradient = (gradient - projection[:, None] * direction) * inverse[:, None]
-    return gradient
-
-
-@triton.jit(do_not_specialize=SIZES)
-def combine_kernel(
-    q, k, workspace, mirror, temperature, loss, rank, dq, dk, dtemperature, state,
-    q_scale_stride, q_stride, k_scale_stride, k_stride,
-    B, rows, splits, mirror_splits, inverse_temperature, factor,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, FIXED: tl.constexpr, GRADIENT: tl.constexpr, REDUCE: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_SUM: tl.constexpr,
-):  # fmt: skip
-    """Add the partial sums of rows [scales × B]; with REDUCE the program that ends last adds the losses.
-
-    mirror: per-row sums of the keys in a symmetric loss, with mirror_splits splits.
-    state: softmax statistics for `backward_sweep`, [directions, 3, rows]: the maximum, 1 / (sum of all weights), and
-    the probability of all negatives together. A log-sum-exp would add its rounding error to the exponents.
-    """
-    partials = _partials(workspace, splits, rows, D, GRADIENT)
-    inverse_temperature = _inverse_temperature(temperature, inverse_temperature)
-    log2_scale = inverse_temperature * LOG2E
-    row = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    row_mask = row < rows
-    features = tl.arange(0, BLOCK_D)
-    q_row = (row // B).to(tl.int64) * q_scale_stride + (row % B).to(tl.int64) * q_stride
-    k_row = (row // B).to(tl.int64) * k_scale_stride + (row % B).to(tl.int64) * k_stride
-    q_tile = _load_rows(q, q_row, row_mask, features, 1, D, BLOCK_D).to(tl.float32)
-    k_tile = _load_rows(k, k_row, row_mask, features, 1, D, BLOCK_D).to(tl.float32)
-    q_inverse, k_inverse = _inverse_norms(q_tile, NORMALIZE), _inverse_norms(k_tile, NORMALIZE)
-    positive = tl.sum(q_tile * k_tile, 1) * (q_inverse * k_inverse)
-
-    maximum, weight, positive_weight, losses = _merge(
-        partials, positive, row, row_mask, splits, rows, log2_scale, FIXED, BLOCK_SPLITS
-    )
-    inverse_sum = 1.0 / (weight + positive_weight)
-    if state is not None:
-        _store_state(state, row, row_mask, rows, maximum, inverse_sum, weight * inverse_sum)
-    if mirror is not None:
-        mirror_maximum, mirror_weight, positive_weight, mirrored = _merge(
-            mirror, positive, row, row_mask, mirror_splits, rows, log2_scale, FIXED, BLOCK_SPLITS
-        )
-        if state is not None:
-            mirror_inverse = 1.0 / (mirror_weight + positive_weight)
-            mirror_probability = mirror_weight * mirror_inverse
-            _store_state(state + 3 * rows, row, row_mask, rows, mirror_maximum, mirror_inverse, mirror_probability)
-        losses = (losses + mirrored) * 0.5
-    if rank is not None:
-        rank_count = tl.zeros_like(weight)
-        for first in range(0, splits, BLOCK_SPLITS):
-            offsets, mask = _split_offsets(first, row, row_mask, splits, rows, BLOCK_SPLITS)
-            rank_count += tl.sum(tl.load(partials + 2 * splits * rows + offsets, mask=mask, other=0.0), 0)
-        tl.store(rank + row, rank_count.to(tl.int64), mask=row_mask)
-
-    element_offsets = row.to(tl.int64)[:, None] * D + features[None, :]
-    mask = row_mask[:, None] & (features < D)[None, :]
-    q_direction = q_tile * q_inverse[:, None]
-    if GRADIENT:
-        maxima = None if FIXED else partials + splits * rows
-        total = _sum_of_gradients(
-            workspace, maxima, maximum, row, row_mask, features, splits, rows, log2_scale, D,
-            BLOCK_SPLITS, BLOCK_X, BLOCK_D,
-        )  # fmt: skip
-        # The weights of negatives and positive add up to 0, which avoids cancellation if the loss is small.
-        gradient = total - (weight * k_inverse)[:, None] * k_tile
-        gradient *= (inverse_sum * inverse_temperature * factor)[:, None]
-        if dtemperature is not None:
-            row_dtemperature = -tl.sum(gradient * q_direction, 1) * inverse_temperature
-            tl.store(dtemperature + row, row_dtemperature, mask=row_mask)
-        if dq is not None:
-            tl.store(dq + element_offsets, _through_norm(gradient, q_tile, q_inverse, NORMALIZE), mask=mask)
-    if dk is not None:
-        gradient = (-weight * inverse_sum * inverse_temperature * factor)[:, None] * q_direction
-        tl.store(dk + element_offsets, _through_norm(gradient, k_tile, k_inverse, NORMALIZE), mask=mask)
-
-    if REDUCE:
-        all_losses = partials + 3 * splits * rows
-        tl.store(all_losses + row, losses, mask=row_mask)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        if tl.atomic_add(_counter(partials, splits, rows), 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            sums = tl.zeros((BLOCK_SUM,), tl.float32)
-            for first in range(0, rows, BLOCK_SUM):
-                loss_row = first + tl.arange(0, BLOCK_SUM)
-                sums += tl.load(all_losses + loss_row, mask=loss_row < rows, other=0.0)
-            tl.store(loss, tl.sum(sums, 0) * factor)
-    else:
-        tl.store(loss + row, losses, mask=row_mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def weights_kernel(
-    keys, queries, inverses, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
-    keys_scale_stride, keys_stride, queries_plane_stride, queries_scale_stride, queries_stride,
-    grad_output_scale_stride, grad_output_stride,
-    X, Y, part, inverse_temperature,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr,
-    DOT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Partial sums Σ_q weight(q, key)·q̂ of BLOCK_X keys over `part` queries: the gradient of the keys, times τ.
-
-    queries, inverses: as in `sweep_kernel`. grad_output: gradient of the queries' losses. Workspace: [splits,
-    scales × X, D].
-    """
-    split = tl.program_id(1)
-    scale = tl.program_id(2)
-    keys += scale.to(tl.int64) * keys_scale_stride
-    queries += scale.to(tl.int64) * queries_scale_stride
-    grad_output += scale.to(tl.int64) * grad_output_scale_stride
-    if inverses is not None:
-        inverses += scale * Y
-    log2_scale = _inverse_temperature(temperature, inverse_temperature) * LOG2E
-
-    first_key = tl.program_id(0) * BLOCK_X
-    xs = first_key + tl.arange(0, BLOCK_X)
-    x_mask = xs < X
-    if valid is not None:
-        x_mask = x_mask & (xs < tl.load(valid))
-    features = tl.arange(0, BLOCK_D)
-    x_tile = _load_rows(keys, xs, x_mask, features, keys_stride, D, BLOCK_D)
-    x, x_inverse = _own_rows(x_tile, NORMALIZE, DOT, PLANES)
-    if FIXED:  # as in `sweep_kernel`
-        log2_scales = (log2_scale * x_inverse)[:, None]
-        x_inverse = tl.full((BLOCK_X,), 1.0, tl.float32)
-    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
-    end = tl.minimum((split + 1) * part, Y)
-    for first in range(split * part, end, BLOCK_Y):
-        ys = first + tl.arange(0, BLOCK_Y)
-        y_mask = ys < end
-        y, y_inverse = _other_rows(
-            queries, inverses, ys, y_mask, features, queries_plane_stride, queries_stride,
-            D, NORMALIZE, PLANES, BLOCK_D,
-        )  # fmt: skip
-        # 0 beyond the last query, whose weights are then 0.
-        maximum, inverse_sum, negatives_probability = _load_state(
-            state + scale * Y,
-            grad_output + ys.to(tl.int64) * grad_output_stride,
-            tl.num_programs(2) * Y,
-            ys,
-            y_mask,
-        )
-        similarity = _products(x, y, tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PLANES, PRECISION)
-        if inverses is not None:
-            similarity *= x_inverse[:, None] * y_inverse[None, :]
-        if FIXED:
-            weights = tl.exp2(similarity * log2_scales - log2_scale)
-        else:
-            weights = tl.exp2((similarity - maximum[None, :]) * log2_scale)
-        inverse_sum *= y_inverse  # the factor of y in the weighted sum
-        negatives_probability *= y_inverse
-        weights *= inverse_sum[None, :]
-        if IN_BATCH:
-            edge = _overlap(first_key, first, BLOCK_X, BLOCK_Y) | (query_ids is not None)
-            if edge:
-                excluded = _excluded(xs, ys, key_ids, query_ids, x_mask, y_mask, IN_BATCH)
-                weights = tl.where(excluded, 0.0, weights)
-                positives = (xs[:, None] == ys[None, :]) & y_mask[None, :]
-                weights = tl.where(positives, -negatives_probability[None, :], weights)
-        elif query_ids is not None:
-            excluded = _excluded(xs, ys, key_ids, query_ids, x_mask, y_mask, IN_BATCH)
-            weights = tl.where(excluded, 0.0, weights)
-        total = _weighted_sum(weights, y, total, DOT, PLANES, PRECISION)
-
-    row = (split * tl.num_programs(2) + scale) * X + xs
-    pointers = workspace + row.to(tl.int64)[:, None] * D + features[None, :]
-    tl.store(pointers, total, mask=(xs < X)[:, None] & (features < D)[None, :])
-
-
-@triton.jit(do_not_specialize=SIZES)
-def project_kernel(
-    x, workspace, valid, temperature, dx, dtemperature,
-    x_scale_stride, x_stride, X, rows, splits, inverse_temperature, factor,
-    D: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Add the partial sums of rows [scales × X] and backpropagate through the normalisation: dx and dtemperature."""
-    row = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    row_mask = row < rows
-    load_mask = row_mask
-    if valid is not None:
-        load_mask = load_mask & (row % X < tl.load(valid))
-    features = tl.arange(0, BLOCK_D)
-    inverse_temperature = _inverse_temperature(temperature, inverse_temperature)
-    x_row = (row // X).to(tl.int64) * x_scale_stride + (row % X).to(tl.int64) * x_stride
-    x_tile = _load_rows(x, x_row, load_mask, features, 1, D, BLOCK_D).to(tl.float32)
-    element_offsets = row.to(tl.int64)[:, None] * D + features[None, :]
-    mask = row_mask[:, None] & (features < D)[None, :]
-    gradient = _sum_of_gradients(
-        workspace, None, None, row, row_mask, features, splits, rows, 1.0, D, BLOCK_SPLITS, BLOCK_X, BLOCK_D
-    )
-    gradient *= inverse_temperature * factor
-    inverse = _inverse_norms(x_tile, NORMALIZE)
-    if dtemperature is not None:
-        projection = tl.sum(gradient * x_tile, 1) * inverse
-        tl.store(dtemperature + row, -projection * inverse_temperature, mask=row_mask)
-    gradient = tl.where(load_mask[:, None], _through_norm(gradient, x_tile, inverse, NORMALIZE), 0.0)
-    tl.store(dx + element_offsets, gradient, mask=mask)
-
-
-@triton.jit
-def _tile_of_program(tiles_x, tiles_y, GROUP: tl.constexpr):
-    """Return the indices of this program's tile: GROUP rows of tiles together, which share operands in the cache."""
-    program = tl.program_id(0)
-    first = program // (GROUP * tiles_y) * GROUP
-    size = tl.minimum(tiles_x - first, GROUP)
-    return first + program % (GROUP * tiles_y) % size, program % (GROUP * tiles_y) // size
-
-
-@triton.jit
-def _tile_of_similarities(
-    q, keys, q_inverses, key_inverses, q_plane_stride, q_scale_stride, q_stride,
-    keys_plane_stride, keys_scale_stride, keys_stride, scale, B, K, queries, ys, q_mask, y_mask,
-    D: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    q += scale.to(tl.int64) * q_scale_stride
-    keys += scale.to(tl.int64) * keys_scale_stride
-    similarity = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        features = first + tl.arange(0, BLOCK_D)
-        x = _load_planes(q, queries, q_mask, features, q_plane_stride, q_stride, D, BLOCK_D, PLANES)
-        y = _load_planes(keys, ys, y_mask, features, keys_plane_stride, keys_stride, D, BLOCK_D, PLANES)
-        similarity = _products(x, y, similarity, PLANES, PRECISION)
-    if q_inverses is not None:
-        q_inverse = tl.load(q_inverses + scale * B + queries, mask=q_mask, other=0.0)
-        key_inverse = tl.load(key_inverses + scale * K + ys, mask=y_mask, other=0.0)
-        similarity *= q_inverse[:, None] * key_inverse[None, :]
-    return similarity
-
-
-@triton.jit
-def _softmax_sums(similarity, log2_scale, AXIS: tl.constexpr):
-    """Return the maxima of a tile along an axis, and the sums of the weights relative to them."""
-    maximum = tl.max(similarity, AXIS)
-    finite = tl.where(maximum == -float("inf"), 0.0, maximum)
-    weights = tl.exp2((similarity - tl.expand_dims(finite, AXIS)) * log2_scale)
-    return maximum, tl.sum(weights, AXIS)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def scores_kernel(
-    q, keys, q_inverses, key_inverses, query_ids, key_ids, valid, temperature, positive, workspace, mirror,
-    q_plane_stride, q_scale_stride, q_stride, keys_plane_stride, keys_scale_stride, keys_stride,
-    B, K, inverse_temperature,
-    D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of a tile of similarities over its rows and, with `mirror`, over its columns.
-
-    Grid: (tiles, scales). q, keys, inverses: as the negatives of `sweep_kernel`. positive: similarity of each query to
-    its key, [scales, B], if ranks are computed. Workspaces: as without GRADIENT in `_partials`; the splits are tiles.
-    """
-    scale = tl.program_id(1)
-    tiles_x, tiles_y = tl.cdiv(B, BLOCK_X), tl.cdiv(K, BLOCK_Y)
-    tile_x, tile_y = _tile_of_program(tiles_x, tiles_y, GROUP)
-    rows, columns = tl.num_programs(1) * B, tl.num_programs(1) * K
-    if tl.program_id(0) + scale == 0:
-        tl.store(_counter(workspace, tiles_y, rows), 0)
-    first_query, first_key = tile_x * BLOCK_X, tile_y * BLOCK_Y
-    queries, ys = first_query + tl.arange(0, BLOCK_X), first_key + tl.arange(0, BLOCK_Y)
-    end = K
-    if valid is not None:
-        end = tl.minimum(end, tl.load(valid).to(tl.int64)).to(tl.int32)
-    q_mask, y_mask = queries < B, ys < end
-    similarity = _tile_of_similarities(
-        q, keys, q_inverses, key_inverses, q_plane_stride, q_scale_stride, q_stride,
-        keys_plane_stride, keys_scale_stride, keys_stride, scale, B, K, queries, ys, q_mask, y_mask,
-        D, PLANES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D,
-    )  # fmt: skip
-    edge = (first_key + BLOCK_Y > end) | (first_query + BLOCK_X > B) | (query_ids is not None)
-    if IN_BATCH:
-        edge = edge | _overlap(first_query, first_key, BLOCK_X, BLOCK_Y)
-    if edge:
-        excluded = _excluded(queries, ys, query_ids, key_ids, q_mask, y_mask, IN_BATCH) | (~q_mask)[:, None]
-        similarity = tl.where(excluded & (similarity == similarity), -float("inf"), similarity)  # keep NaN
-    log2_scale = _inverse_temperature(temperature, inverse_temperature) * LOG2E
-    row = tile_y * rows + scale * B + queries
-    column = tile_x * columns + scale * K + ys
-    if FIXED:
-        weights = tl.exp2(similarity * log2_scale - log2_scale)
-        tl.store(workspace + row, tl.sum(weights, 1), mask=q_mask)
-        if mirror is not None:
-            tl.store(mirror + column, tl.sum(weights, 0), mask=y_mask)
-    else:
-        maximum, weight = _softmax_sums(similarity, log2_scale, 1)
-        tl.store(workspace + row, weight, mask=q_mask)
-        tl.store(workspace + tiles_y * rows + row, maximum, mask=q_mask)
-        if mirror is not None:
-            maximum, weight = _softmax_sums(similarity, log2_scale, 0)
-            tl.store(mirror + column, weight, mask=y_mask)
-            tl.store(mirror + tiles_x * columns + column, maximum, mask=y_mask)
-    if positive is not None:
-        similarity_of_key = tl.load(positive + scale * B + queries, mask=q_mask, other=0.0)
-        rank_count = tl.sum((similarity > similarity_of_key[:, None]).to(tl.float32), 1)
-        tl.store(workspace + 2 * tiles_y * rows + row, rank_count, mask=q_mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def chunk_kernel(
-    q, keys, q_inverses, key_inverses, query_ids, key_ids, valid, temperature, grad_output, state, mirror, weights_out,
-    q_plane_stride, q_scale_stride, q_stride, keys_plane_stride, keys_scale_stride, keys_stride,
-    grad_output_scale_stride, grad_output_stride, out_scale_stride, out_stride,
-    B, K, first, inverse_temperature,
-    D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of weights(q, key) for queries from `first`, as a matrix [scales, queries, K].
-
-    state, mirror: statistics of the queries and, if the loss is symmetric, of the keys. grad_output: gradient of the
-    queries' losses.
-    """
-    scale = tl.program_id(1)
-    tile_x, tile_y = _tile_of_program(tl.num_programs(0) // tl.cdiv(K, BLOCK_Y), tl.cdiv(K, BLOCK_Y), GROUP)
-    first_query, first_key = first + tile_x * BLOCK_X, tile_y * BLOCK_Y
-    queries, ys = first_query + tl.arange(0, BLOCK_X), first_key + tl.arange(0, BLOCK_Y)
-    end = K
-    if valid is not None:
-        end = tl.minimum(end, tl.load(valid).to(tl.int64)).to(tl.int32)
-    q_mask, y_mask = queries < B, ys < end
-    similarity = _tile_of_similarities(
-        q, keys, q_inverses, key_inverses, q_plane_stride, q_scale_stride, q_stride,
-        keys_plane_stride, keys_scale_stride, keys_stride, scale, B, K, queries, ys, q_mask, y_mask,
-        D, PLANES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D,
-    )  # fmt: skip
-    log2_scale = _inverse_temperature(temperature, inverse_temperature) * LOG2E
-    grad_output += scale.to(tl.int64) * grad_output_scale_stride
-    rows = tl.num_programs(1) * B
-    maximum, inverse_sum, negatives_probability = _load_state(
-        state + scale * B, grad_output + queries.to(tl.int64) * grad_output_stride, rows, queries, q_mask
-    )
-    if FIXED:
-        shares = tl.broadcast_to(inverse_sum[:, None], (BLOCK_X, BLOCK_Y))
-    else:
-        weights = tl.exp2((similarity - maximum[:, None]) * log2_scale) * inverse_sum[:, None]
-    positives = negatives_probability
-    if mirror is not None:  # then B = K
-        mirror_maximum, mirror_inverse_sum, _ = _load_state(
-            mirror + scale * K, grad_output + ys.to(tl.int64) * grad_output_stride, rows, ys, y_mask
-        )
-        _, _, own_probability = _load_state(
-            mirror + scale * B, grad_output + queries.to(tl.int64) * grad_output_stride, rows, queries, q_mask
-        )
-        positives += own_probability
-        if FIXED:
-            shares += mirror_inverse_sum[None, :]
-        else:
-            weights += tl.exp2((similarity - mirror_maximum[None, :]) * log2_scale) * mirror_inverse_sum[None, :]
-    if FIXED:
-        weights = tl.exp2(similarity * log2_scale - log2_scale) * shares
-    edge = (first_key + BLOCK_Y > end) | (query_ids is not None)
-    if IN_BATCH:
-        edge = edge | _overlap(first_query, first_key, BLOCK_X, BLOCK_Y)
-    if edge:
-        excluded = _excluded(queries, ys, query_ids, key_ids, q_mask, y_mask, IN_BATCH)
-        weights = tl.where(excluded, 0.0, weights)
-        if IN_BATCH:
-            weights = tl.where(queries[:, None] == ys[None, :], -positives[:, None], weights)
-    row = scale.to(tl.int64) * out_scale_stride + (queries - first).to(tl.int64) * out_stride
-    mask = q_mask[:, None] & (ys < K)[None, :]
-    tl.store(weights_out + row[:, None] + ys[None, :], weights.to(weights_out.dtype.element_ty), mask=mask)
-
-
-# Launches -------------------------------------------------------------------------------------------------------------
-
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
 # Largest D of a row that fits into registers.
 MAX_ROW = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
@@ -832,6 +49,9 @@ CHUNK_WEIGHTS = 2**26  # number of weights that are stored at a time
 # float16 weights are scaled, so that their largest possible value is just below the largest float16.
 FLOAT16_SCALE = 2.0**14
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+# Choices --------------------------------------------------------------------------------------------------------------
 
 
 class Tiles(NamedTuple):
@@ -869,47 +89,30 @@ class Products(NamedTuple):
     precision: str
 
 
-def products(x: Tensor, y: Tensor, fits: bool) -> Products:
-    """Return how to multiply x and y. Short float32 rows are cheap to normalise and to split in each program."""
-    dtype = x.dtype if x.dtype == y.dtype else torch.float32
+def products(x: torch.dtype, y: torch.dtype, dim: int, fits: bool) -> Products:
+    """Return how to multiply rows. Short float32 rows are cheap to normalise and to split in each program."""
+    dtype = x if x == y else torch.float32
     if dtype != torch.float32:
         return Products(dtype, dtype, 1, "ieee")
-    if fits and x.shape[-1] <= 32:
+    if fits and dim <= 32:
         return Products(dtype, dtype, 1, "tf32x3")
     return Products(dtype, torch.bfloat16, 3, "ieee")
 
 
-class Rows(NamedTuple):
-    """Rows as the kernels multiply them.
-
-    Attributes:
-        rows: [S, X, D], or planes of the normalised rows, [planes, S, X, width].
-        inverses: inverse norms [S, X] by which products remain to be multiplied.
-    """
-
-    rows: Tensor
-    inverses: Tensor | None
-
-    def strides(self) -> tuple[int, int, int]:
-        """Return the plane, scale and row strides."""
-        *plane, scale, row, _ = self.rows.stride()
-        return (plane[0] if plane else 0), scale, row
-
-
-def sweep_tiles(dim: int, dtype: torch.dtype, capability: int) -> Tiles:
+def sweep_tiles(dim: int, dtype: torch.dtype, capability: int, in_batch: bool) -> Tiles:
     """Return tile sizes of `sweep_kernel` and `weights_kernel`."""
-    features = max(16, triton.next_power_of_2(dim))
+    features = max(16, _power_of_2(dim))
     if dtype == torch.float32:
         if features <= 32:
             return Tiles(64, 64, features, 4, 2, 2)
         return Tiles(128, 64, features, 8, 2) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
     if dtype == torch.float16:
         return Tiles(64, 32, features, 4, 2, 2) if features <= 128 else Tiles(128, 32, features, 8, 2)
-    if features <= 64:
-        return Tiles(64, 64, features, 4, 3, 2)
-    if features == 128:
-        return Tiles(64, 128, features, 4, 2, 2) if capability == 90 else Tiles(64, 64, features, 4, 3, 2)
-    return Tiles(128, 64, features, 8, 2) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
+    if features == 256:
+        return Tiles(128, 64, features, 8, 2) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
+    if features == 128 and capability == 90 and not in_batch:
+        return Tiles(64, 128, features, 4, 2, 2)
+    return Tiles(64, 64, features, 4, 3, 2)
 
 
 def scores_tiles(planes: int, capability: int) -> Tiles:
@@ -933,10 +136,20 @@ class Blocks(NamedTuple):
 
 def blocks(dim: int, splits: int) -> Blocks:
     """Return block sizes for D = dim and the number of splits: 4096 elements at a time."""
-    features = triton.next_power_of_2(dim)
+    features = _power_of_2(dim)
     padded_splits = next(count for count in (1, 4, 16, MAX_SPLITS) if count >= min(splits, MAX_SPLITS))
     block_splits = min(padded_splits, max(1, 4096 // features))
     return Blocks(max(1, min(16, 4096 // (features * block_splits))), features, block_splits)
+
+
+# Plain integers: triton.cdiv and triton.next_power_of_2 take microseconds on the host.
+def _cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def _power_of_2(x: int) -> int:
+    """Return the smallest power of 2 that is at least x."""
+    return 1 << (x - 1).bit_length()
 
 
 @cache
@@ -953,11 +166,40 @@ def _capability(device: torch.device) -> int:
 
 def _splits(own: int, other: int, scales: int, size: Tiles, device: torch.device) -> tuple[int, int]:
     """Return the number of splits of the other rows that gives every multiprocessor work, and the rows per split."""
-    programs = triton.cdiv(own, size.own) * scales
-    steps = triton.cdiv(other, size.other)
+    programs = _cdiv(own, size.own) * scales
+    steps = _cdiv(other, size.other)
     splits = max(1, min(MAX_SPLITS, steps, size.resident * _multiprocessors(device) // programs))
-    part = triton.cdiv(steps, splits) * size.other
-    return max(1, triton.cdiv(other, part)) if part else 1, part
+    part = _cdiv(steps, splits) * size.other
+    return max(1, _cdiv(other, part)) if part else 1, part
+
+
+# Launches -------------------------------------------------------------------------------------------------------------
+
+
+class Launch:
+    """A kernel with its grid, integer arguments, constants and options.
+
+    The first call compiles. Later calls skip Triton's inspection of the arguments, which takes ten times as long as the
+    rest: their tensors must have the dtypes, the alignment and the device of the first call.
+
+    Args:
+        kernel: its parameters are tensors, integers, floats and constants, in this order.
+        integers: strides and sizes.
+        options: all constants, in the order of the parameters, and options of the launch.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], integers: tuple[int, ...], **options: Any) -> None:
+        self.kernel, self.grid, self.integers, self.options = kernel, grid, integers, options
+        self.constants = tuple(value for name, value in options.items() if name.isupper() or name == "D")
+        self.compiled: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+        if self.compiled is not None:
+            self.compiled(*tensors, *self.integers, *floats, *self.constants)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.integers, *floats, **self.options, **LAUNCH)
+        if compiled is not None:  # the interpreter returns None
+            self.compiled = compiled[self.grid]
 
 
 def _rows_by_features(x: Tensor) -> Tensor:
@@ -970,15 +212,11 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _fixed_maximum(inputs: Inputs, settings: Settings) -> bool:
-    return settings.normalize and inputs.temperature is None and 2 / settings.tau < FIXED_MAXIMUM_BELOW
-
-
 def _kernel_inputs(inputs: Inputs) -> Inputs:
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
     queue = None if queue is None else _rows_by_features(queue)
-    ids = _contiguous(query_ids), _contiguous(negative_ids)
-    return Inputs(_rows_by_features(q), temperature, _rows_by_features(k), queue, valid, *ids)
+    query_ids, negative_ids = _contiguous(query_ids), _contiguous(negative_ids)
+    return Inputs(_rows_by_features(q), temperature, _rows_by_features(k), queue, valid, query_ids, negative_ids)
 
 
 def _keys(inputs: Inputs) -> Tensor:
@@ -986,84 +224,195 @@ def _keys(inputs: Inputs) -> Tensor:
 
 
 def _fits(inputs: Inputs, settings: Settings) -> bool:
-    """Whether the kernels that own whole rows are used."""
+    """Whether rows fit into registers, so that no similarities are stored."""
     q, keys = inputs.q, _keys(inputs)
     dtype = q.dtype if q.dtype == keys.dtype else torch.float32
     return not settings.symmetric and q.shape[-1] <= MAX_ROW[dtype]
+
+
+def _fixed_maximum(inputs: Inputs, settings: Settings) -> bool:
+    return settings.normalize and inputs.temperature is None and 2 / settings.tau < FIXED_MAXIMUM_BELOW
 
 
 def forward(
     inputs: Inputs, settings: Settings, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `dcvae_kernels.info_nce_autograd.forward`."""
-    with_dq, with_dk, with_dtemperature, with_state, with_rank = output_mask
-    shape = inputs.q.shape[:-1]
+    plan = plan_rows(inputs, settings, output_mask)
+    if plan is not None:
+        return forward_rows(plan, inputs, settings.tau)
+    return _forward_tiles(inputs, settings, output_mask)
+
+
+# If rows fit into registers -------------------------------------------------------------------------------------------
+
+
+class RowsPlan(NamedTuple):
+    """Outputs and launches of the forward pass.
+
+    A plan can be used again for inputs with the same shapes, strides, dtypes, alignment and device.
+
+    Attributes:
+        convert: whether inputs must be copied or viewed as [S, rows, D] with unit stride along D.
+        loss: shape of the loss.
+        with_rank, …: whether these outputs are computed.
+        planes: shape of the planes of the negatives; None if they are not split.
+        inverses: shape of the inverse norms of the negatives; None if they are not needed.
+        workspace: number of elements of the workspace.
+        factor: weight of one query's loss in the reduced loss.
+    """
+
+    convert: bool
+    loss: tuple[int, ...]
+    with_dq: bool
+    with_dk: bool
+    with_dtemperature: bool
+    with_state: bool
+    with_rank: bool
+    planes: tuple[int, ...] | None
+    inverses: tuple[int, ...] | None
+    workspace: int
+    factor: float
+    prepare: Launch
+    sweep: Launch
+    combine: Launch
+
+
+def plan_rows(inputs: Inputs, settings: Settings, output_mask: Sequence[bool]) -> RowsPlan | None:
+    """Return the plan of the forward pass, or None if rows do not fit into registers."""
+    if not _fits(inputs, settings):
+        return None
+    shape, given = inputs.q.shape[:-1], inputs
+    with_dq, _, with_dtemperature, _, with_rank = output_mask
     inputs = _kernel_inputs(inputs)
-    q, k = inputs.q, inputs.k
-    rows, dim = q.shape[0] * q.shape[1], q.shape[2]
-    reduce = settings.reduction != "none"
-    fits, fixed, with_gradient = _fits(inputs, settings), _fixed_maximum(inputs, settings), with_dq or with_dtemperature
+    q, k, queue = inputs.q, inputs.k, inputs.queue
+    gradient, reduce = with_dq or with_dtemperature, settings.reduction != "none"
+    normalize, fixed = settings.normalize, _fixed_maximum(inputs, settings)
+    negatives = _keys(inputs)
+    scales, batch, dim = q.shape
+    count, rows = negatives.shape[1], scales * batch
+    product = products(q.dtype, negatives.dtype, dim, fits=True)
+    size = sweep_tiles(dim, product.dtype, _capability(q.device), in_batch=queue is None)
+    splits, part = _splits(batch, count, scales, size, q.device)
+    planes = inverses = None
+    strides = (0, *negatives.stride()[:2])
+    if product.planes == 3:
+        planes = (3, scales, count, size.features)
+        strides = (scales * count * size.features, count * size.features, size.features)
+    elif product.dtype != torch.float32:
+        inverses = (scales, count)
+    sweep = Launch(
+        sweep_kernel, (_cdiv(batch, size.own), splits, scales),
+        (*q.stride()[:2], *k.stride()[:2], *strides, batch, count, part),
+        D=dim, NORMALIZE=normalize, IN_BATCH=queue is None, FIXED=fixed, GRADIENT=gradient, RANK=with_rank,
+        DOT=TRITON_DTYPES[product.dot], PLANES=product.planes, PRECISION=product.precision,
+        BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    return RowsPlan(
+        any(x is not y for x, y in zip(inputs, given, strict=True)),
+        () if reduce else tuple(shape),
+        *output_mask,
+        planes,
+        inverses,
+        (3 + dim * gradient) * splits * rows + rows + 1,
+        loss_weight(settings.reduction, rows),
+        _prepare_launch(negatives.shape, negatives.stride(), normalize, product.dot, planes),
+        sweep,
+        _combine_launch(q, k, splits, 0, normalize, fixed, gradient, reduce),
+    )
 
-    def allocate(requested: bool, *size: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return q.new_empty(size, dtype=dtype) if requested else None
 
-    loss = q.new_empty(() if reduce else shape, dtype=torch.float32)
-    rank = allocate(with_rank, *shape, dtype=torch.int64)
-    dq = allocate(with_dq, *shape, dim)
-    dk = allocate(with_dk, *shape, dim)
-    dtemperature = allocate(with_dtemperature, *shape)
-    state = allocate(with_state or (with_gradient and not fits), 2 if settings.symmetric else 1, 3, rows)
+def forward_rows(
+    plan: RowsPlan, inputs: Inputs, tau: float
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return loss, rank, dq, dk, dτ and state as `forward`."""
+    q = inputs.q
+    shape = q.shape
+    loss = q.new_empty(plan.loss, dtype=torch.float32)
+    rank = q.new_empty(shape[:-1], dtype=torch.int64) if plan.with_rank else None
+    dq = q.new_empty(shape, dtype=torch.float32) if plan.with_dq else None
+    dk = q.new_empty(shape, dtype=torch.float32) if plan.with_dk else None
+    dtemperature = q.new_empty(shape[:-1], dtype=torch.float32) if plan.with_dtemperature else None
+    state = q.new_empty((1, 3, q.numel() // shape[-1]), dtype=torch.float32) if plan.with_state else None
+    workspace = q.new_empty(plan.workspace, dtype=torch.float32)
+    if plan.convert:
+        inputs = _kernel_inputs(inputs)
+    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
+    negatives, inverses = k if queue is None else queue, None
     with on_device(q.device):
-        if fits:
-            workspace, splits = _sweep(inputs, settings, fixed, with_gradient, with_rank)
-            mirror, mirror_splits = None, 0
-        else:
-            pair = _pair(inputs, settings)
-            workspace, splits, mirror, mirror_splits = _scores(inputs, settings, pair, fixed, with_rank)
-        size = blocks(dim, max(splits, mirror_splits))
-        combine_kernel[(triton.cdiv(rows, size.rows),)](
-            q, k, workspace, mirror, inputs.temperature, loss, rank,
-            dq if fits else None, dk, dtemperature if fits else None, state,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-            q.shape[1], rows, splits, mirror_splits, 1 / settings.tau, loss_weight(settings.reduction, rows),
-            D=dim, NORMALIZE=settings.normalize, FIXED=fixed, GRADIENT=with_gradient and fits, REDUCE=reduce,
-            BLOCK_X=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=1024,
-            num_warps=4, **LAUNCH,
+        if plan.planes is not None:
+            planes = q.new_empty(plan.planes, dtype=torch.bfloat16)
+            plan.prepare(negatives, planes, None, valid)
+            negatives = planes
+        elif plan.inverses is not None:
+            inverses = q.new_empty(plan.inverses, dtype=torch.float32)
+            plan.prepare(negatives, None, inverses, valid)
+        plan.sweep(
+            q, k, negatives, inverses, query_ids, negative_ids, valid, temperature, workspace, floats=(1 / tau,)
         )  # fmt: skip
-        if with_gradient and not fits:
-            total, _ = _sums_of_products(inputs, settings, pair, q.new_ones(()), state, True, False)
-            if inputs.queue is not None:  # in a batch, the weights include those of the positives
-                total -= state[0, 2].view(*q.shape[:2], 1) * _directions_of(k, None, settings, torch.float32)
-            _project(q, total, None, inputs.temperature, settings, 1, rows, dq, dtemperature)
+        plan.combine(
+            q, k, workspace, None, temperature, loss, rank, dq, dk, dtemperature, state, floats=(1 / tau, plan.factor)
+        )  # fmt: skip
     return loss, rank, dq, dk, dtemperature, state
 
 
+def _combine_launch(
+    q: Tensor, k: Tensor, splits: int, mirror_splits: int, normalize: bool, fixed: bool, gradient: bool, reduce: bool
+) -> Launch:
+    scales, batch, dim = q.shape
+    size = blocks(dim, max(splits, mirror_splits))
+    return Launch(
+        combine_kernel, (_cdiv(scales * batch, size.rows), 1, 1),
+        (*q.stride()[:2], *k.stride()[:2], batch, scales * batch, splits, mirror_splits),
+        D=dim, NORMALIZE=normalize, FIXED=fixed, GRADIENT=gradient, REDUCE=reduce,
+        BLOCK_X=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=1024, num_warps=4,
+    )  # fmt: skip
+
+
+def _prepare_launch(
+    shape: tuple[int, ...], strides: tuple[int, ...], normalize: bool, dot: torch.dtype, planes: tuple[int, ...] | None
+) -> Launch:
+    """Return the launch of `prepare_kernel` for rows of this shape; `planes`: shape of the planes, if requested."""
+    scales, own, dim = shape
+    width = dim if planes is None else planes[-1]
+    block = max(1, 4096 // _power_of_2(width))
+    return Launch(
+        prepare_kernel, (max(1, _cdiv(scales * own, block)), 1, 1),
+        (*strides[:2], scales * own * width, own, scales * own),
+        D=dim, NORMALIZE=normalize, DOT=TRITON_DTYPES[dot], PLANES=1 if planes is None else planes[0], WIDTH=width,
+        BLOCK_X=block, BLOCK_D=_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Rows as the kernels multiply them.
+
+    Attributes:
+        rows: [S, X, D], or planes of the normalised rows, [planes, S, X, width].
+        inverses: inverse norms [S, X] by which products remain to be multiplied.
+    """
+
+    rows: Tensor
+    inverses: Tensor | None
+
+    def strides(self) -> tuple[int, int, int]:
+        """Return the plane, scale and row strides."""
+        *plane, scale, row, _ = self.rows.stride()
+        return (plane[0] if plane else 0), scale, row
+
+
 def _prepare(
-    x: Tensor,
-    valid: Tensor | None,
-    settings: Settings,
-    dot: torch.dtype,
-    planes: Tensor | None,
-    inverses: Tensor | None,
+    x: Tensor, valid: Tensor | None, settings: Settings, planes: Tensor | None, inverses: Tensor | None
 ) -> None:
     """Launch `prepare_kernel`."""
-    scales, own, dim = x.shape
-    width = dim if planes is None else planes.shape[-1]
-    features = triton.next_power_of_2(width)
-    block = max(1, 4096 // features)
-    if scales * own:
-        prepare_kernel[(triton.cdiv(scales * own, block),)](
-            x, planes, inverses, valid,
-            x.stride(0), x.stride(1), 0 if planes is None else planes.stride(0), own, scales * own,
-            D=dim, NORMALIZE=settings.normalize, DOT=TRITON_DTYPES[dot], PLANES=1 if planes is None else len(planes),
-            WIDTH=width, BLOCK_X=block, BLOCK_D=features, num_warps=8, **LAUNCH,
-        )  # fmt: skip
+    dot, shape = (torch.bfloat16, None) if planes is None else (planes.dtype, tuple(planes.shape))
+    _prepare_launch(x.shape, x.stride(), settings.normalize, dot, shape)(x, planes, inverses, valid)
 
 
 def _directions_of(x: Tensor, valid: Tensor | None, settings: Settings, dtype: torch.dtype) -> Tensor:
     """Return the normalised rows of x, [S, X, D]."""
     directions = x.new_empty((1, *x.shape), dtype=dtype)
-    _prepare(x, valid, settings, dtype, directions, None)
+    _prepare(x, valid, settings, directions, None)
     return directions[0]
 
 
@@ -1071,62 +420,71 @@ def _prepared(x: Tensor, valid: Tensor | None, settings: Settings, product: Prod
     """Return the rows of x and what the kernels need to multiply them; `width`: row length of planes."""
     if product.planes == 3:
         planes = x.new_empty((3, *x.shape[:2], width), dtype=product.dot)
-        _prepare(x, valid, settings, product.dot, planes, None)
+        _prepare(x, valid, settings, planes, None)
         return Rows(planes, None)
     if product.dtype == torch.float32:
         return Rows(x, None)
     inverses = x.new_empty(x.shape[:2], dtype=torch.float32)
-    _prepare(x, valid, settings, product.dot, None, inverses)
+    _prepare(x, valid, settings, None, inverses)
     return Rows(x, inverses)
 
 
-def _sweep(
-    inputs: Inputs, settings: Settings, fixed: bool, with_gradient: bool, with_rank: bool
-) -> tuple[Tensor, int]:
-    """Launch `sweep_kernel` and return its workspace and the number of splits."""
-    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
-    negatives = _keys(inputs)
-    scales, batch, dim = q.shape
-    count, rows = negatives.shape[1], scales * batch
-    product = products(q, negatives, fits=True)
-    size = sweep_tiles(dim, product.dtype, _capability(q.device))
-    splits, part = _splits(batch, count, scales, size, q.device)
-    workspace = q.new_empty((3 + dim * with_gradient) * splits * rows + rows + 1, dtype=torch.float32)
-    other = _prepared(negatives, valid, settings, product, size.features)
-    sweep_kernel[(triton.cdiv(batch, size.own), splits, scales)](
-        q, k, *other, query_ids, negative_ids, valid, temperature, workspace,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), *other.strides(),
-        batch, count, part, 1 / settings.tau,
-        D=dim, NORMALIZE=settings.normalize, IN_BATCH=queue is None, FIXED=fixed, GRADIENT=with_gradient,
-        RANK=with_rank, DOT=TRITON_DTYPES[product.dot], PLANES=product.planes,
-        PRECISION=product.precision, BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
-        num_warps=size.warps, num_stages=size.stages, **LAUNCH,
-    )  # fmt: skip
-    return workspace, splits
+# Otherwise ------------------------------------------------------------------------------------------------------------
 
 
 def _pair(inputs: Inputs, settings: Settings) -> tuple[Rows, Rows]:
     """Return the queries and the negatives, for `scores_kernel` and `chunk_kernel`."""
     keys = _keys(inputs)
-    product = products(inputs.q, keys, fits=False)
-    width = triton.cdiv(keys.shape[2], 64) * 64
+    product = products(inputs.q.dtype, keys.dtype, keys.shape[2], fits=False)
+    width = _cdiv(keys.shape[2], 64) * 64
     return (
         _prepared(inputs.q, None, settings, product, width),
         _prepared(keys, inputs.valid, settings, product, width),
     )
 
 
+def _forward_tiles(
+    inputs: Inputs, settings: Settings, output_mask: list[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return loss, rank, dq, dk, dτ and state as `forward`."""
+    with_dq, with_dk, with_dtemperature, with_state, with_rank = output_mask
+    with_gradient, reduce = with_dq or with_dtemperature, settings.reduction != "none"
+    shape = inputs.q.shape[:-1]
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return inputs.q.new_empty(size, dtype=dtype)
+
+    loss = empty() if reduce else empty(*shape)
+    rank = empty(*shape, dtype=torch.int64) if with_rank else None
+    dq = empty(*inputs.q.shape) if with_dq else None
+    dk = empty(*inputs.q.shape) if with_dk else None
+    dtemperature = empty(*shape) if with_dtemperature else None
+    state = empty(2 if settings.symmetric else 1, 3, shape.numel()) if with_state or with_gradient else None
+    inputs = _kernel_inputs(inputs)
+    q, k = inputs.q, inputs.k
+    fixed, factor = _fixed_maximum(inputs, settings), loss_weight(settings.reduction, shape.numel())
+    with on_device(q.device):
+        pair = _pair(inputs, settings)
+        sums, splits, mirror, mirror_splits = _scores(inputs, settings, pair, with_rank)
+        _combine_launch(q, k, splits, mirror_splits, settings.normalize, fixed, False, reduce)(
+            q, k, sums, mirror, inputs.temperature, loss, rank, None, dk, None, state, floats=(1 / settings.tau, factor)
+        )
+        if with_gradient:
+            _query_gradients(inputs, settings, pair, state, dq, dtemperature)
+    return loss, rank, dq, dk, dtemperature, state
+
+
 def _scores(
-    inputs: Inputs, settings: Settings, pair: tuple[Rows, Rows], fixed: bool, with_rank: bool
+    inputs: Inputs, settings: Settings, pair: tuple[Rows, Rows], with_rank: bool
 ) -> tuple[Tensor, int, Tensor | None, int]:
     """Launch `scores_kernel` and return its workspaces and the numbers of splits."""
-    q, k, negatives = inputs.q, inputs.k, _keys(inputs)
+    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
     queries, keys = pair
-    scales, batch, _ = q.shape
-    columns = negatives.shape[1]
-    product = products(q, negatives, fits=False)
+    scales, batch, dim = q.shape
+    columns = _keys(inputs).shape[1]
+    product = products(q.dtype, _keys(inputs).dtype, dim, fits=False)
     size = scores_tiles(product.planes, _capability(q.device))
-    tiles_x, tiles_y = triton.cdiv(batch, size.own), max(1, triton.cdiv(columns, size.other))
+    tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
 
     def workspace(splits: int, rows: int) -> Tensor:
         return q.new_empty(3 * splits * rows + rows + 1, dtype=torch.float32)
@@ -1138,15 +496,29 @@ def _scores(
         directions = (_directions_of(x, None, settings, torch.float32) for x in (q, k))
         positive = math.prod(directions).sum(-1)
     scores_kernel[(tiles_x * tiles_y, scales)](
-        queries.rows, keys.rows, queries.inverses, keys.inverses, inputs.query_ids, inputs.negative_ids, inputs.valid,
-        inputs.temperature, positive, sums, mirror,
-        *queries.strides(), *keys.strides(), batch, columns, 1 / settings.tau,
-        D=keys.rows.shape[-1], IN_BATCH=inputs.queue is None, FIXED=fixed, PLANES=product.planes,
-        PRECISION=product.precision,
-        BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
+        queries.rows, keys.rows, queries.inverses, keys.inverses, query_ids, negative_ids, valid, temperature, positive,
+        sums, mirror, *queries.strides(), *keys.strides(), batch, columns, 1 / settings.tau,
+        D=keys.rows.shape[-1], IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings), PLANES=product.planes,
+        PRECISION=product.precision, BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
         num_warps=size.warps, num_stages=size.stages, **LAUNCH,
     )  # fmt: skip
     return sums, tiles_y, mirror, tiles_x if settings.symmetric else 0
+
+
+def _query_gradients(
+    inputs: Inputs,
+    settings: Settings,
+    pair: tuple[Rows, Rows],
+    state: Tensor,
+    dq: Tensor | None,
+    dtemperature: Tensor | None,
+) -> None:
+    """Compute the gradients of the queries and of τ in the forward pass."""
+    q, k = inputs.q, inputs.k
+    total, _ = _sums_of_products(inputs, settings, pair, q.new_ones(()), state, True, False)
+    if inputs.queue is not None:  # in a batch, the weights include those of the positives
+        total -= state[0, 2].view(*q.shape[:2], 1) * _directions_of(k, None, settings, torch.float32)
+    _project(q, total, None, inputs.temperature, settings, 1, state.shape[-1], dq, dtemperature)
 
 
 def _sums_of_products(
@@ -1163,7 +535,7 @@ def _sums_of_products(
     queries, keys = pair
     scales, batch, _ = q.shape
     columns = negatives.shape[1]
-    product = products(q, negatives, fits=False)
+    product = products(q.dtype, negatives.dtype, q.shape[-1], fits=False)
     size = scores_tiles(product.planes, _capability(q.device))
     chunk = max(1, CHUNK_WEIGHTS // max(1, scales * columns * size.own)) * size.own
     dtype = product.dtype
@@ -1178,7 +550,7 @@ def _sums_of_products(
     dq, dkeys = [], None
     for first in range(0, batch, chunk):
         weights = buffer[:, : min(chunk, batch - first)]
-        grid = (triton.cdiv(weights.shape[1], size.own) * triton.cdiv(columns, size.other), scales)
+        grid = (_cdiv(weights.shape[1], size.own) * _cdiv(columns, size.other), scales)
         if columns:
             chunk_kernel[grid](
                 queries.rows, keys.rows, queries.inverses, keys.inverses, inputs.query_ids, inputs.negative_ids,
@@ -1217,14 +589,14 @@ def _project(
     settings: Settings,
     splits: int,
     queries: int,
-    dx: Tensor,
+    dx: Tensor | None,
     dtemperature: Tensor | None,
 ) -> None:
     """Launch `project_kernel`."""
     scales, own, dim = x.shape
     block = blocks(dim, splits)
     factor = loss_weight(settings.reduction, queries) / (2 if settings.symmetric else 1)
-    project_kernel[(triton.cdiv(scales * own, block.rows),)](
+    project_kernel[(_cdiv(scales * own, block.rows),)](
         x, workspace, valid, temperature, dx, dtemperature,
         x.stride(0), x.stride(1), own, scales * own, splits, 1 / settings.tau, factor,
         D=dim, NORMALIZE=settings.normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
@@ -1257,7 +629,7 @@ def backward_sweep(
             total_q, total_keys = _sums_of_products(inputs, settings, pair, grad_output, state, *wrt)
             splits = 1
         if total_q is not None:
-            dq = q.new_empty(q_shape)
+            dq = q.new_empty(q_shape) if wrt_q else None
             dtemperature = q.new_empty(queries, dtype=torch.float32) if with_dtemperature else None
             _project(q, total_q, None, temperature, settings, 1, queries, dq, dtemperature)
         if wrt_keys:
@@ -1272,13 +644,13 @@ def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Ten
     keys = _keys(inputs)
     scales, own, dim = keys.shape
     other, rows = q.shape[1], scales * own
-    product = products(q, keys, fits=True)
-    size = sweep_tiles(dim, product.dtype, _capability(q.device))
+    product = products(q.dtype, keys.dtype, dim, fits=True)
+    size = sweep_tiles(dim, product.dtype, _capability(q.device), in_batch=queue is None)
     splits, part = _splits(own, other, scales, size, q.device)
     workspace = q.new_empty(splits * rows * dim, dtype=torch.float32)
     grad_output = grad_output.expand(scales, other)
     queries = _prepared(q, None, settings, product, size.features)
-    weights_kernel[(triton.cdiv(own, size.own), splits, scales)](
+    weights_kernel[(_cdiv(own, size.own), splits, scales)](
         keys, *queries, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
         keys.stride(0), keys.stride(1), *queries.strides(), grad_output.stride(0), grad_output.stride(1),
         own, other, part, 1 / settings.tau,
