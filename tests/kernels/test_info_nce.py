@@ -509,11 +509,11 @@ def test_compiles_to_one_graph(on: Implementation, form: str):
     q, k, queue = leaves(on.randn(2, 5, 8), on.randn(2, 5, 8, seed=1), on.randn(2, 9, 8, seed=2))
     temperature, valid = torch.tensor(0.1, requires_grad=True), torch.tensor(7)
     inputs = (q, k, queue, temperature) if form == "everything" else (q, k, temperature)
+    ids = torch.arange(5), torch.arange(9)  # not in the compiled function, where they would be on the CPU
 
     def loss() -> tuple[Tensor, InfoNCEStats]:
         if form == "symmetric":
             return on.info_nce(q, k, temperature=temperature, symmetric=True, return_stats=True)
-        ids = torch.arange(5), torch.arange(9)
         options: dict[str, Any] = {"query_ids": ids[0], "negative_ids": ids[1], "valid": valid}
         return on.info_nce(q, k, queue, temperature=temperature, return_stats=True, **options)
 

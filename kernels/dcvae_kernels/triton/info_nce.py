@@ -43,6 +43,7 @@ from dcvae_kernels.triton.info_nce_kernels import (
 # Set explicitly, because the kernels were tested with it: a·b + c can be fused into one instruction.
 LAUNCH = {"enable_fp_fusion": True}
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
+MAX_UNPREPARED = 32  # largest D of float32 rows that each program normalises and splits by itself
 # Largest D of a row that fits into registers.
 MAX_ROW = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 CHUNK_WEIGHTS = 2**26  # number of weights that are stored at a time
@@ -73,30 +74,21 @@ class Tiles(NamedTuple):
     resident: int = 1
 
 
-class Products(NamedTuple):
-    """How rows are multiplied.
-
-    Attributes:
-        dtype: dtype of both operands, float32 if they differ.
-        dot: dtype in which they are multiplied; bfloat16 for planes of float32.
-        planes: number of planes.
-        precision: input_precision of tl.dot.
-    """
-
-    dtype: torch.dtype
-    dot: torch.dtype
-    planes: int
-    precision: str
+def operand_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """Return the common dtype of rows that are multiplied."""
+    return x.dtype if x.dtype == y.dtype else torch.float32
 
 
-def products(x: torch.dtype, y: torch.dtype, dim: int, fits: bool) -> Products:
-    """Return how to multiply rows. Short float32 rows are cheap to normalise and to split in each program."""
-    dtype = x if x == y else torch.float32
-    if dtype != torch.float32:
-        return Products(dtype, dtype, 1, "ieee")
-    if fits and dim <= 32:
-        return Products(dtype, dtype, 1, "tf32x3")
-    return Products(dtype, torch.bfloat16, 3, "ieee")
+def _unprepared(x: Tensor) -> bool:
+    """Whether each program normalises and splits rows, instead of `prepare_kernel`."""
+    return x.dtype == torch.float32 and x.shape[-1] <= MAX_UNPREPARED
+
+
+def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """Return constants of kernels that multiply rows: float32 rows are sums of three bfloat16 planes."""
+    if dtype == torch.float32:
+        return {"DOT": tl.bfloat16, "PLANES": 3}
+    return {"DOT": TRITON_DTYPES[dtype], "PLANES": 1}
 
 
 def sweep_tiles(dim: int, dtype: torch.dtype, capability: int, in_batch: bool) -> Tiles:
@@ -115,9 +107,9 @@ def sweep_tiles(dim: int, dtype: torch.dtype, capability: int, in_batch: bool) -
     return Tiles(64, 64, features, 4, 3, 2)
 
 
-def scores_tiles(planes: int, capability: int) -> Tiles:
+def scores_tiles(dtype: torch.dtype, capability: int) -> Tiles:
     """Return tile sizes of `scores_kernel` and `chunk_kernel`."""
-    if planes == 3:
+    if dtype == torch.float32:
         return Tiles(128, 64, 32, 4, 2)
     return Tiles(128, 256, 64, 8, 3) if capability == 90 else Tiles(128, 128, 64, 8, 3)
 
@@ -291,22 +283,22 @@ def plan_rows(inputs: Inputs, settings: Settings, output_mask: Sequence[bool]) -
     negatives = _keys(inputs)
     scales, batch, dim = q.shape
     count, rows = negatives.shape[1], scales * batch
-    product = products(q.dtype, negatives.dtype, dim, fits=True)
-    size = sweep_tiles(dim, product.dtype, _capability(q.device), in_batch=queue is None)
+    dtype = operand_dtype(q, negatives)
+    size = sweep_tiles(dim, dtype, _capability(q.device), in_batch=queue is None)
     splits, part = _splits(batch, count, scales, size, q.device)
     planes = inverses = None
     strides = (0, *negatives.stride()[:2])
-    if product.planes == 3:
+    if dtype != torch.float32:
+        inverses = (scales, count)
+    elif not _unprepared(negatives):
         planes = (3, scales, count, size.features)
         strides = (scales * count * size.features, count * size.features, size.features)
-    elif product.dtype != torch.float32:
-        inverses = (scales, count)
     sweep = Launch(
         sweep_kernel, (_cdiv(batch, size.own), splits, scales),
         (*q.stride()[:2], *k.stride()[:2], *strides, batch, count, part),
         D=dim, NORMALIZE=normalize, IN_BATCH=queue is None, FIXED=fixed, GRADIENT=gradient, RANK=with_rank,
-        DOT=TRITON_DTYPES[product.dot], PLANES=product.planes, PRECISION=product.precision,
-        BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, num_warps=size.warps, num_stages=size.stages,
+        **dot_constants(dtype), BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
+        num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     return RowsPlan(
         any(x is not y for x, y in zip(inputs, given, strict=True)),
@@ -316,7 +308,7 @@ def plan_rows(inputs: Inputs, settings: Settings, output_mask: Sequence[bool]) -
         inverses,
         (3 + dim * gradient) * splits * rows + rows + 1,
         loss_weight(settings.reduction, rows),
-        _prepare_launch(negatives.shape, negatives.stride(), normalize, product.dot, planes),
+        _prepare_launch(negatives.shape, negatives.stride(), normalize, torch.bfloat16, planes),
         sweep,
         _combine_launch(q, k, splits, 0, normalize, fixed, gradient, reduce),
     )
@@ -416,14 +408,12 @@ def _directions_of(x: Tensor, valid: Tensor | None, settings: Settings, dtype: t
     return directions[0]
 
 
-def _prepared(x: Tensor, valid: Tensor | None, settings: Settings, product: Products, width: int) -> Rows:
+def _prepared(x: Tensor, valid: Tensor | None, settings: Settings, dtype: torch.dtype, width: int) -> Rows:
     """Return the rows of x and what the kernels need to multiply them; `width`: row length of planes."""
-    if product.planes == 3:
-        planes = x.new_empty((3, *x.shape[:2], width), dtype=product.dot)
+    if dtype == torch.float32:
+        planes = x.new_empty((3, *x.shape[:2], width), dtype=torch.bfloat16)
         _prepare(x, valid, settings, planes, None)
         return Rows(planes, None)
-    if product.dtype == torch.float32:
-        return Rows(x, None)
     inverses = x.new_empty(x.shape[:2], dtype=torch.float32)
     _prepare(x, valid, settings, None, inverses)
     return Rows(x, inverses)
@@ -435,11 +425,11 @@ def _prepared(x: Tensor, valid: Tensor | None, settings: Settings, product: Prod
 def _pair(inputs: Inputs, settings: Settings) -> tuple[Rows, Rows]:
     """Return the queries and the negatives, for `scores_kernel` and `chunk_kernel`."""
     keys = _keys(inputs)
-    product = products(inputs.q.dtype, keys.dtype, keys.shape[2], fits=False)
+    dtype = operand_dtype(inputs.q, keys)
     width = _cdiv(keys.shape[2], 64) * 64
     return (
-        _prepared(inputs.q, None, settings, product, width),
-        _prepared(keys, inputs.valid, settings, product, width),
+        _prepared(inputs.q, None, settings, dtype, width),
+        _prepared(keys, inputs.valid, settings, dtype, width),
     )
 
 
@@ -480,10 +470,10 @@ def _scores(
     """Launch `scores_kernel` and return its workspaces and the numbers of splits."""
     q, temperature, k, queue, valid, query_ids, negative_ids = inputs
     queries, keys = pair
-    scales, batch, dim = q.shape
+    scales, batch, _ = q.shape
     columns = _keys(inputs).shape[1]
-    product = products(q.dtype, _keys(inputs).dtype, dim, fits=False)
-    size = scores_tiles(product.planes, _capability(q.device))
+    dtype = operand_dtype(q, _keys(inputs))
+    size = scores_tiles(dtype, _capability(q.device))
     tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
 
     def workspace(splits: int, rows: int) -> Tensor:
@@ -498,8 +488,9 @@ def _scores(
     scores_kernel[(tiles_x * tiles_y, scales)](
         queries.rows, keys.rows, queries.inverses, keys.inverses, query_ids, negative_ids, valid, temperature, positive,
         sums, mirror, *queries.strides(), *keys.strides(), batch, columns, 1 / settings.tau,
-        D=keys.rows.shape[-1], IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings), PLANES=product.planes,
-        PRECISION=product.precision, BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
+        D=keys.rows.shape[-1], IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings),
+        PLANES=dot_constants(dtype)["PLANES"],
+        BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
         num_warps=size.warps, num_stages=size.stages, **LAUNCH,
     )  # fmt: skip
     return sums, tiles_y, mirror, tiles_x if settings.symmetric else 0
@@ -535,10 +526,9 @@ def _sums_of_products(
     queries, keys = pair
     scales, batch, _ = q.shape
     columns = negatives.shape[1]
-    product = products(q.dtype, negatives.dtype, q.shape[-1], fits=False)
-    size = scores_tiles(product.planes, _capability(q.device))
+    dtype = operand_dtype(q, negatives)
+    size = scores_tiles(dtype, _capability(q.device))
     chunk = max(1, CHUNK_WEIGHTS // max(1, scales * columns * size.own)) * size.own
-    dtype = product.dtype
     q_directions = _directions_of(q, None, settings, dtype) if wrt_keys else None
     key_directions = _directions_of(negatives, inputs.valid, settings, dtype) if wrt_q else None
     grad_output = grad_output.expand(scales, batch)
@@ -559,7 +549,7 @@ def _sums_of_products(
                 *queries.strides(), *keys.strides(), grad_output.stride(0), grad_output.stride(1),
                 weights.stride(0), weights.stride(1), batch, columns, first, 1 / settings.tau,
                 D=keys.rows.shape[-1], IN_BATCH=inputs.queue is None, FIXED=_fixed_maximum(inputs, settings),
-                PLANES=product.planes, PRECISION=product.precision,
+                PLANES=dot_constants(dtype)["PLANES"],
                 BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
                 num_warps=size.warps, num_stages=size.stages, **LAUNCH,
             )  # fmt: skip
@@ -591,14 +581,17 @@ def _project(
     queries: int,
     dx: Tensor | None,
     dtemperature: Tensor | None,
+    positives: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Launch `project_kernel`."""
+    """Launch `project_kernel`; `positives`: its arguments positives, state and grad_output."""
     scales, own, dim = x.shape
     block = blocks(dim, splits)
     factor = loss_weight(settings.reduction, queries) / (2 if settings.symmetric else 1)
+    rows, state, grad_output = positives or (None, None, None)
+    strides = (0, 0, 0, 0) if positives is None else (*rows.stride()[:2], *grad_output.stride())
     project_kernel[(_cdiv(scales * own, block.rows),)](
-        x, workspace, valid, temperature, dx, dtemperature,
-        x.stride(0), x.stride(1), own, scales * own, splits, 1 / settings.tau, factor,
+        x, workspace, rows, state, grad_output, valid, temperature, dx, dtemperature,
+        x.stride(0), x.stride(1), *strides, own, scales * own, splits, 1 / settings.tau, factor,
         D=dim, NORMALIZE=settings.normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
         num_warps=8, **LAUNCH,
     )  # fmt: skip
@@ -624,17 +617,19 @@ def backward_sweep(
     with on_device(q.device):
         if _fits(inputs, settings):
             total_q, (total_keys, splits) = None, _weights(inputs, settings, grad_output, state)
+            positives = q if inputs.queue is None else None
         else:
             pair, wrt = _pair(inputs, settings), (wrt_q or with_dtemperature, wrt_keys)
             total_q, total_keys = _sums_of_products(inputs, settings, pair, grad_output, state, *wrt)
-            splits = 1
+            splits, positives = 1, None
         if total_q is not None:
             dq = q.new_empty(q_shape) if wrt_q else None
             dtemperature = q.new_empty(queries, dtype=torch.float32) if with_dtemperature else None
             _project(q, total_q, None, temperature, settings, 1, queries, dq, dtemperature)
         if wrt_keys:
             dkeys = keys.new_empty(keys_shape)
-            _project(keys, total_keys, inputs.valid, temperature, settings, splits, queries, dkeys, None)
+            own = None if positives is None else (positives, state[0], grad_output.expand(q.shape[:2]))
+            _project(keys, total_keys, inputs.valid, temperature, settings, splits, queries, dkeys, None, own)
     return dq, dkeys, dtemperature
 
 
@@ -644,19 +639,18 @@ def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Ten
     keys = _keys(inputs)
     scales, own, dim = keys.shape
     other, rows = q.shape[1], scales * own
-    product = products(q.dtype, keys.dtype, dim, fits=True)
-    size = sweep_tiles(dim, product.dtype, _capability(q.device), in_batch=queue is None)
+    dtype = operand_dtype(q, keys)
+    size = sweep_tiles(dim, dtype, _capability(q.device), in_batch=queue is None)
     splits, part = _splits(own, other, scales, size, q.device)
     workspace = q.new_empty(splits * rows * dim, dtype=torch.float32)
     grad_output = grad_output.expand(scales, other)
-    queries = _prepared(q, None, settings, product, size.features)
+    queries = Rows(q, None) if _unprepared(q) else _prepared(q, None, settings, dtype, size.features)
     weights_kernel[(_cdiv(own, size.own), splits, scales)](
         keys, *queries, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
         keys.stride(0), keys.stride(1), *queries.strides(), grad_output.stride(0), grad_output.stride(1),
         own, other, part, 1 / settings.tau,
         D=dim, NORMALIZE=settings.normalize, IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings),
-        DOT=TRITON_DTYPES[product.dot], PLANES=product.planes, PRECISION=product.precision,
-        BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
+        **dot_constants(dtype), BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
         num_warps=size.warps, num_stages=size.stages, **LAUNCH,
     )  # fmt: skip
     return workspace, splits

@@ -117,40 +117,47 @@ def _load_planes(
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
+def _dot(a, b, total):
     if INTERPRETED:  # the interpreter multiplies bfloat16 operands as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    return tl.dot(a, b, total)
 
 
 @triton.jit
-def _products(x, y, total, PLANES: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + x·yᵀ, given planes; products of the smallest planes first, those below 2⁻²⁴ left out."""
-    first = tl.trans(y[0])
+def _products(x, y, PLANES: tl.constexpr):
+    """Return x·yᵀ, given planes."""
+    total = tl.zeros((x[0].shape[0], y[0].shape[0]), tl.float32)
     if PLANES == 3:
-        second = tl.trans(y[1])
-        total = _dot(x[0], tl.trans(y[2]), total, PRECISION)
-        total = _dot(x[2], first, total, PRECISION)
-        total = _dot(x[1], second, total, PRECISION)
-        total = _dot(x[0], second, total, PRECISION)
-        total = _dot(x[1], first, total, PRECISION)
-    return _dot(x[0], first, total, PRECISION)
+        total = _small_products(x, y, total)
+    return _dot(x[0], tl.trans(y[0]), total)
 
 
 @triton.jit
-def _weighted_sum(weights, y, total, DOT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + weights·y. The range of float16 is too small for weights, but float16 rows are exact in tf32."""
+def _small_products(x, y, total):
+    """Return total + x·yᵀ without the product of the first planes. Products below 2⁻²⁴ are left out."""
+    first, second = tl.trans(y[0]), tl.trans(y[1])
+    total = _dot(x[0], tl.trans(y[2]), total)
+    total = _dot(x[2], first, total)
+    total = _dot(x[1], second, total)
+    total = _dot(x[0], second, total)
+    return _dot(x[1], first, total)
+
+
+@triton.jit
+def _weighted_sum(weights, y, total, DOT: tl.constexpr, PLANES: tl.constexpr):
+    """Return total + weights·y. The range of float16 is too small for weights, but float16 rows are exact in tf32, the
+    default precision of products of float32 tiles."""
     if DOT == tl.float16:
-        total = _dot(weights, y[0].to(tl.float32), total, "tf32")
+        total = _dot(weights, y[0].to(tl.float32), total)
     else:
         parts = _planes(weights, DOT, PLANES)
         if PLANES == 3:
-            total = _dot(parts[0], y[2], total, PRECISION)
-            total = _dot(parts[2], y[0], total, PRECISION)
-            total = _dot(parts[1], y[1], total, PRECISION)
-            total = _dot(parts[0], y[1], total, PRECISION)
-            total = _dot(parts[1], y[0], total, PRECISION)
-        total = _dot(parts[0], y[0], total, PRECISION)
+            total = _dot(parts[0], y[2], total)
+            total = _dot(parts[2], y[0], total)
+            total = _dot(parts[1], y[1], total)
+            total = _dot(parts[0], y[1], total)
+            total = _dot(parts[1], y[0], total)
+        total = _dot(parts[0], y[0], total)
     return total
 
 
@@ -201,14 +208,14 @@ def prepare_kernel(
 
 
 # A program owns rows x and sweeps over rows y. Half-precision rows are multiplied as they are, and their inverse norms
-# scale the products. Float32 rows are normalised before they are split, y in advance if `inverses` or planes are given.
+# scale the products. Float32 rows are normalised and split into planes, y in advance unless D is small.
 
 
 @triton.jit
 def _own_rows(x, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr):
     """Return the planes of x, and the inverse norms that remain to be multiplied by."""
     inverse = _inverse_norms(x, NORMALIZE)
-    if PLANES == 1 and DOT != tl.float32:
+    if PLANES == 1:
         planes = (x, x, x)
     else:
         planes = _planes(x.to(tl.float32) * inverse[:, None], DOT, PLANES)
@@ -219,19 +226,18 @@ def _own_rows(x, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexp
 @triton.jit
 def _other_rows(
     y, inverses, ys, y_mask, features, plane_stride, stride, D: tl.constexpr, NORMALIZE: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, PLANES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the planes of y, and the inverse norms that remain to be multiplied by."""
-    if PLANES == 3:  # prepared, with BLOCK_D columns
+    inverse = tl.full((ys.shape[0],), 1.0, tl.float32)
+    if PLANES == 3 and y.dtype.element_ty == DOT:  # planes, with BLOCK_D columns
         planes = _load_planes(y, ys, y_mask, features, plane_stride, stride, BLOCK_D, BLOCK_D, PLANES)
+    elif PLANES == 3:
+        directions = _directions(_load_rows(y, ys, y_mask, features, stride, D, BLOCK_D), NORMALIZE)
+        planes = _planes(directions, DOT, PLANES)
     else:
         planes = _load_planes(y, ys, y_mask, features, plane_stride, stride, D, BLOCK_D, PLANES)
-    inverse = tl.full((ys.shape[0],), 1.0, tl.float32)
-    if inverses is not None:
         inverse = tl.load(inverses + ys, mask=y_mask, other=0.0)
-    elif PLANES == 1:
-        tile = _directions(planes[0], NORMALIZE)
-        planes = (tile, tile, tile)
     return planes, inverse
 
 
@@ -242,13 +248,13 @@ def sweep_kernel(
     negatives_plane_stride, negatives_scale_stride, negatives_stride,
     B, K, part, inverse_temperature,
     D: tl.constexpr, NORMALIZE: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, GRADIENT: tl.constexpr,
-    RANK: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of BLOCK_X queries over `part` negatives.
 
     Grid: (blocks of queries, splits of the negatives, scales). Workspace: see `_partials`.
-    negatives, inverses: rows and their inverse norms, if in half precision; planes, if PLANES is 3; else only rows.
+    negatives, inverses: rows and their inverse norms, if in half precision; otherwise planes, or float32 rows.
     """
     split = tl.program_id(1)
     scale = tl.program_id(2)
@@ -291,9 +297,9 @@ def sweep_kernel(
         filled = slots < end
         y, y_inverse = _other_rows(
             negatives, inverses, slots, filled, features, negatives_plane_stride, negatives_stride,
-            D, NORMALIZE, PLANES, BLOCK_D,
+            D, NORMALIZE, DOT, PLANES, BLOCK_D,
         )  # fmt: skip
-        similarity = _products(x, y, tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PLANES, PRECISION)
+        similarity = _products(x, y, PLANES)
         if inverses is not None:
             similarity *= x_inverse[:, None] * y_inverse[None, :]
         if query_ids is not None or IN_BATCH:
@@ -322,7 +328,7 @@ def sweep_kernel(
         if GRADIENT:
             if inverses is not None:
                 weights *= y_inverse[None, :]
-            total = _weighted_sum(weights, y, total, DOT, PLANES, PRECISION)
+            total = _weighted_sum(weights, y, total, DOT, PLANES)
 
     row = split * rows + scale * B + queries
     tl.store(partials + row, weight, mask=row_mask)
@@ -529,10 +535,10 @@ def weights_kernel(
     grad_output_scale_stride, grad_output_stride,
     X, Y, part, inverse_temperature,
     D: tl.constexpr, NORMALIZE: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr,
-    DOT: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums Σ_q weight(q, key)·q̂ of BLOCK_X keys over `part` queries: the gradient of the keys, times τ.
+    """Partial sums Σ_q weight(q, key)·q̂ of BLOCK_X keys as negatives over `part` queries: their gradient, times τ.
 
     queries, inverses: as in `sweep_kernel`. grad_output: gradient of the queries' losses. Workspace: [splits,
     scales × X, D].
@@ -564,37 +570,32 @@ def weights_kernel(
         y_mask = ys < end
         y, y_inverse = _other_rows(
             queries, inverses, ys, y_mask, features, queries_plane_stride, queries_stride,
-            D, NORMALIZE, PLANES, BLOCK_D,
+            D, NORMALIZE, DOT, PLANES, BLOCK_D,
         )  # fmt: skip
         # 0 beyond the last query, whose weights are then 0.
-        maximum, inverse_sum, negatives_probability = _load_state(
+        maximum, inverse_sum, _ = _load_state(
             state + scale * Y,
             grad_output + ys.to(tl.int64) * grad_output_stride,
             tl.num_programs(2) * Y,
             ys,
             y_mask,
         )
-        similarity = _products(x, y, tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PLANES, PRECISION)
+        similarity = _products(x, y, PLANES)
         if inverses is not None:
             similarity *= x_inverse[:, None] * y_inverse[None, :]
         if FIXED:
             weights = tl.exp2(similarity * log2_scales - log2_scale)
         else:
             weights = tl.exp2((similarity - maximum[None, :]) * log2_scale)
-        inverse_sum *= y_inverse  # the factor of y in the weighted sum
-        negatives_probability *= y_inverse
-        weights *= inverse_sum[None, :]
-        if IN_BATCH:
-            edge = _overlap(first_key, first, BLOCK_X, BLOCK_Y) | (query_ids is not None)
+        weights *= (inverse_sum * y_inverse)[None, :]  # y_inverse is the factor of y in the weighted sum
+        if IN_BATCH or query_ids is not None:
+            edge = query_ids is not None
+            if IN_BATCH:
+                edge = _overlap(first_key, first, BLOCK_X, BLOCK_Y) | edge
             if edge:
                 excluded = _excluded(xs, ys, key_ids, query_ids, x_mask, y_mask, IN_BATCH)
                 weights = tl.where(excluded, 0.0, weights)
-                positives = (xs[:, None] == ys[None, :]) & y_mask[None, :]
-                weights = tl.where(positives, -negatives_probability[None, :], weights)
-        elif query_ids is not None:
-            excluded = _excluded(xs, ys, key_ids, query_ids, x_mask, y_mask, IN_BATCH)
-            weights = tl.where(excluded, 0.0, weights)
-        total = _weighted_sum(weights, y, total, DOT, PLANES, PRECISION)
+        total = _weighted_sum(weights, y, total, DOT, PLANES)
 
     row = (split * tl.num_programs(2) + scale) * X + xs
     pointers = workspace + row.to(tl.int64)[:, None] * D + features[None, :]
@@ -603,12 +604,17 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def project_kernel(
-    x, workspace, valid, temperature, dx, dtemperature,
-    x_scale_stride, x_stride, X, rows, splits, inverse_temperature, factor,
+    x, workspace, positives, state, grad_output, valid, temperature, dx, dtemperature,
+    x_scale_stride, x_stride, positives_scale_stride, positives_stride, grad_output_scale_stride, grad_output_stride,
+    X, rows, splits, inverse_temperature, factor,
     D: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of rows [scales × X] and backpropagate through the normalisation: dx and dtemperature."""
+    """Add the partial sums of rows [scales × X] and backpropagate through the normalisation: dx and dtemperature.
+
+    positives, state, grad_output: queries whose positives are the rows x, if their gradient is not in the workspace.
+    In the sums on tensor cores, which do not round to nearest, that large term would magnify the error.
+    """
     row = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     row_mask = row < rows
     load_mask = row_mask
@@ -623,6 +629,13 @@ def project_kernel(
     gradient = _sum_of_gradients(
         workspace, None, None, row, row_mask, features, splits, rows, 1.0, D, BLOCK_SPLITS, BLOCK_X, BLOCK_D
     )
+    if positives is not None:
+        scale, index = row // X, row % X
+        query = scale.to(tl.int64) * positives_scale_stride + index.to(tl.int64) * positives_stride
+        grad = grad_output + scale.to(tl.int64) * grad_output_scale_stride + index.to(tl.int64) * grad_output_stride
+        _, _, negatives_probability = _load_state(state, grad, rows, row, row_mask)
+        directions = _directions(_load_rows(positives, query, row_mask, features, 1, D, BLOCK_D), NORMALIZE)
+        gradient -= negatives_probability[:, None] * directions
     gradient *= inverse_temperature * factor
     inverse = _inverse_norms(x_tile, NORMALIZE)
     if dtemperature is not None:
@@ -646,17 +659,22 @@ def _tile_of_program(tiles_x, tiles_y, GROUP: tl.constexpr):
 def _tile_of_similarities(
     q, keys, q_inverses, key_inverses, q_plane_stride, q_scale_stride, q_stride,
     keys_plane_stride, keys_scale_stride, keys_stride, scale, B, K, queries, ys, q_mask, y_mask,
-    D: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     q += scale.to(tl.int64) * q_scale_stride
     keys += scale.to(tl.int64) * keys_scale_stride
     similarity = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    small = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)  # summed separately: tensor cores do not round to nearest
     for first in range(0, D, BLOCK_D):
         features = first + tl.arange(0, BLOCK_D)
         x = _load_planes(q, queries, q_mask, features, q_plane_stride, q_stride, D, BLOCK_D, PLANES)
         y = _load_planes(keys, ys, y_mask, features, keys_plane_stride, keys_stride, D, BLOCK_D, PLANES)
-        similarity = _products(x, y, similarity, PLANES, PRECISION)
+        if PLANES == 3:
+            small = _small_products(x, y, small)
+        similarity = _dot(x[0], tl.trans(y[0]), similarity)
+    if PLANES == 3:
+        similarity += small
     if q_inverses is not None:
         q_inverse = tl.load(q_inverses + scale * B + queries, mask=q_mask, other=0.0)
         key_inverse = tl.load(key_inverses + scale * K + ys, mask=y_mask, other=0.0)
@@ -678,7 +696,7 @@ def scores_kernel(
     q, keys, q_inverses, key_inverses, query_ids, key_ids, valid, temperature, positive, workspace, mirror,
     q_plane_stride, q_scale_stride, q_stride, keys_plane_stride, keys_scale_stride, keys_stride,
     B, K, inverse_temperature,
-    D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of a tile of similarities over its rows and, with `mirror`, over its columns.
@@ -701,7 +719,7 @@ def scores_kernel(
     similarity = _tile_of_similarities(
         q, keys, q_inverses, key_inverses, q_plane_stride, q_scale_stride, q_stride,
         keys_plane_stride, keys_scale_stride, keys_stride, scale, B, K, queries, ys, q_mask, y_mask,
-        D, PLANES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D,
+        D, PLANES, BLOCK_X, BLOCK_Y, BLOCK_D,
     )  # fmt: skip
     edge = (first_key + BLOCK_Y > end) | (first_query + BLOCK_X > B) | (query_ids is not None)
     if IN_BATCH:
@@ -737,7 +755,7 @@ def chunk_kernel(
     q_plane_stride, q_scale_stride, q_stride, keys_plane_stride, keys_scale_stride, keys_stride,
     grad_output_scale_stride, grad_output_stride, out_scale_stride, out_stride,
     B, K, first, inverse_temperature,
-    D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of weights(q, key) for queries from `first`, as a matrix [scales, queries, K].
@@ -756,7 +774,7 @@ def chunk_kernel(
     similarity = _tile_of_similarities(
         q, keys, q_inverses, key_inverses, q_plane_stride, q_scale_stride, q_stride,
         keys_plane_stride, keys_scale_stride, keys_stride, scale, B, K, queries, ys, q_mask, y_mask,
-        D, PLANES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D,
+        D, PLANES, BLOCK_X, BLOCK_Y, BLOCK_D,
     )  # fmt: skip
     log2_scale = _inverse_temperature(temperature, inverse_temperature) * LOG2E
     grad_output += scale.to(tl.int64) * grad_output_scale_stride
