@@ -42,6 +42,7 @@ from dcvae_kernels.triton.info_nce_kernels import (
 
 # Set explicitly, because the kernels were tested with it: a·b + c can be fused into one instruction.
 LAUNCH = {"enable_fp_fusion": True}
+EARLY = True
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
 MAX_UNPREPARED = 32  # largest D of float32 rows that each program normalises and splits by itself
 # Largest D of a row that fits into registers.
@@ -353,11 +354,13 @@ def _combine_launch(
 ) -> Launch:
     scales, batch, dim = q.shape
     size = blocks(dim, max(splits, mirror_splits))
+    early = EARLY and _capability(q.device) >= 90
     return Launch(
         combine_kernel, (_cdiv(scales * batch, size.rows), 1, 1),
         (*q.stride()[:2], *k.stride()[:2], batch, scales * batch, splits, mirror_splits),
-        D=dim, NORMALIZE=normalize, FIXED=fixed, GRADIENT=gradient, REDUCE=reduce,
+        D=dim, NORMALIZE=normalize, FIXED=fixed, GRADIENT=gradient, REDUCE=reduce, EARLY=early,
         BLOCK_X=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=1024, num_warps=4,
+        launch_pdl=early,
     )  # fmt: skip
 
 
