@@ -42,12 +42,11 @@ from dcvae_kernels.triton.info_nce_kernels import (
 
 # Set explicitly, because the kernels were tested with it: a·b + c can be fused into one instruction.
 LAUNCH = {"enable_fp_fusion": True}
-EARLY = True
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
 MAX_UNPREPARED = 32  # largest D of float32 rows that each program normalises and splits by itself
 # Largest D of a row that fits into registers.
 MAX_ROW = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
-CHUNK_WEIGHTS = 2**26  # number of weights that are stored at a time
+CHUNK_WEIGHTS = 2**27  # number of weights that are stored at a time
 # float16 weights are scaled, so that their largest possible value is just below the largest float16.
 FLOAT16_SCALE = 2.0**14
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -72,7 +71,7 @@ class Tiles(NamedTuple):
     features: int
     warps: int
     stages: int
-    resident: int = 1
+    resident: int
 
 
 def operand_dtype(x: Tensor, y: Tensor) -> torch.dtype:
@@ -97,22 +96,20 @@ def sweep_tiles(dim: int, dtype: torch.dtype, capability: int, in_batch: bool) -
     features = max(16, _power_of_2(dim))
     if dtype == torch.float32:
         if features <= 32:
-            return Tiles(64, 64, features, 4, 2, 2)
-        return Tiles(128, 64, features, 8, 2) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
+            return Tiles(64, 64, features, 4, 3, 4)
+        return Tiles(128, 64, features, 8, 2, 1) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
     if dtype == torch.float16:
-        return Tiles(64, 32, features, 4, 2, 2) if features <= 128 else Tiles(128, 32, features, 8, 2)
+        return Tiles(64, 32, features, 4, 2, 2) if features <= 128 else Tiles(128, 32, features, 8, 2, 1)
     if features == 256:
-        return Tiles(128, 64, features, 8, 2) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
-    if features == 128 and capability == 90 and not in_batch:
-        return Tiles(64, 128, features, 4, 2, 2)
+        return Tiles(128, 64, features, 8, 2, 1) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
+    if features == 128 and capability == 90:
+        return Tiles(64, 128, features, 4, 2 if in_batch else 3, 2)
     return Tiles(64, 64, features, 4, 3, 2)
 
 
-def scores_tiles(dtype: torch.dtype, capability: int) -> Tiles:
+def scores_tiles(dtype: torch.dtype) -> Tiles:
     """Return tile sizes of `scores_kernel` and `chunk_kernel`."""
-    if dtype == torch.float32:
-        return Tiles(128, 64, 32, 4, 2)
-    return Tiles(128, 256, 64, 8, 3) if capability == 90 else Tiles(128, 128, 64, 8, 3)
+    return Tiles(128, 64, 32, 4, 2, 1) if dtype == torch.float32 else Tiles(128, 128, 64, 4, 3, 1)
 
 
 class Blocks(NamedTuple):
@@ -354,13 +351,11 @@ def _combine_launch(
 ) -> Launch:
     scales, batch, dim = q.shape
     size = blocks(dim, max(splits, mirror_splits))
-    early = EARLY and _capability(q.device) >= 90
     return Launch(
         combine_kernel, (_cdiv(scales * batch, size.rows), 1, 1),
         (*q.stride()[:2], *k.stride()[:2], batch, scales * batch, splits, mirror_splits),
-        D=dim, NORMALIZE=normalize, FIXED=fixed, GRADIENT=gradient, REDUCE=reduce, EARLY=early,
+        D=dim, NORMALIZE=normalize, FIXED=fixed, GRADIENT=gradient, REDUCE=reduce,
         BLOCK_X=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=1024, num_warps=4,
-        launch_pdl=early,
     )  # fmt: skip
 
 
@@ -476,7 +471,7 @@ def _scores(
     scales, batch, _ = q.shape
     columns = _keys(inputs).shape[1]
     dtype = operand_dtype(q, _keys(inputs))
-    size = scores_tiles(dtype, _capability(q.device))
+    size = scores_tiles(dtype)
     tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
 
     def workspace(splits: int, rows: int) -> Tensor:
@@ -530,7 +525,7 @@ def _sums_of_products(
     scales, batch, _ = q.shape
     columns = negatives.shape[1]
     dtype = operand_dtype(q, negatives)
-    size = scores_tiles(dtype, _capability(q.device))
+    size = scores_tiles(dtype)
     chunk = max(1, CHUNK_WEIGHTS // max(1, scales * columns * size.own)) * size.own
     q_directions = _directions_of(q, None, settings, dtype) if wrt_keys else None
     key_directions = _directions_of(negatives, inputs.valid, settings, dtype) if wrt_q else None
@@ -539,10 +534,11 @@ def _sums_of_products(
     if dtype == torch.float16:
         largest = grad_output.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny) / FLOAT16_SCALE
         grad_output = grad_output / largest
-    buffer = q.new_empty((scales, min(chunk, batch), columns), dtype=dtype)
+    padded_columns = _cdiv(columns, size.other) * size.other
+    buffer = q.new_empty((scales, min(chunk, batch), padded_columns), dtype=dtype)
     dq, dkeys = [], None
     for first in range(0, batch, chunk):
-        weights = buffer[:, : min(chunk, batch - first)]
+        weights = buffer[:, : min(chunk, batch - first), :columns]
         grid = (_cdiv(weights.shape[1], size.own) * _cdiv(columns, size.other), scales)
         if columns:
             chunk_kernel[grid](
@@ -559,19 +555,22 @@ def _sums_of_products(
         if wrt_q:
             dq.append(_matrix_product(weights, key_directions))
         if wrt_keys:
-            part = _matrix_product(weights.mT, q_directions[:, first : first + chunk])
-            dkeys = part if dkeys is None else dkeys.add_(part)
+            dkeys = _matrix_product(weights.mT, q_directions[:, first : first + chunk], dkeys)
     totals = [torch.cat(dq, 1) if len(dq) > 1 else dq[0] if dq else None, dkeys]
     if largest is not None:
         totals = [total if total is None else total * largest for total in totals]
     return totals[0], totals[1]
 
 
-def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a·b in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+def _matrix_product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return total + a·b in float32, in place of total."""
+    if not a.is_cuda:  # the half-precision products of CPUs have no float32 result
+        product = torch.bmm(a.float(), b.float())
+        return product if total is None else total.add_(product)
+    options = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if total is None:
+        return torch.bmm(a, b, **options)
+    return torch.baddbmm(total, a, b, out=total, **options)
 
 
 def _project(

@@ -10,7 +10,6 @@ import math
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from dcvae_kernels import reference
 
@@ -451,7 +450,6 @@ def combine_kernel(
     q_scale_stride, q_stride, k_scale_stride, k_stride,
     B, rows, splits, mirror_splits, inverse_temperature, factor,
     D: tl.constexpr, NORMALIZE: tl.constexpr, FIXED: tl.constexpr, GRADIENT: tl.constexpr, REDUCE: tl.constexpr,
-    EARLY: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums of rows [scales × B]; with REDUCE the program that ends last adds the losses.
@@ -472,8 +470,6 @@ def combine_kernel(
     k_tile = _load_rows(k, k_row, row_mask, features, 1, D, BLOCK_D).to(tl.float32)
     q_inverse, k_inverse = _inverse_norms(q_tile, NORMALIZE), _inverse_norms(k_tile, NORMALIZE)
     positive = tl.sum(q_tile * k_tile, 1) * (q_inverse * k_inverse)
-    if EARLY and not INTERPRETED:  # launched before the previous kernel ended
-        gdc_wait()
 
     maximum, weight, positive_weight, losses = _merge(
         partials, positive, row, row_mask, splits, rows, log2_scale, FIXED, BLOCK_SPLITS
@@ -764,6 +760,8 @@ def chunk_kernel(
 ):  # fmt: skip
     """Store a tile of weights(q, key) for queries from `first`, as a matrix [scales, queries, K].
 
+    Its rows have room for all columns of the last tile, because stores with a mask of columns are slow.
+
     state, mirror: statistics of the queries and, if the loss is symmetric, of the keys. grad_output: gradient of the
     queries' losses.
     """
@@ -814,5 +812,5 @@ def chunk_kernel(
         if IN_BATCH:
             weights = tl.where(queries[:, None] == ys[None, :], -positives[:, None], weights)
     row = scale.to(tl.int64) * out_scale_stride + (queries - first).to(tl.int64) * out_stride
-    mask = q_mask[:, None] & (ys < K)[None, :]
-    tl.store(weights_out + row[:, None] + ys[None, :], weights.to(weights_out.dtype.element_ty), mask=mask)
+    weights = weights.to(weights_out.dtype.element_ty)
+    tl.store(weights_out + row[:, None] + ys[None, :], weights, mask=q_mask[:, None])
