@@ -192,8 +192,9 @@ def _frozen_call(
         return None
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    layouts = []
-    for x in (q, k, queue, valid, query_ids, negative_ids):
+    layouts: list[tuple[Any, ...] | None] = []
+    tensors: tuple[Any, ...] = (q, k, queue, valid, query_ids, negative_ids)
+    for x in tensors:
         if x is None:
             layouts.append(None)
         elif type(x) not in PLAIN_TENSORS or x.layout != torch.strided:

@@ -186,7 +186,8 @@ class FusedInfoNCE(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         if not compiling and (torch.is_grad_enabled() or is_batched(grad_output)):
             q, temperature, *keys = ctx.saved_tensors[4:]
-            inputs: Inputs = Inputs(q, temperature, *(keys if ctx.frozen is None else _unchanged(ctx.frozen)))
+            keys = keys if ctx.frozen is None else _unchanged(ctx.frozen)
+            inputs: Inputs = Inputs(q, temperature, *keys)  # type: ignore[arg-type]
             gradients = _differentiable_gradients(inputs, ctx.settings, ctx.needs_input_grad[3:7], grad_output)
             return None, None, None, *gradients, None, None, None
         dq, dk, dtemperature, state, *tensors = ctx.saved_tensors
@@ -194,16 +195,16 @@ class FusedInfoNCE(torch.autograd.Function):
         settings = ctx.settings
         needs_q, needs_temperature, needs_k, needs_queue = ctx.needs_input_grad[3:7]
 
-        dkeys = None
+        swept: Sequence[Tensor | None] = (None, None, None)
         wrt_q, wrt_keys = settings.symmetric and needs_q, needs_queue or (needs_k and queue is None)
         if settings.symmetric or wrt_keys:
             arguments = grad_output, state, wrt_q, wrt_keys, settings.symmetric and needs_temperature
             if compiling:
-                sweep_q, dkeys, sweep_temperature = backward_operator(*tensors, *settings, *arguments)
+                swept = backward_operator(*tensors, *settings, *arguments)
             else:
-                sweep_q, dkeys, sweep_temperature = backward_sweep(Inputs(*tensors), settings, *arguments)
+                swept = backward_sweep(Inputs(*tensors), settings, *arguments)
         if settings.symmetric:
-            dq, dtemperature = sweep_q, sweep_temperature
+            dq, _, dtemperature = swept
         else:
             dq = _scaled(dq, grad_output, q.dtype) if needs_q else None
             dtemperature = dtemperature * grad_output if needs_temperature else None
@@ -213,8 +214,8 @@ class FusedInfoNCE(torch.autograd.Function):
             *(None,) * 3,
             dq if needs_q else None,
             dtemperature.sum().to(temperature.dtype) if needs_temperature else None,
-            (dkeys if queue is None else dk) if needs_k else None,
-            dkeys if needs_queue else None,
+            (swept[1] if queue is None else dk) if needs_k else None,
+            swept[1] if needs_queue else None,
             *(None,) * 3,
         )
 
@@ -260,6 +261,7 @@ class FrozenInfoNCE(torch.autograd.Function):
         ctx.tau, ctx.plan = tau, plan
         if rank is not None:
             ctx.mark_non_differentiable(rank)
+            ctx.set_materialize_grads(False)  # no zeros for the rank
         return loss, rank
 
     @staticmethod

@@ -194,11 +194,14 @@ def _output(program: str, *arguments: str) -> str:
 
 
 def repeats_rows(ttgir: str) -> bool:
-    """Return whether a layout of tensor core products has warps for more rows, 16 each, than its tensors have."""
+    """Return whether a layout of tensor core products has warps for more rows, 16 each, than its tensors have.
+
+    Tensors of one row are vectors that are broadcast.
+    """
     layouts = re.findall(r"^(#\w+) = #ttg\.nvidia_mma<.*warpsPerCTA = \[(\d+)", ttgir, re.MULTILINE)
     warps = {layout: int(count) for layout, count in layouts}
     tensors = re.findall(r"tensor<(\d+)x\d+x\w+, (#\w+)>", ttgir)
-    return any(16 * warps.get(layout, 0) > int(rows) for rows, layout in tensors)
+    return any(16 * warps.get(layout, 0) > int(rows) > 1 for rows, layout in tensors)
 
 
 def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from torch.torch_version import TorchVersion as Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcvae_kernels
@@ -239,16 +237,20 @@ def test_cuda_graph(on_gpu: Implementation, form: str):
 
 # Compiled ahead of time -----------------------------------------------------------------------------------------------
 
-# Limits per program: (registers per thread, KiB of shared memory). The hardware limit is 255 registers. sm_80 has 163
-# KiB of shared memory, sm_90 and sm_100 have 227 KiB, and two programs should fit on a multiprocessor.
+# Limits per program: (registers per thread, KiB of shared memory). The hardware limit is 255 registers; the limit of
+# shared memory is 163 KiB on sm_80, and 227 KiB on sm_90 and sm_100.
 BUDGETS = {
-    "sweep_kernel": (255, 100),
-    "weights_kernel": (255, 100),
+    "prepare_kernel": (64, 8),
+    "sweep_kernel": (255, 200),
+    "scores_kernel": (255, 100),
     "combine_kernel": (192, 16),
+    "weights_kernel": (255, 200),
+    "chunk_kernel": (255, 100),
     "project_kernel": (64, 16),
 }
-# Bytes per thread. Triton 3.6 reserves 16 and 32 in two of the programs.
-SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 32
+# Bytes of local memory per thread. On sm_90, tiles that spill some registers were nevertheless the fastest in the batch
+# and with all options.
+SPILLED, SPILLED_ON_SM_90 = 32, 128
 
 
 @pytest.mark.parametrize(
@@ -264,8 +266,7 @@ def test_compiled_resources(options: tuple[str, ...], dims: tuple[int, ...]):
         registers, shared = BUDGETS[program["kernel"]]
         assert program["registers"] <= registers, program
         assert program["shared"] <= 1024 * shared, program
-        if program["D"] <= (256 if program["dtype"] == "bfloat16" else 64):
-            assert program["spilled"] <= SPILLED, program
+        assert program["spilled"] <= (SPILLED_ON_SM_90 if program["capability"] == 90 else SPILLED), program
 
 
 def test_no_repeated_rows():
@@ -274,12 +275,12 @@ def test_no_repeated_rows():
 
 # Instructions × lanes per pair of rows in the kernels that visit pairs, by row of bench/test_info_nce.py.
 PAIR_INSTRUCTIONS = {
-    "dcvae": 45,
-    "dcvae-b1024": 45,
-    "large": 10,
-    "clip": 20,
+    "dcvae": 20,
+    "dcvae-b1024": 20,
+    "large": 10.5,
+    "clip": 25,
     "moco-fp32": 30,
-    "moco-bf16": 10,
+    "moco-bf16": 10.5,
     "simclr-fp32": 30,
     "simclr-bf16": 12,
 }
@@ -292,7 +293,7 @@ def test_benchmark_rows_compiled_for_sm_90(row: str):
     for x in programs:
         values = (x["registers"], x["shared"], x["pair_instructions"], x["tensor_cores"])
         print(row, x["kernel"], "registers {}, shared {}, instructions per pair {}, {}".format(*values))
-    assert not [x for x in programs if x["spilled"] > SPILLED]
+    assert not [x for x in programs if x["spilled"] > SPILLED_ON_SM_90]
     programs = [x for x in programs if x["kernel"] in PAIR_KERNELS]
     assert programs
     assert not [x for x in programs if x["repeated_rows"]]

@@ -44,8 +44,6 @@ from dcvae_kernels.triton.info_nce_kernels import (
 LAUNCH = {"enable_fp_fusion": True}
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
 MAX_UNPREPARED = 32  # largest D of float32 rows that each program normalises and splits by itself
-# Largest D of a row that fits into registers.
-MAX_ROW = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 CHUNK_WEIGHTS = 2**27  # number of weights that are stored at a time
 # float16 weights are scaled, so that their largest possible value is just below the largest float16.
 FLOAT16_SCALE = 2.0**14
@@ -104,12 +102,14 @@ def sweep_tiles(dim: int, dtype: torch.dtype, capability: int, in_batch: bool) -
         return Tiles(128, 64, features, 8, 2, 1) if capability == 90 else Tiles(64, 32, features, 4, 2, 2)
     if features == 128 and capability == 90:
         return Tiles(64, 128, features, 4, 2 if in_batch else 3, 2)
-    return Tiles(64, 64, features, 4, 3, 2)
+    return Tiles(64, 32 if features == 128 and capability < 90 else 64, features, 4, 3, 2)
 
 
-def scores_tiles(dtype: torch.dtype) -> Tiles:
+def scores_tiles(dtype: torch.dtype, capability: int) -> Tiles:
     """Return tile sizes of `scores_kernel` and `chunk_kernel`."""
-    return Tiles(128, 64, 32, 4, 2, 1) if dtype == torch.float32 else Tiles(128, 128, 64, 4, 3, 1)
+    if dtype == torch.float32:
+        return Tiles(128, 64, 32, 4 if capability == 90 else 8, 2, 1)
+    return Tiles(128, 64 if capability >= 100 else 128, 64, 4 if capability == 90 else 8, 3, 1)
 
 
 class Blocks(NamedTuple):
@@ -216,8 +216,9 @@ def _keys(inputs: Inputs) -> Tensor:
 def _fits(inputs: Inputs, settings: Settings) -> bool:
     """Whether rows fit into registers, so that no similarities are stored."""
     q, keys = inputs.q, _keys(inputs)
-    dtype = q.dtype if q.dtype == keys.dtype else torch.float32
-    return not settings.symmetric and q.shape[-1] <= MAX_ROW[dtype]
+    dtype = operand_dtype(q, keys)
+    largest = 256 if dtype != torch.float32 else 128 if _capability(q.device) >= 90 else 64
+    return not settings.symmetric and q.shape[-1] <= largest
 
 
 def _fixed_maximum(inputs: Inputs, settings: Settings) -> bool:
@@ -458,7 +459,9 @@ def _forward_tiles(
             q, k, sums, mirror, inputs.temperature, loss, rank, None, dk, None, state, floats=(1 / settings.tau, factor)
         )
         if with_gradient:
-            _query_gradients(inputs, settings, pair, state, dq, dtemperature)
+            grad_output = q.new_ones(()).expand(q.shape[:2])
+            total, _ = _sums_of_products(inputs, settings, pair, grad_output, state, True, False)
+            _project(q, total, inputs, settings, state, grad_output, 1, dq, dtemperature, positives=k)
     return loss, rank, dq, dk, dtemperature, state
 
 
@@ -471,7 +474,7 @@ def _scores(
     scales, batch, _ = q.shape
     columns = _keys(inputs).shape[1]
     dtype = operand_dtype(q, _keys(inputs))
-    size = scores_tiles(dtype)
+    size = scores_tiles(dtype, _capability(q.device))
     tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
 
     def workspace(splits: int, rows: int) -> Tensor:
@@ -494,22 +497,6 @@ def _scores(
     return sums, tiles_y, mirror, tiles_x if settings.symmetric else 0
 
 
-def _query_gradients(
-    inputs: Inputs,
-    settings: Settings,
-    pair: tuple[Rows, Rows],
-    state: Tensor,
-    dq: Tensor | None,
-    dtemperature: Tensor | None,
-) -> None:
-    """Compute the gradients of the queries and of τ in the forward pass."""
-    q, k = inputs.q, inputs.k
-    total, _ = _sums_of_products(inputs, settings, pair, q.new_ones(()), state, True, False)
-    if inputs.queue is not None:  # in a batch, the weights include those of the positives
-        total -= state[0, 2].view(*q.shape[:2], 1) * _directions_of(k, None, settings, torch.float32)
-    _project(q, total, None, inputs.temperature, settings, 1, state.shape[-1], dq, dtemperature)
-
-
 def _sums_of_products(
     inputs: Inputs,
     settings: Settings,
@@ -525,11 +512,10 @@ def _sums_of_products(
     scales, batch, _ = q.shape
     columns = negatives.shape[1]
     dtype = operand_dtype(q, negatives)
-    size = scores_tiles(dtype)
+    size = scores_tiles(dtype, _capability(q.device))
     chunk = max(1, CHUNK_WEIGHTS // max(1, scales * columns * size.own)) * size.own
     q_directions = _directions_of(q, None, settings, dtype) if wrt_keys else None
     key_directions = _directions_of(negatives, inputs.valid, settings, dtype) if wrt_q else None
-    grad_output = grad_output.expand(scales, batch)
     largest = None
     if dtype == torch.float16:
         largest = grad_output.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny) / FLOAT16_SCALE
@@ -576,24 +562,25 @@ def _matrix_product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor
 def _project(
     x: Tensor,
     workspace: Tensor,
-    valid: Tensor | None,
-    temperature: Tensor | None,
+    inputs: Inputs,
     settings: Settings,
+    state: Tensor,
+    grad_output: Tensor,
     splits: int,
-    queries: int,
     dx: Tensor | None,
     dtemperature: Tensor | None,
-    positives: tuple[Tensor, Tensor, Tensor] | None = None,
+    positives: Tensor | None,
 ) -> None:
-    """Launch `project_kernel`; `positives`: its arguments positives, state and grad_output."""
+    """Launch `project_kernel`. x: queries, keys of the batch, or a queue, which has no positives."""
     scales, own, dim = x.shape
     block = blocks(dim, splits)
-    factor = loss_weight(settings.reduction, queries) / (2 if settings.symmetric else 1)
-    rows, state, grad_output = positives or (None, None, None)
-    strides = (0, 0, 0, 0) if positives is None else (*rows.stride()[:2], *grad_output.stride())
+    directions = 2 if settings.symmetric else 1
+    factor = loss_weight(settings.reduction, state.shape[-1]) / directions
     project_kernel[(_cdiv(scales * own, block.rows),)](
-        x, workspace, rows, state, grad_output, valid, temperature, dx, dtemperature,
-        x.stride(0), x.stride(1), *strides, own, scales * own, splits, 1 / settings.tau, factor,
+        x, workspace, positives, state[0], state[1] if settings.symmetric else None, grad_output,
+        inputs.valid if positives is None else None, inputs.temperature, dx, dtemperature,
+        x.stride(0), x.stride(1), *(x if positives is None else positives).stride()[:2], *grad_output.stride(),
+        own, scales * own, splits, 1 / settings.tau, factor,
         D=dim, NORMALIZE=settings.normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
         num_warps=8, **LAUNCH,
     )  # fmt: skip
@@ -611,27 +598,25 @@ def backward_sweep(
     """See `dcvae_kernels.info_nce_autograd.backward_sweep`."""
     q_shape, keys_shape = inputs.q.shape, _keys(inputs).shape
     inputs = _kernel_inputs(inputs)
-    q, keys, temperature = inputs.q, _keys(inputs), inputs.temperature
-    queries = state.shape[-1]
+    q, keys, in_batch = inputs.q, _keys(inputs), inputs.queue is None
+    grad_output = grad_output.expand(q.shape[:2])
     dq = dkeys = dtemperature = None
     if keys.numel() == 0:
         return None, keys.new_empty(keys_shape), None
     with on_device(q.device):
         if _fits(inputs, settings):
             total_q, (total_keys, splits) = None, _weights(inputs, settings, grad_output, state)
-            positives = q if inputs.queue is None else None
         else:
-            pair, wrt = _pair(inputs, settings), (wrt_q or with_dtemperature, wrt_keys)
+            pair, wrt, splits = _pair(inputs, settings), (wrt_q or with_dtemperature, wrt_keys), 1
             total_q, total_keys = _sums_of_products(inputs, settings, pair, grad_output, state, *wrt)
-            splits, positives = 1, None
         if total_q is not None:
             dq = q.new_empty(q_shape) if wrt_q else None
-            dtemperature = q.new_empty(queries, dtype=torch.float32) if with_dtemperature else None
-            _project(q, total_q, None, temperature, settings, 1, queries, dq, dtemperature)
+            dtemperature = q.new_empty(state.shape[-1], dtype=torch.float32) if with_dtemperature else None
+            _project(q, total_q, inputs, settings, state, grad_output, 1, dq, dtemperature, positives=keys)
         if wrt_keys:
             dkeys = keys.new_empty(keys_shape)
-            own = None if positives is None else (positives, state[0], grad_output.expand(q.shape[:2]))
-            _project(keys, total_keys, inputs.valid, temperature, settings, splits, queries, dkeys, None, own)
+            positives = q if in_batch else None
+            _project(keys, total_keys, inputs, settings, state, grad_output, splits, dkeys, None, positives)
     return dq, dkeys, dtemperature
 
 
@@ -645,7 +630,6 @@ def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Ten
     size = sweep_tiles(dim, dtype, _capability(q.device), in_batch=queue is None)
     splits, part = _splits(own, other, scales, size, q.device)
     workspace = q.new_empty(splits * rows * dim, dtype=torch.float32)
-    grad_output = grad_output.expand(scales, other)
     queries = Rows(q, None) if _unprepared(q) else _prepared(q, None, settings, dtype, size.features)
     weights_kernel[(_cdiv(own, size.own), splits, scales)](
         keys, *queries, key_ids, query_ids, valid, temperature, grad_output, state, workspace,

@@ -604,7 +604,7 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def project_kernel(
-    x, workspace, positives, state, grad_output, valid, temperature, dx, dtemperature,
+    x, workspace, positives, state, mirror, grad_output, valid, temperature, dx, dtemperature,
     x_scale_stride, x_stride, positives_scale_stride, positives_stride, grad_output_scale_stride, grad_output_stride,
     X, rows, splits, inverse_temperature, factor,
     D: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -612,8 +612,10 @@ def project_kernel(
 ):  # fmt: skip
     """Add the partial sums of rows [scales × X] and backpropagate through the normalisation: dx and dtemperature.
 
-    positives, state, grad_output: queries whose positives are the rows x, if their gradient is not in the workspace.
-    In the sums on tensor cores, which do not round to nearest, that large term would magnify the error.
+    The workspace contains the gradient from pairs of a row and a negative. positives: the other row of each positive
+    pair, if its gradient is to be added. In the sums on tensor cores, which do not round to nearest, its large weight
+    would magnify the error. state, mirror: statistics of the rows, for each direction of the loss. grad_output:
+    gradient of the queries' losses.
     """
     row = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     row_mask = row < rows
@@ -634,6 +636,9 @@ def project_kernel(
         query = scale.to(tl.int64) * positives_scale_stride + index.to(tl.int64) * positives_stride
         grad = grad_output + scale.to(tl.int64) * grad_output_scale_stride + index.to(tl.int64) * grad_output_stride
         _, _, negatives_probability = _load_state(state, grad, rows, row, row_mask)
+        if mirror is not None:
+            _, _, mirror_probability = _load_state(mirror, grad, rows, row, row_mask)
+            negatives_probability += mirror_probability
         directions = _directions(_load_rows(positives, query, row_mask, features, 1, D, BLOCK_D), NORMALIZE)
         gradient -= negatives_probability[:, None] * directions
     gradient *= inverse_temperature * factor
@@ -758,7 +763,7 @@ def chunk_kernel(
     D: tl.constexpr, IN_BATCH: tl.constexpr, FIXED: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of weights(q, key) for queries from `first`, as a matrix [scales, queries, K].
+    """Store a tile of weights(q, key) of negatives for queries from `first`, as a matrix [scales, queries, K].
 
     Its rows have room for all columns of the last tile, because stores with a mask of columns are slow.
 
@@ -781,36 +786,28 @@ def chunk_kernel(
     log2_scale = _inverse_temperature(temperature, inverse_temperature) * LOG2E
     grad_output += scale.to(tl.int64) * grad_output_scale_stride
     rows = tl.num_programs(1) * B
-    maximum, inverse_sum, negatives_probability = _load_state(
-        state + scale * B, grad_output + queries.to(tl.int64) * grad_output_stride, rows, queries, q_mask
-    )
-    if FIXED:
-        shares = tl.broadcast_to(inverse_sum[:, None], (BLOCK_X, BLOCK_Y))
-    else:
-        weights = tl.exp2((similarity - maximum[:, None]) * log2_scale) * inverse_sum[:, None]
-    positives = negatives_probability
-    if mirror is not None:  # then B = K
-        mirror_maximum, mirror_inverse_sum, _ = _load_state(
-            mirror + scale * K, grad_output + ys.to(tl.int64) * grad_output_stride, rows, ys, y_mask
-        )
-        _, _, own_probability = _load_state(
-            mirror + scale * B, grad_output + queries.to(tl.int64) * grad_output_stride, rows, queries, q_mask
-        )
-        positives += own_probability
-        if FIXED:
-            shares += mirror_inverse_sum[None, :]
-        else:
-            weights += tl.exp2((similarity - mirror_maximum[None, :]) * log2_scale) * mirror_inverse_sum[None, :]
-    if FIXED:
-        weights = tl.exp2(similarity * log2_scale - log2_scale) * shares
     edge = (first_key + BLOCK_Y > end) | (query_ids is not None)
     if IN_BATCH:
         edge = edge | _overlap(first_query, first_key, BLOCK_X, BLOCK_Y)
     if edge:
         excluded = _excluded(queries, ys, query_ids, key_ids, q_mask, y_mask, IN_BATCH)
-        weights = tl.where(excluded, 0.0, weights)
-        if IN_BATCH:
-            weights = tl.where(queries[:, None] == ys[None, :], -positives[:, None], weights)
+        similarity = tl.where(excluded, -float("inf"), similarity)
+    maximum, inverse_sum, _ = _load_state(
+        state + scale * B, grad_output + queries.to(tl.int64) * grad_output_stride, rows, queries, q_mask
+    )
+    if mirror is not None:  # then B = K
+        mirror_maximum, mirror_inverse_sum, _ = _load_state(
+            mirror + scale * K, grad_output + ys.to(tl.int64) * grad_output_stride, rows, ys, y_mask
+        )
+    if FIXED:
+        shares = inverse_sum[:, None]
+        if mirror is not None:
+            shares = shares + mirror_inverse_sum[None, :]
+        weights = tl.exp2(similarity * log2_scale - log2_scale) * shares
+    else:
+        weights = tl.exp2((similarity - maximum[:, None]) * log2_scale) * inverse_sum[:, None]
+        if mirror is not None:
+            weights += tl.exp2((similarity - mirror_maximum[None, :]) * log2_scale) * mirror_inverse_sum[None, :]
     row = scale.to(tl.int64) * out_scale_stride + (queries - first).to(tl.int64) * out_stride
     weights = weights.to(weights_out.dtype.element_ty)
     tl.store(weights_out + row[:, None] + ys[None, :], weights, mask=q_mask[:, None])
