@@ -15,7 +15,6 @@ from dcvae_kernels.info_nce_autograd import FrozenPlan, FusedInfoNCE, frozen_los
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM, MAX_SCALES = 4096, 65535  # limits of the Triton kernels
-AUTO_DIM, AUTO_DIM_HALF = 256, 512  # limits of impl="auto"; for larger D the kernels compute similarities repeatedly
 
 
 class InfoNCEStats(NamedTuple):
@@ -99,9 +98,8 @@ def info_nce(
             excluded. −1 means unknown and equals no id. Without a queue, negative_ids is [B] and defaults to query_ids.
         impl: "triton" requires an NVIDIA GPU of compute capability 8.0 or newer (or, for tests on a CPU,
             TRITON_INTERPRET=1 set before the import), D ≤ 4096 and no float64. "torch" is plain PyTorch, in blocks.
-            "auto" uses "triton" if possible and D ≤ 256 (D ≤ 512 in half precision), else "torch". Under torch.func
-            transforms and for tensor subclasses, the reference implementation is used, which stores the logits
-            [S, B, K].
+            "auto" uses "triton" on a GPU if possible, else "torch". Under torch.func transforms and for tensor
+            subclasses, the reference implementation is used, which stores the logits [S, B, K].
         return_stats: also return `InfoNCEStats`.
         symmetric: CLIP's loss, the mean of the losses of q among k and of k among q. Cannot be used with a queue.
         group: ranks that share a batch. The negatives of a query are the keys of all other rows of all ranks, and
@@ -256,8 +254,7 @@ def _choose(impl: str, *tensors: Tensor) -> str:
     if q.numel() == 0 or obstacle is not None:
         return "torch"
     if impl == "auto":
-        half = all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
-        impl = "triton" if q.is_cuda and q.shape[-1] <= (AUTO_DIM_HALF if half else AUTO_DIM) else "torch"
+        impl = "triton" if q.is_cuda else "torch"
     return impl
 
 

@@ -195,7 +195,7 @@ class FusedInfoNCE(torch.autograd.Function):
         settings = ctx.settings
         needs_q, needs_temperature, needs_k, needs_queue = ctx.needs_input_grad[3:7]
 
-        swept: Sequence[Tensor | None] = (None, None, None)
+        swept: Sequence[Any] = (None, None, None)
         wrt_q, wrt_keys = settings.symmetric and needs_q, needs_queue or (needs_k and queue is None)
         if settings.symmetric or wrt_keys:
             arguments = grad_output, state, wrt_q, wrt_keys, settings.symmetric and needs_temperature
@@ -213,7 +213,7 @@ class FusedInfoNCE(torch.autograd.Function):
         return (
             *(None,) * 3,
             dq if needs_q else None,
-            dtemperature.sum().to(temperature.dtype) if needs_temperature else None,
+            dtemperature.sum().to(temperature.dtype) if needs_temperature and dtemperature is not None else None,
             (swept[1] if queue is None else dk) if needs_k else None,
             swept[1] if needs_queue else None,
             *(None,) * 3,
@@ -303,7 +303,8 @@ def _differentiable_gradients(
     with torch.enable_grad():
         # Aliases: an input can depend on another one, and partial derivatives hold the others constant.
         aliases: Any = [x if x is None else x.view_as(x) for x in inputs[:4]]
-        loss, _ = reference_loss(Inputs(*aliases, *inputs[4:]), settings, with_rank=False)
+        inputs = Inputs(*aliases, *inputs[4:])  # type: ignore[call-arg]
+        loss, _ = reference_loss(inputs, settings, with_rank=False)
     differentiated = [x for x, needed in zip(aliases, needs, strict=True) if needed]
     gradients = iter(torch.autograd.grad(loss, differentiated, grad_output, create_graph=create_graph))
     return tuple(next(gradients) if needed else None for needed in needs)

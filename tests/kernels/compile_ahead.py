@@ -248,10 +248,12 @@ def _launch_everything(queries: int, d: int, dtype: torch.dtype, full: bool) -> 
     for keys, temperature in cases:
         key_ids = empty(keys.shape[1], dtype=torch.int64)
         settings = Settings(0.07, normalize=True, symmetric=False, reduction="mean", implementation="triton")
-        info_nce.forward(Inputs(q, temperature, q, keys, valid, ids, key_ids), settings, [True] * 5)
+        inputs = Inputs(q, temperature, q, keys, valid, ids, key_ids)
+        info_nce.forward(inputs, settings, [True] * 5)
+        _backward_sweep(inputs, settings, empty(1, 3, queries, dtype=torch.float32), wrt_q=False, wrt_keys=True)
     inputs, settings = Inputs(q, learned, q, None, None, ids, ids), settings._replace(symmetric=True)
-    state = empty(2, 3, queries, dtype=torch.float32)
-    _backward_sweep(inputs, settings, state, wrt_q=True, wrt_keys=False)
+    info_nce.forward(inputs, settings, [False, False, False, True, True])
+    _backward_sweep(inputs, settings, empty(2, 3, queries, dtype=torch.float32), wrt_q=True, wrt_keys=True)
 
 
 def _backward_sweep(inputs: Inputs, settings: Settings, state: Tensor, wrt_q: bool, wrt_keys: bool) -> None:
@@ -269,15 +271,14 @@ def benchmark_row_launches(capability: int) -> list[tuple[Any, list[Launch]]]:
 
 def _launch_row(row: Any) -> None:
     """Launch what `FusedInfoNCE` launches if q and, without a queue, k require gradients."""
-    q, queue = (
-        torch.empty((row.scales, rows, row.dim), dtype=getattr(torch, row.dtype), device="meta") if rows else None
-        for rows in (row.batch, row.queue)
-    )
-    in_batch = queue is None
+    empty = partial(torch.empty, dtype=getattr(torch, row.dtype), device="meta")
+    in_batch = row.queue is None
+    q = empty(row.scales, row.batch, row.dim)
+    queue = None if in_batch else empty(row.scales, row.queue, row.dim)
     inputs = Inputs(q, None, q, queue, None, None, None)
     settings = Settings(0.07, normalize=True, symmetric=row.symmetric, reduction="mean", implementation="triton")
     *_, state = info_nce.forward(inputs, settings, [not row.symmetric, False, False, in_batch, False])
-    if in_batch:
+    if state is not None:
         _backward_sweep(inputs, settings, state, wrt_q=row.symmetric, wrt_keys=True)
 
 

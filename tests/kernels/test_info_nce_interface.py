@@ -190,6 +190,7 @@ def test_no_host_synchronisation_in_chunked():
         inputs = Inputs(q, torch.tensor(0.1), q, queue, torch.empty(()).long(), ids[:5], ids)
         settings = Settings(1.0, normalize=True, symmetric=False, reduction="mean", implementation="torch")
         state = chunked.forward(inputs, settings, [True] * 5)[-1]
+        assert state is not None
         chunked.backward_sweep(inputs, settings, torch.tensor(1.0), state, True, True, True)
 
 

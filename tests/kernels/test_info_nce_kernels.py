@@ -104,7 +104,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", ["frozen", "queue", "in-batch", "symmetric"])
 def test_logits_are_never_stored(on: Implementation, form: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_info_nce, "CHUNK_WEIGHTS", 1)  # the smallest chunk, one row of tiles
+    monkeypatch.setattr(triton_info_nce, "CHUNK_BYTES", 1)  # the smallest chunk, one row of tiles
     b, k, d = (64, 2000, 4) if on.interpreted else (2048, 40_000, 8)
     if form in ("in-batch", "symmetric"):
         b = k = (1200 if form == "symmetric" else 200) if on.interpreted else 8192
@@ -250,7 +250,7 @@ BUDGETS = {
 }
 # Bytes of local memory per thread. On sm_90, tiles that spill some registers were nevertheless the fastest in the batch
 # and with all options.
-SPILLED, SPILLED_ON_SM_90 = 32, 128
+SPILLED, SPILLED_ON_SM_90 = 32, 192
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from dcvae_kernels.arguments import Inputs, Settings, loss_weight
 from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
@@ -44,7 +45,7 @@ from dcvae_kernels.triton.info_nce_kernels import (
 LAUNCH = {"enable_fp_fusion": True}
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
 MAX_UNPREPARED = 32  # largest D of float32 rows that each program normalises and splits by itself
-CHUNK_WEIGHTS = 2**27  # number of weights that are stored at a time
+CHUNK_BYTES = 2**28  # bytes of weights that are stored at a time
 # float16 weights are scaled, so that their largest possible value is just below the largest float16.
 FLOAT16_SCALE = 2.0**14
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -166,11 +167,16 @@ def _splits(own: int, other: int, scales: int, size: Tiles, device: torch.device
 # Launches -------------------------------------------------------------------------------------------------------------
 
 
+# Compiled kernels by everything that their code depends on. Triton's inspection of the arguments of a launch takes ten
+# times as long as the rest of it.
+_COMPILED: dict[tuple[Any, ...], Callable[..., None]] = {}
+_MAX_COMPILED = 1024
+
+
 class Launch:
     """A kernel with its grid, integer arguments, constants and options.
 
-    The first call compiles. Later calls skip Triton's inspection of the arguments, which takes ten times as long as the
-    rest: their tensors must have the dtypes, the alignment and the device of the first call.
+    Calls pass tensors and floats. The tensors of all calls must have the same dtypes, alignment and device.
 
     Args:
         kernel: its parameters are tensors, integers, floats and constants, in this order.
@@ -180,16 +186,23 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], integers: tuple[int, ...], **options: Any) -> None:
         self.kernel, self.grid, self.integers, self.options = kernel, grid, integers, options
-        self.constants = tuple(value for name, value in options.items() if name.isupper() or name == "D")
+        self.constants = tuple(value for name, value in options.items() if name.isupper())
         self.compiled: Callable[..., None] | None = None
 
-    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...]) -> None:
+        key = None
+        if self.compiled is None and isinstance(self.kernel, JITFunction):  # not interpreted
+            types = (x if x is None else (x.dtype, x.data_ptr() % 16, x.device) for x in tensors)
+            key = (id(self.kernel), self.grid, self.integers, *self.options.values(), *types)
+            self.compiled = _COMPILED.get(key)
         if self.compiled is not None:
             self.compiled(*tensors, *self.integers, *floats, *self.constants)
             return
         compiled = self.kernel[self.grid](*tensors, *self.integers, *floats, **self.options, **LAUNCH)
-        if compiled is not None:  # the interpreter returns None
-            self.compiled = compiled[self.grid]
+        if key is not None and compiled is not None:  # None if a hook of Triton prevents the launch
+            if len(_COMPILED) >= _MAX_COMPILED:
+                _COMPILED.clear()
+            self.compiled = _COMPILED[key] = compiled[self.grid]
 
 
 def _rows_by_features(x: Tensor) -> Tensor:
@@ -333,11 +346,11 @@ def forward_rows(
     with on_device(q.device):
         if plan.planes is not None:
             planes = q.new_empty(plan.planes, dtype=torch.bfloat16)
-            plan.prepare(negatives, planes, None, valid)
+            plan.prepare(negatives, planes, None, valid, floats=())
             negatives = planes
         elif plan.inverses is not None:
             inverses = q.new_empty(plan.inverses, dtype=torch.float32)
-            plan.prepare(negatives, None, inverses, valid)
+            plan.prepare(negatives, None, inverses, valid, floats=())
         plan.sweep(
             q, k, negatives, inverses, query_ids, negative_ids, valid, temperature, workspace, floats=(1 / tau,)
         )  # fmt: skip
@@ -397,7 +410,7 @@ def _prepare(
 ) -> None:
     """Launch `prepare_kernel`."""
     dot, shape = (torch.bfloat16, None) if planes is None else (planes.dtype, tuple(planes.shape))
-    _prepare_launch(x.shape, x.stride(), settings.normalize, dot, shape)(x, planes, inverses, valid)
+    _prepare_launch(x.shape, x.stride(), settings.normalize, dot, shape)(x, planes, inverses, valid, floats=())
 
 
 def _directions_of(x: Tensor, valid: Tensor | None, settings: Settings, dtype: torch.dtype) -> Tensor:
@@ -486,13 +499,16 @@ def _scores(
     if with_rank:
         directions = (_directions_of(x, None, settings, torch.float32) for x in (q, k))
         positive = math.prod(directions).sum(-1)
-    scores_kernel[(tiles_x * tiles_y, scales)](
-        queries.rows, keys.rows, queries.inverses, keys.inverses, query_ids, negative_ids, valid, temperature, positive,
-        sums, mirror, *queries.strides(), *keys.strides(), batch, columns, 1 / settings.tau,
+    launch = Launch(
+        scores_kernel, (tiles_x * tiles_y, scales, 1), (*queries.strides(), *keys.strides(), batch, columns),
         D=keys.rows.shape[-1], IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings),
         PLANES=dot_constants(dtype)["PLANES"],
         BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
-        num_warps=size.warps, num_stages=size.stages, **LAUNCH,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    launch(
+        queries.rows, keys.rows, queries.inverses, keys.inverses, query_ids, negative_ids, valid, temperature, positive,
+        sums, mirror, floats=(1 / settings.tau,),
     )  # fmt: skip
     return sums, tiles_y, mirror, tiles_x if settings.symmetric else 0
 
@@ -513,7 +529,8 @@ def _sums_of_products(
     columns = negatives.shape[1]
     dtype = operand_dtype(q, negatives)
     size = scores_tiles(dtype, _capability(q.device))
-    chunk = max(1, CHUNK_WEIGHTS // max(1, scales * columns * size.own)) * size.own
+    row_bytes = max(1, scales * columns * dtype.itemsize)
+    chunk = max(1, CHUNK_BYTES // (row_bytes * size.own)) * size.own
     q_directions = _directions_of(q, None, settings, dtype) if wrt_keys else None
     key_directions = _directions_of(negatives, inputs.valid, settings, dtype) if wrt_q else None
     largest = None
@@ -525,18 +542,20 @@ def _sums_of_products(
     dq, dkeys = [], None
     for first in range(0, batch, chunk):
         weights = buffer[:, : min(chunk, batch - first), :columns]
-        grid = (_cdiv(weights.shape[1], size.own) * _cdiv(columns, size.other), scales)
         if columns:
-            chunk_kernel[grid](
-                queries.rows, keys.rows, queries.inverses, keys.inverses, inputs.query_ids, inputs.negative_ids,
-                inputs.valid, inputs.temperature, grad_output,
-                state[0], state[1] if settings.symmetric else None, weights,
-                *queries.strides(), *keys.strides(), grad_output.stride(0), grad_output.stride(1),
-                weights.stride(0), weights.stride(1), batch, columns, first, 1 / settings.tau,
+            strides = (*queries.strides(), *keys.strides(), *grad_output.stride(), *buffer.stride()[:2])
+            launch = Launch(
+                chunk_kernel, (_cdiv(weights.shape[1], size.own) * _cdiv(columns, size.other), scales, 1),
+                (*strides, batch, columns, first),
                 D=keys.rows.shape[-1], IN_BATCH=inputs.queue is None, FIXED=_fixed_maximum(inputs, settings),
                 PLANES=dot_constants(dtype)["PLANES"],
                 BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
-                num_warps=size.warps, num_stages=size.stages, **LAUNCH,
+                num_warps=size.warps, num_stages=size.stages,
+            )  # fmt: skip
+            launch(
+                queries.rows, keys.rows, queries.inverses, keys.inverses, inputs.query_ids, inputs.negative_ids,
+                inputs.valid, inputs.temperature, grad_output,
+                state[0], state[1] if settings.symmetric else None, weights, floats=(1 / settings.tau,),
             )  # fmt: skip
         if wrt_q:
             dq.append(_matrix_product(weights, key_directions))
@@ -576,13 +595,17 @@ def _project(
     block = blocks(dim, splits)
     directions = 2 if settings.symmetric else 1
     factor = loss_weight(settings.reduction, state.shape[-1]) / directions
-    project_kernel[(_cdiv(scales * own, block.rows),)](
+    positives_strides = (x if positives is None else positives).stride()[:2]
+    launch = Launch(
+        project_kernel, (_cdiv(scales * own, block.rows), 1, 1),
+        (*x.stride()[:2], *positives_strides, *grad_output.stride(), own, scales * own, splits),
+        D=dim, NORMALIZE=settings.normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
+        num_warps=8,
+    )  # fmt: skip
+    launch(
         x, workspace, positives, state[0], state[1] if settings.symmetric else None, grad_output,
         inputs.valid if positives is None else None, inputs.temperature, dx, dtemperature,
-        x.stride(0), x.stride(1), *(x if positives is None else positives).stride()[:2], *grad_output.stride(),
-        own, scales * own, splits, 1 / settings.tau, factor,
-        D=dim, NORMALIZE=settings.normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
-        num_warps=8, **LAUNCH,
+        floats=(1 / settings.tau, factor),
     )  # fmt: skip
 
 
@@ -631,12 +654,15 @@ def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Ten
     splits, part = _splits(own, other, scales, size, q.device)
     workspace = q.new_empty(splits * rows * dim, dtype=torch.float32)
     queries = Rows(q, None) if _unprepared(q) else _prepared(q, None, settings, dtype, size.features)
-    weights_kernel[(_cdiv(own, size.own), splits, scales)](
-        keys, *queries, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
-        keys.stride(0), keys.stride(1), *queries.strides(), grad_output.stride(0), grad_output.stride(1),
-        own, other, part, 1 / settings.tau,
+    launch = Launch(
+        weights_kernel, (_cdiv(own, size.own), splits, scales),
+        (*keys.stride()[:2], *queries.strides(), *grad_output.stride(), own, other, part),
         D=dim, NORMALIZE=settings.normalize, IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings),
         **dot_constants(dtype), BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
-        num_warps=size.warps, num_stages=size.stages, **LAUNCH,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    launch(
+        keys, *queries, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
+        floats=(1 / settings.tau,),
     )  # fmt: skip
     return workspace, splits
