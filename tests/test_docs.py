@@ -163,9 +163,7 @@ def test_documentation_quotes_committed_results():
         (cells,) = (entry["cells"] for entry in rows if entry["name"] == row)
         return [cell for cell in cells if cell["peer"] == peer][-1][timing]["median_us"]
 
-    ours, baseline = (
-        median("nvidia-h100-80gb-hbm3/step", "cifar10-64", peer, "wall") for peer in ("ours", "baseline")
-    )
+    ours, baseline = (median("nvidia-h100-80gb-hbm3/step", "cifar10-64", peer, "wall") for peer in ("ours", "baseline"))
     assert f"{64e6 / ours:,.0f}, {baseline / ours:.3g} times the plain PyTorch baseline" in readme
     hours = 40e6 / (64e6 / ours) / 3600
     assert f"take {hours:.1f} hours" in readme and f"\n{hours:.1f} hours for 40 M images" in training
