@@ -6,7 +6,7 @@ import compare as compare_script
 import gpu
 import results
 
-DEVICE = "nvidia-h100-80gb-hbm3"
+DEVICES = {"info_nce": "nvidia-h200", "spectral_norm": "nvidia-h100-80gb-hbm3"}
 
 
 @pytest.fixture
@@ -14,10 +14,11 @@ def compare(tmp_path, capsys):
     """Compare a committed result with a copy in which `change` has modified a row or the cell of an implementation."""
 
     def run(change, name="info_nce", row="dcvae", peer="ours"):
-        document = results.read(results.COMMITTED / DEVICE / f"{name}.json")
+        path = f"{DEVICES[name]}/{name}.json"
+        document = results.read(results.COMMITTED / path)
         (match,) = (r for r in document["rows"] if r["name"] == row)
         change(match, results.cells_of(match)[peer])
-        results.write(tmp_path / DEVICE / f"{name}.json", document)
+        results.write(tmp_path / path, document)
         status = compare_script.main(["--fresh", str(tmp_path)])
         return status, capsys.readouterr().out
 
