@@ -61,7 +61,7 @@ def test_another_shape_is_not_compared(compare):
 
 
 def test_times_of_different_timers_are_not_compared():
-    document = results.read(results.COMMITTED / DEVICE / "step.json")
+    document = results.read(results.COMMITTED / "nvidia-h100-80gb-hbm3/step.json")
     (line,) = compare_script.regressions(document, {**document, "timer": {"wall": "another"}})
     assert line == "step: the committed result is of another timer; measure and commit it again"
 
