@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dcvae_kernels.arguments import Inputs, Settings
 from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
@@ -118,7 +119,7 @@ def info_nce(
     """
     keys = (k, queue, valid, query_ids, negative_ids)
     call = None if group is not None or symmetric else _frozen_call(q, *keys, temperature, normalize, reduction, impl)
-    if call is not None and (plan := _PLANS.get((call, return_stats))) is not None:
+    if call is not None and (plan := _PLANS.get((call, bool(return_stats)))) is not None:
         loss, rank = frozen_loss(q, keys, temperature, plan)  # type: ignore[arg-type]
         return (loss, InfoNCEStats(rank)) if return_stats and rank is not None else loss
     if group is not None:
@@ -151,9 +152,13 @@ def info_nce(
     tau = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     settings = Settings(tau, normalize, symmetric, reduction, implementation)
     if group is None or group.size() == 1:
-        loss, rank = _loss(inputs, settings, return_stats)
+        plan = None
         if call is not None and implementation == "triton":
-            _keep_plan((call, return_stats), inputs, settings)
+            plan = _new_plan((call, bool(return_stats)), inputs, settings)
+        if plan is None:
+            loss, rank = _loss(inputs, settings, return_stats)
+        else:  # by the same autograd function as later calls
+            loss, rank = frozen_loss(q, keys, tau, plan)  # type: ignore[arg-type]
     else:  # the gathered keys are the queue, and ids exclude a query's own key from it
         local_ids, all_ids = gather_ids(query_ids, q.shape[-2], q.device, group)
         inputs = inputs._replace(queue=gather(k, group), query_ids=local_ids, negative_ids=all_ids)
@@ -184,11 +189,13 @@ def _frozen_call(
     impl: str,
 ) -> tuple[Any, ...] | None:
     """Return the key in `_PLANS` of a call in which at most q requires a gradient; None for other calls."""
-    if type(temperature) is not float or not 1e-37 < temperature < math.inf or queue is None:
+    if type(temperature) is not float or not 1e-37 < temperature < math.inf or q is None or k is None or queue is None:
         return None
     if not type(reduction) is type(impl) is str or type(normalize) is not bool:
         return None
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if forward_ad._current_level >= 0:  # tangents need FusedInfoNCE, which rejects them
         return None
     layouts: list[tuple[Any, ...] | None] = []
     tensors: tuple[Any, ...] = (q, k, queue, valid, query_ids, negative_ids)
@@ -206,13 +213,15 @@ def _frozen_call(
     return with_gradient and q.requires_grad, *layouts, fixed_maximum, normalize, reduction, impl
 
 
-def _keep_plan(key: tuple[tuple[Any, ...], bool], inputs: Inputs, settings: Settings) -> None:
+def _new_plan(key: tuple[tuple[Any, ...], bool], inputs: Inputs, settings: Settings) -> FrozenPlan | None:
+    """Make and keep a plan; None if rows do not fit into registers."""
     (with_dq, *_), with_rank = key
     plan = plan_frozen(inputs, settings, with_dq, with_rank)
     if plan is not None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
         _PLANS[key] = plan
+    return plan
 
 
 def _loss(inputs: Inputs, settings: Settings, with_rank: bool) -> tuple[Tensor, Tensor | None]:

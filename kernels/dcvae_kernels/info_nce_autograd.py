@@ -256,19 +256,23 @@ class FrozenInfoNCE(torch.autograd.Function):
         ctx: Any, q: Tensor, keys: Sequence[Tensor | None], tau: float, plan: FrozenPlan
     ) -> tuple[Tensor, Tensor | None]:
         loss, rank, dq, *_ = plan.forward(Inputs(q, None, *keys), tau)  # type: ignore[arg-type]
-        ctx.save_for_backward(q, dq)
+        ctx.save_for_backward(dq, q)
         ctx.frozen = [(x, 0 if x is None else _version(x)) for x in keys]
         ctx.tau, ctx.plan = tau, plan
         if rank is not None:
             ctx.mark_non_differentiable(rank)
-            ctx.set_materialize_grads(False)  # no zeros for the rank
+        ctx.set_materialize_grads(False)
         return loss, rank
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        q, dq = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None
+        dq, q = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(grad_output):
-            inputs: Inputs = Inputs(q, None, *_unchanged(ctx.frozen))  # type: ignore[arg-type]
+            k, queue, *rest = _unchanged(ctx.frozen)
+            queue = queue[0] if queue.ndim > q.ndim else queue  # type: ignore[union-attr, index]
+            inputs: Inputs = Inputs(q, None, k, queue, *rest)  # type: ignore[arg-type]
             settings = ctx.plan.settings._replace(tau=ctx.tau)
             needs = (True, False, False, False)
             return _differentiable_gradients(inputs, settings, needs, grad_output)[0], None, None, None

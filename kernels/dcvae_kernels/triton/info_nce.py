@@ -14,7 +14,7 @@ for matrix products by PyTorch (cuBLAS):
 
     forward          scores_kernel    a program computes one tile of similarities and adds its rows and columns
                      combine_kernel
-    backward_sweep   chunk_kernel     stores the weights of some queries and all keys
+    backward_sweep   chunk_kernel     stores the weights of some queries and all keys; in `forward` if keys are frozen
                      project_kernel
 """
 
