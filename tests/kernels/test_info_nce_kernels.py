@@ -186,17 +186,51 @@ def test_no_out_of_bounds_accesses(
 # Operators ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["symmetric", "queue"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_chunks_of_weights(
+    triton_on: Implementation, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """Compare gradients from chunks of 128 queries with those from one chunk."""
+    d, n = (24, 200) if form == "symmetric" else (260, 40)
+    q, k, queue = (triton_on.randn(2, rows, d, seed=i, dtype=dtype) for i, rows in enumerate((200, 200, n)))
+    arguments = (q, k, queue if form == "queue" else None)
+    expected = loss_rank_and_gradients(triton_on, *arguments, symmetric=form == "symmetric")
+    monkeypatch.setattr(triton_info_nce, "CHUNK_BYTES", 1)
+    actual = loss_rank_and_gradients(triton_on, *arguments, symmetric=form == "symmetric")
+    for x, y in zip(actual, expected, strict=True):
+        assert (x.double() - y.double()).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.double().norm()
+
+
+@pytest.mark.parametrize(("rows", "grad_output"), [(1e3, 1e6), (1e-3, 1e-4)])
+def test_float16_gradients_of_any_magnitude(triton_on: Implementation, rows: float, grad_output: float):
+    """Loss scaling multiplies grad_output, and weights of the stored matrix must not overflow or underflow."""
+    q, k = leaves(*((triton_on.randn(40, 64, seed=i) * rows).half() for i in range(2)))
+    exact = leaves(q, k, dtype=torch.float64)
+    gradients = torch.autograd.grad(triton_on.info_nce(q, k, symmetric=True), (q, k), torch.tensor(grad_output))
+    logits = torch.nn.functional.normalize(exact[0], dim=1) @ torch.nn.functional.normalize(exact[1], dim=1).T / 0.07
+    target = torch.arange(len(q))
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    for x, y in zip(gradients, torch.autograd.grad(loss, exact, torch.tensor(grad_output).double()), strict=True):
+        assert (x.double() - y).norm() <= 2e-3 * y.norm()
+
+
+@pytest.mark.parametrize("d", [8, 300])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_operators(on: Implementation, symmetric: bool):
-    q, k = on.randn(2, 8, 5).mT, on.randn(5, 2, 8, seed=1).transpose(0, 1)  # the outputs have other strides
+def test_operators(on: Implementation, symmetric: bool, d: int):
+    q, k = on.randn(2, d, 5).mT, on.randn(5, 2, d, seed=1).transpose(0, 1)  # the outputs have other strides
     inputs = Inputs(q, torch.tensor(0.2), k, None, None, torch.arange(5), torch.arange(5) + 3)
     settings = Settings(1.0, normalize=True, symmetric=symmetric, reduction="mean", implementation=on.impl)
-    output_mask = [not symmetric, False, not symmetric, True, True]
+    with_state = symmetric or d < 100
+    output_mask = [not symmetric, False, not symmetric, with_state, True]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(info_nce_autograd.forward_operator, (*inputs, *settings, output_mask), test_utils=checks)
     state = info_nce_autograd.forward(inputs, settings, output_mask)[-1]
-    arguments = (torch.tensor(2.0), state, symmetric, True, symmetric)
-    torch.library.opcheck(info_nce_autograd.backward_operator, (*inputs, *settings, *arguments), test_utils=checks)
+    assert (state is not None) == with_state
+    if with_state:
+        arguments = (torch.tensor(2.0), state, symmetric, True, symmetric)
+        torch.library.opcheck(info_nce_autograd.backward_operator, (*inputs, *settings, *arguments), test_utils=checks)
 
 
 @pytest.mark.gpu

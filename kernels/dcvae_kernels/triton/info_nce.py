@@ -14,7 +14,8 @@ for matrix products by PyTorch (cuBLAS):
 
     forward          scores_kernel    a program computes one tile of similarities and adds its rows and columns
                      combine_kernel
-    backward_sweep   chunk_kernel     stores the weights of some queries and all keys; in `forward` if keys are frozen
+    backward_sweep   chunk_kernel     stores the weights of some queries and all keys; unless the loss is symmetric,
+                                      `forward` launches it for the gradients of the queries and τ
                      project_kernel
 """
 
@@ -230,7 +231,7 @@ def _fits(inputs: Inputs, settings: Settings) -> bool:
     """Whether rows fit into registers, so that no similarities are stored."""
     capability = _capability(inputs.q.device)
     if operand_dtype(inputs.q, _keys(inputs)) == torch.float32:
-        largest = 128 if capability >= 90 else 64
+        largest = 128 if 90 <= capability < 120 else 64
     else:
         largest = 256 if capability == 90 else 128
     return not settings.symmetric and inputs.q.shape[-1] <= largest
@@ -477,7 +478,7 @@ def _forward_tiles(
             grad_output = q.new_ones(()).expand(q.shape[:2])
             total, _ = _sums_of_products(inputs, settings, pair, grad_output, state, True, False)
             _project(q, total, inputs, settings, state, grad_output, 1, dq, dtemperature, positives=k)
-    return loss, rank, dq, dk, dtemperature, state
+    return loss, rank, dq, dk, dtemperature, state if with_state else None
 
 
 def _scores(
@@ -491,6 +492,9 @@ def _scores(
     dtype = operand_dtype(q, _keys(inputs))
     size = scores_tiles(dtype, _capability(q.device))
     tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
+
+    if 3 * max(tiles_x, tiles_y) * scales * max(batch, columns) >= 2**31:
+        raise ValueError(f'q {list(q.shape)} and {columns} keys exceed the indices of impl="triton"; use impl="torch"')
 
     def workspace(splits: int, rows: int) -> Tensor:
         return q.new_empty(3 * splits * rows + rows + 1, dtype=torch.float32)

@@ -710,7 +710,7 @@ def scores_kernel(
     its key, [scales, B], if ranks are computed. Workspaces: as without GRADIENT in `_partials`; the splits are tiles.
     """
     scale = tl.program_id(1)
-    tiles_x, tiles_y = tl.cdiv(B, BLOCK_X), tl.cdiv(K, BLOCK_Y)
+    tiles_x, tiles_y = tl.cdiv(B, BLOCK_X), tl.maximum(tl.cdiv(K, BLOCK_Y), 1)  # one without keys
     tile_x, tile_y = _tile_of_program(tiles_x, tiles_y, GROUP)
     rows, columns = tl.num_programs(1) * B, tl.num_programs(1) * K
     if tl.program_id(0) + scale == 0:
