@@ -202,6 +202,14 @@ def test_several_chunks_of_weights(
         assert (x.double() - y.double()).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.double().norm()
 
 
+def test_too_many_pairs_are_rejected(triton_on: Implementation, monkeypatch: pytest.MonkeyPatch):
+    """Without allocating them: queries and queue are views of one row."""
+    q, queue = triton_on.randn(1, 300).expand(2**18, 300), triton_on.randn(1, 300).expand(2**19, 300)
+    monkeypatch.setattr(triton_info_nce, "_pair", lambda *arguments: (None, None))
+    with pytest.raises(ValueError, match=r"q \[1, 262144, 300\] and 524288 keys exceed the indices"):
+        triton_on.info_nce(q, q, queue)
+
+
 @pytest.mark.parametrize(("rows", "grad_output"), [(1e3, 1e6), (1e-3, 1e-4)])
 def test_float16_gradients_of_any_magnitude(triton_on: Implementation, rows: float, grad_output: float):
     """Loss scaling multiplies grad_output, and weights of the stored matrix must not overflow or underflow."""

@@ -492,8 +492,7 @@ def _scores(
     dtype = operand_dtype(q, _keys(inputs))
     size = scores_tiles(dtype, _capability(q.device))
     tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
-
-    if 3 * max(tiles_x, tiles_y) * scales * max(batch, columns) >= 2**31:
+    if 3 * scales * max(tiles_y * batch, tiles_x * columns * settings.symmetric) >= 2**31:
         raise ValueError(f'q {list(q.shape)} and {columns} keys exceed the indices of impl="triton"; use impl="torch"')
 
     def workspace(splits: int, rows: int) -> Tensor:
