@@ -95,7 +95,7 @@ def test_result_of_iterations(documents):
 
 def test_rehearsal_meets_no_target(documents, rehearsal):
     targets = [target for document in documents.values() for target in document["targets"]]
-    assert (len(documents["info_nce"]["targets"]), len(targets)) == (10, 14)
+    assert (len(documents["info_nce"]["targets"]), len(targets)) == (12, 16)
     assert all(target["met"] is target["measured"] is None for target in targets)
     assert "| target |" not in rehearsal[1]
 
