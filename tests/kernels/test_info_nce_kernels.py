@@ -285,10 +285,10 @@ BUDGETS = {
     "prepare_kernel": (64, 8),
     "sweep_kernel": (255, 200),
     "scores_kernel": (255, 100),
-    "combine_kernel": (192, 16),
+    "combine_kernel": (255, 16),
     "weights_kernel": (255, 200),
     "chunk_kernel": (255, 100),
-    "project_kernel": (64, 16),
+    "project_kernel": (112, 16),
 }
 # Bytes of local memory per thread. On sm_90, tiles that spill some registers were nevertheless the fastest in the batch
 # and with all options.
