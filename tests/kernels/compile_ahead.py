@@ -194,14 +194,11 @@ def _output(program: str, *arguments: str) -> str:
 
 
 def repeats_rows(ttgir: str) -> bool:
-    """Return whether a layout of tensor core products has warps for more rows, 16 each, than its tensors have.
-
-    Tensors of one row are vectors that are broadcast.
-    """
+    """Return whether a product on tensor cores has more warps along its rows than it has rows for, 16 each."""
     layouts = re.findall(r"^(#\w+) = #ttg\.nvidia_mma<.*warpsPerCTA = \[(\d+)", ttgir, re.MULTILINE)
     warps = {layout: int(count) for layout, count in layouts}
-    tensors = re.findall(r"tensor<(\d+)x\d+x\w+, (#\w+)>", ttgir)
-    return any(16 * warps.get(layout, 0) > int(rows) > 1 for rows, layout in tensors)
+    products = re.findall(r"dot .* -> tensor<(\d+)x\d+x\w+, (#\w+)>", ttgir)
+    return any(16 * warps.get(layout, 0) > int(rows) for rows, layout in products)
 
 
 def _path(name: Any, index: dict[str, int]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Properties of the info_nce implementations other than their results: launches, memory, determinism, out-of-bounds
 accesses, operators, and compiled resources of the Triton kernels on several GPU architectures."""
 
+import textwrap
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcvae_kernels
 from checks import Implementation, compiled_ahead, device_kernels, leaves, poison_allocations, record_launches
+from compile_ahead import repeats_rows
 from dcvae_kernels import chunked, info_nce_autograd
 from dcvae_kernels.arguments import Inputs, Settings
 from sass import instructions_per_tile
@@ -284,10 +286,10 @@ def test_cuda_graph(on_gpu: Implementation, form: str):
 BUDGETS = {
     "prepare_kernel": (64, 8),
     "sweep_kernel": (255, 200),
-    "scores_kernel": (255, 100),
+    "scores_kernel": (255, 150),
     "combine_kernel": (255, 16),
     "weights_kernel": (255, 200),
-    "chunk_kernel": (255, 100),
+    "chunk_kernel": (255, 150),
     "project_kernel": (112, 16),
 }
 # Bytes of local memory per thread. On sm_90, tiles that spill some registers were nevertheless the fastest in the batch
@@ -315,7 +317,8 @@ def test_no_repeated_rows():
     assert not [program for program in compiled_ahead("info_nce") if program["repeated_rows"]]
 
 
-# Instructions × lanes per pair of rows in the kernels that visit pairs, by row of bench/test_info_nce.py.
+# Instructions × lanes per pair of rows in the kernels that visit pairs, by row of bench/test_info_nce.py. Versions of
+# Triton differ by up to 12 %.
 PAIR_INSTRUCTIONS = {
     "dcvae": 20,
     "dcvae-b1024": 20,
@@ -323,7 +326,7 @@ PAIR_INSTRUCTIONS = {
     "clip": 25,
     "moco-fp32": 30,
     "moco-bf16": 10.5,
-    "simclr-fp32": 30,
+    "simclr-fp32": 32,
     "simclr-bf16": 12,
 }
 PAIR_KERNELS = ("sweep_kernel", "weights_kernel", "scores_kernel", "chunk_kernel")
@@ -373,3 +376,13 @@ def test_instructions_of_a_program_without_a_main_loop():
     listing = SASS.replace("@P2 BRA `(.L_x_1)", "NOP")
     counts = instructions_per_tile(listing, d_steps=4)
     assert counts == {"HGMMA.64x64x16.F32.BF16": 4, "BRA": 5, "NOP": 1, "FMUL": 1, "MUFU.EX2": 2, "EXIT": 1}
+
+
+@pytest.mark.parametrize(("warps", "repeats"), [(4, False), (8, True)])
+def test_warps_beyond_the_rows_of_a_product_repeat_them(warps: int, repeats: bool):
+    ttgir = f"""
+    #mma = #ttg.nvidia_mma<{{versionMajor = 3, warpsPerCTA = [{warps}, 1], instrShape = [16, 32, 16]}}>
+    %y = tt.expand_dims %x : tensor<32xf32, #ttg.slice<{{dim = 0, parent = #mma}}>> -> tensor<1x32xf32, #mma>
+    %z = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x16xbf16> * !ttg.memdesc<16x32xbf16> -> tensor<64x32xf32, #mma>
+    """
+    assert repeats_rows(textwrap.dedent(ttgir)) == repeats

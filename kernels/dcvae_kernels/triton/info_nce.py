@@ -485,7 +485,7 @@ def _scores(
     inputs: Inputs, settings: Settings, pair: tuple[Rows, Rows], with_rank: bool
 ) -> tuple[Tensor, int, Tensor | None, int]:
     """Launch `scores_kernel` and return its workspaces and the numbers of splits."""
-    q, temperature, k, queue, valid, query_ids, negative_ids = inputs
+    q, temperature, k, _, valid, query_ids, negative_ids = inputs
     queries, keys = pair
     scales, batch, _ = q.shape
     columns = _keys(inputs).shape[1]
@@ -506,16 +506,29 @@ def _scores(
         positive = math.prod(directions).sum(-1)
     launch = Launch(
         scores_kernel, (tiles_x * tiles_y, scales, 1), (*queries.strides(), *keys.strides(), batch, columns),
-        D=keys.rows.shape[-1], IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings),
-        PLANES=dot_constants(dtype)["PLANES"],
-        BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
-        num_warps=size.warps, num_stages=size.stages,
+        **_tile_options(inputs, settings, keys, size),
     )  # fmt: skip
     launch(
         queries.rows, keys.rows, queries.inverses, keys.inverses, query_ids, negative_ids, valid, temperature, positive,
         sums, mirror, floats=(1 / settings.tau,),
     )  # fmt: skip
     return sums, tiles_y, mirror, tiles_x if settings.symmetric else 0
+
+
+def _tile_options(inputs: Inputs, settings: Settings, keys: Rows, size: Tiles) -> dict[str, Any]:
+    """Return the constants of `scores_kernel` and `chunk_kernel`, in their order, and options of the launch."""
+    return {
+        "D": keys.rows.shape[-1],
+        "IN_BATCH": inputs.queue is None,
+        "FIXED": _fixed_maximum(inputs, settings),
+        "PLANES": 1 if keys.rows.ndim == 3 else len(keys.rows),
+        "BLOCK_X": size.own,
+        "BLOCK_Y": size.other,
+        "BLOCK_D": size.features,
+        "GROUP": 8,
+        "num_warps": size.warps,
+        "num_stages": size.stages,
+    }
 
 
 def _sums_of_products(
@@ -552,10 +565,7 @@ def _sums_of_products(
             launch = Launch(
                 chunk_kernel, (_cdiv(weights.shape[1], size.own) * _cdiv(columns, size.other), scales, 1),
                 (*strides, batch, columns, first),
-                D=keys.rows.shape[-1], IN_BATCH=inputs.queue is None, FIXED=_fixed_maximum(inputs, settings),
-                PLANES=dot_constants(dtype)["PLANES"],
-                BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features, GROUP=8,
-                num_warps=size.warps, num_stages=size.stages,
+                **_tile_options(inputs, settings, keys, size),
             )  # fmt: skip
             launch(
                 queries.rows, keys.rows, queries.inverses, keys.inverses, inputs.query_ids, inputs.negative_ids,
@@ -650,7 +660,7 @@ def backward_sweep(
 
 def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Tensor) -> tuple[Tensor, int]:
     """Launch `weights_kernel` and return its workspace and the number of splits."""
-    q, temperature, _, queue, valid, query_ids, key_ids = inputs
+    q, temperature, _, queue, _, query_ids, key_ids = inputs
     keys = _keys(inputs)
     scales, own, dim = keys.shape
     other, rows = q.shape[1], scales * own
@@ -667,7 +677,7 @@ def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Ten
         num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     launch(
-        keys, *queries, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
+        keys, *queries, key_ids, query_ids, temperature, grad_output, state, workspace,
         floats=(1 / settings.tau,),
     )  # fmt: skip
     return workspace, splits

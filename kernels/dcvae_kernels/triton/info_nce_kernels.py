@@ -302,12 +302,9 @@ def sweep_kernel(
         similarity = _products(x, y, PLANES)
         if inverses is not None:
             similarity *= x_inverse[:, None] * y_inverse[None, :]
-        if query_ids is not None or IN_BATCH:
-            edge = (first + BLOCK_Y > end) | (query_ids is not None)
-            if IN_BATCH:
-                edge = edge | _overlap(first_query, first, BLOCK_X, BLOCK_Y)
-        else:
-            edge = first + BLOCK_Y > end
+        edge = (first + BLOCK_Y > end) | (query_ids is not None)
+        if IN_BATCH:
+            edge = edge | _overlap(first_query, first, BLOCK_X, BLOCK_Y)
         if edge:
             excluded = _excluded(queries, slots, query_ids, negative_ids, row_mask, filled, IN_BATCH)
             similarity = tl.where(excluded & (similarity == similarity), -float("inf"), similarity)  # keep NaN
@@ -530,7 +527,7 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def weights_kernel(
-    keys, queries, inverses, key_ids, query_ids, valid, temperature, grad_output, state, workspace,
+    keys, queries, inverses, key_ids, query_ids, temperature, grad_output, state, workspace,
     keys_scale_stride, keys_stride, queries_plane_stride, queries_scale_stride, queries_stride,
     grad_output_scale_stride, grad_output_stride,
     X, Y, part, inverse_temperature,
@@ -555,8 +552,6 @@ def weights_kernel(
     first_key = tl.program_id(0) * BLOCK_X
     xs = first_key + tl.arange(0, BLOCK_X)
     x_mask = xs < X
-    if valid is not None:
-        x_mask = x_mask & (xs < tl.load(valid))
     features = tl.arange(0, BLOCK_D)
     x_tile = _load_rows(keys, xs, x_mask, features, keys_stride, D, BLOCK_D)
     x, x_inverse = _own_rows(x_tile, NORMALIZE, DOT, PLANES)
@@ -599,7 +594,7 @@ def weights_kernel(
 
     row = (split * tl.num_programs(2) + scale) * X + xs
     pointers = workspace + row.to(tl.int64)[:, None] * D + features[None, :]
-    tl.store(pointers, total, mask=(xs < X)[:, None] & (features < D)[None, :])
+    tl.store(pointers, total, mask=x_mask[:, None] & (features < D)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
