@@ -119,8 +119,8 @@ class Layers(NamedTuple):
 def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) -> list[Tensor]:
     """Update u and v of each weight W in place by power iterations and return W/σ.
 
-    u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖, σ = uᵀWv, where dimension `dims[i]` of W becomes the rows. With `n_power_iterations=0`
-    u and v are unchanged. σ = 0 is replaced by 1.
+    u ← Wv/‖Wv‖, v ← Wᴴu/‖Wᴴu‖, σ = uᴴWv, where dimension `dims[i]` of W becomes the rows and ᴴ is the conjugate
+    transpose. With `n_power_iterations=0` u and v are unchanged. σ = 0 is replaced by 1.
     """
     normalized = []
     for weight, u, v, dim in zip(*layers, strict=True):
@@ -129,16 +129,16 @@ def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) ->
             with torch.no_grad():
                 for _ in range(n_power_iterations):
                     u.copy_(_direction(matrix @ v, u, eps))
-                    v.copy_(_direction(matrix.mT @ u, v, eps))
+                    v.copy_(_direction(matrix.mH @ u, v, eps))
             # Copies, because the next forward pass can precede this one's backward pass.
-            sigma = torch.dot(u.clone(), matrix @ v.clone())
+            sigma = torch.vdot(u.clone(), matrix @ v.clone())
             normalized.append(weight / sigma.masked_fill(sigma == 0, 1))
     return normalized
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """View the weight as a matrix with dimension `dim` as rows and all other dimensions as columns."""
-    return weight.transpose(0, dim).flatten(1)
+    """View the weight as a matrix with dimension `dim` as rows, and the other dimensions in their order as columns."""
+    return weight.movedim(dim, 0).flatten(1)
 
 
 def _direction(x: Tensor, previous: Tensor, eps: float) -> Tensor:

@@ -1,29 +1,42 @@
 """Spectral normalisation (Miyato et al., 2018) of a whole network, with one update per forward pass."""
 
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dcvae_kernels.dispatch import Impl, check_impl, obstacle_to_triton
+from dcvae_kernels.dispatch import PLAIN_TENSORS, Impl, check_impl, obstacle_to_triton
 from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update
-from dcvae_kernels.spectral_norm_autograd import normalized_weights
+from dcvae_kernels.spectral_norm_autograd import hidden_from_hooks, normalized_weights
 
 M = TypeVar("M", bound=nn.Module)
 
-LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-OLDER_KEYS = {"weight_orig": "original", "weight_u": "0._u", "weight_v": "0._v"}
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Bilinear, nn.Embedding)
 
 
-def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *, impl: Impl = "auto") -> M:
-    """Divide the weight of every Conv2d, ConvTranspose2d and Linear in `module` by its largest singular value σ.
+def spectral_norm(
+    module: M,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    *,
+    name: str = "weight",
+    dim: int | None = None,
+    impl: Impl = "auto",
+) -> M:
+    """Divide the weight of every layer in `module` by its largest singular value σ.
+
+    Layers are convolutions and transposed convolutions with 1 to 3 dimensions, Linear, Bilinear and Embedding, and
+    `module` itself, whatever its type.
 
     σ = uᵀWv comes from power iterations on the weight as a matrix [output channels, rest]: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖.
     Each forward pass of `module` starts with one update of all layers in training mode, and the layers use the same
     weights throughout that pass. In evaluation mode, and if a weight is read outside such a pass, the weight is W/σ for
-    the current u and v. Frozen weights are iterated too. A zero weight stays zero. σ is computed in the dtype of the
-    weight, also under autocast.
+    the current u and v. A forward pass during a backward pass does not update u and v, because it recomputes
+    activations (checkpointing). Frozen weights are iterated too. A zero weight stays zero. σ is computed in the dtype
+    of the weight, also under autocast.
 
     Each layer is equivalent to `torch.nn.utils.parametrizations.spectral_norm` and has the same `state_dict` keys.
     Checkpoints of the older `torch.nn.utils.spectral_norm` load too. Parameters remain the same objects, so existing
@@ -33,66 +46,87 @@ def spectral_norm(module: M, n_power_iterations: int = 1, eps: float = 1e-12, *,
         module: modified in place. A layer with two names is normalised once.
         n_power_iterations: number of power iterations per forward pass, at least 1.
         eps: lower bound of the norms that the power iteration divides by, positive.
-        impl: "triton" updates all layers in three kernel launches, plus two per further power iteration, and computes
+        name: name of the parameter to normalise; layers without it are left out.
+        dim: dimension of the parameter that becomes the rows of the matrix; None for the output channels, which are
+            dimension 1 of transposed convolutions and 0 of all others.
+        impl: "triton" updates all layers in two kernel launches, plus one per further power iteration, and computes
             the gradient in two, on an NVIDIA GPU of compute capability 8.0 or newer. "torch" uses PyTorch operations.
-            "auto" uses "triton" if possible. More than 256 layers, float64, mixed dtypes or devices,
+            "auto" uses "triton" if possible. More than 256 layers, float64, complex numbers, mixed dtypes or devices,
             and unusual strides always use "torch".
 
     Returns:
         module.
 
     Raises:
-        TypeError: a weight is not floating point.
-        ValueError: module has no layer to normalise, a layer is normalised already, a weight has no elements,
-            n_power_iterations is below 1, eps is not positive, or impl is unknown or cannot run on the device of the
-            weights. `module` is then unchanged.
+        TypeError: a weight is neither floating point nor complex.
+        ValueError: module has no layer to normalise, a layer is normalised already, a weight has fewer than two
+            dimensions, no dimension `dim` or no elements, n_power_iterations is below 1, eps is not positive, or impl
+            is unknown or cannot run on the device of the weights. `module` is then unchanged.
     """
     check_impl(impl)
     if n_power_iterations < 1:
         raise ValueError(f"n_power_iterations must be at least 1; it is {n_power_iterations}")
     if not eps > 0:
         raise ValueError(f"eps must be positive; it is {eps}")
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LAYERS)}
+    layers = {path: layer for path, layer in module.named_modules() if _has_parameter(layer, name, layer is module)}
     if not layers:
-        raise ValueError(f"{type(module).__name__} has no Conv2d, ConvTranspose2d or Linear to normalise")
-    for name, layer in layers.items():
-        _check(name or type(layer).__name__, layer)
-        obstacle = obstacle_to_triton(layer.weight.device) if impl == "triton" else None
+        raise ValueError(f"{type(module).__name__} has no layer with a parameter {name!r} to normalise")
+    for path, layer in layers.items():
+        _check(path or type(layer).__name__, layer, name, dim)
+        obstacle = obstacle_to_triton(layer.get_parameter(name).device) if impl == "triton" else None
         if obstacle is not None:
-            raise ValueError(f'impl="triton" cannot be used for layer {name!r}: {obstacle}; use impl="torch"')
-    for layer in layers.values():
-        dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-        parametrize.register_parametrization(layer, "weight", _SpectralNorm(layer.weight, dim, eps))
-    module._spectral_norm = _Group(module, list(layers.values()), n_power_iterations, eps, impl)  # type: ignore[assignment]
+            raise ValueError(f'impl="triton" cannot be used for layer {path!r}: {obstacle}; use impl="torch"')
+    normalized = [_normalize(layer, name, dim, eps) for layer in layers.values()]
+    groups = vars(module).setdefault("_spectral_norms", {})
+    if name in groups:  # torch removed its parametrizations
+        groups[name].remove(module)
+    groups[name] = _Group(module, name, normalized, n_power_iterations, eps, impl)
     return module
 
 
 def remove_spectral_norm(module: M) -> M:
-    """Undo `spectral_norm(module)`. Every weight becomes the W/σ of evaluation mode.
+    """Undo all calls of `spectral_norm` with `module`. Every weight becomes the W/σ of evaluation mode.
 
     Raises:
         ValueError: `module` is neither a module passed to `spectral_norm` nor a copy of one.
     """
-    group = getattr(module, "_spectral_norm", None)
-    if not isinstance(group, _Group):
+    groups = vars(module).get("_spectral_norms")
+    if not groups:
         raise ValueError(f"spectral_norm was not called with this {type(module).__name__}")
-    group.remove()
-    del module._spectral_norm
+    for group in [*groups.values()]:
+        group.remove(module)
     return module
 
 
-def _check(name: str, layer: nn.Module) -> None:
-    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+def _has_parameter(layer: nn.Module, name: str, is_root: bool) -> bool:
+    """Whether `layer` has a parameter `name` to normalise, or that is normalised or parametrized already."""
+    parameter = layer._parameters.get(name)
+    if parameter is None and not parametrize.is_parametrized(layer, name) and f"{name}_orig" not in layer._parameters:
+        return False
+    return isinstance(layer, LAYERS) or (is_root and (parameter is None or parameter.ndim > 1))
+
+
+def _check(path: str, layer: nn.Module, name: str, dim: int | None) -> None:
+    weight = layer._parameters.get(name)
     if weight is None:
-        raise ValueError(f"layer {name!r}: its weight is normalised or parametrized already")
-    if not weight.is_floating_point():
-        raise TypeError(f"layer {name!r}: its weight must be floating point; it is {weight.dtype}")
+        raise ValueError(f"layer {path!r}: its {name} is normalised or parametrized already")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise TypeError(f"layer {path!r}: its {name} must be floating point or complex; it is {weight.dtype}")
+    if weight.ndim < 2:
+        raise ValueError(f"layer {path!r}: its {name} must have at least two dimensions; it is {list(weight.shape)}")
+    if dim is not None and not -weight.ndim <= dim < weight.ndim:
+        raise ValueError(f"layer {path!r}: dim must be a dimension of its {name}, {list(weight.shape)}; it is {dim}")
     if weight.numel() == 0:
-        raise ValueError(f"layer {name!r}: its weight has no elements; it is {list(weight.shape)}")
+        raise ValueError(f"layer {path!r}: its {name} has no elements; it is {list(weight.shape)}")
 
 
 class _SpectralNorm(nn.Module):
-    """Parametrization of one weight. The buffer names give the `state_dict` keys of torch's own parametrization."""
+    """Parametrization of one weight. The buffer names give the `state_dict` keys of torch's own parametrization.
+
+    Attributes:
+        normalized: W/σ of the current forward pass.
+        pending_iterations: power iterations to run when the weight is first read in the current forward pass.
+    """
 
     _u: Tensor
     _v: Tensor
@@ -102,21 +136,74 @@ class _SpectralNorm(nn.Module):
         super().__init__()
         self.dim = dim
         self.eps = eps
-        self.normalized: Tensor | None = None  # W/σ of the current forward pass
+        self.normalized: Tensor | None = None
+        self.pending_iterations = 0
         rows, columns = as_matrix(weight, dim).shape
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
         if not weight.is_meta:  # a meta tensor, on which models are often built first, has no values to iterate on
-            spectral_norm_update(Layers([weight], [self._u], [self._v], [dim]), 15, eps)
+            spectral_norm_update(self.layers(weight), 15, eps)
+
+    def layers(self, weight: Tensor) -> Layers:
+        return Layers([weight], [self._u], [self._v], [self.dim])
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.normalized is not None:
             return self.normalized
-        return spectral_norm_update(Layers([weight], [self._u], [self._v], [self.dim]), 0, self.eps)[0]
+        if self.pending_iterations:
+            (self.normalized,) = spectral_norm_update(self.layers(weight), self.pending_iterations, self.eps)
+            return self.normalized
+        with hidden_from_hooks():
+            return spectral_norm_update(self.layers(weight), 0, self.eps)[0]
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the tensor that `layer.weight = value` stores."""
         return value
+
+
+class _Layer(NamedTuple):
+    """A normalised layer. Its dictionaries are faster to read than its attributes.
+
+    Attributes:
+        parametrizations: of the layer, by parameter name.
+        parameters, buffers: hold W, and u and v.
+    """
+
+    module: nn.Module
+    norm: _SpectralNorm
+    parametrizations: dict[str, Any]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+
+
+def _normalize(layer: nn.Module, name: str, dim: int | None, eps: float) -> _Layer:
+    weight = layer.get_parameter(name)
+    if dim is None:
+        dim = 1 if isinstance(layer, TRANSPOSED) else 0
+    norm = _SpectralNorm(weight, dim % weight.ndim, eps)
+    parametrize.register_parametrization(layer, name, norm)
+    parametrizations = cast(Any, layer).parametrizations._modules
+    _shorten_reads(type(layer), name)
+    return _Layer(layer, norm, parametrizations, parametrizations[name]._parameters, norm._buffers)
+
+
+def _shorten_reads(layer_class: type, name: str) -> None:
+    """Make the property `name` of a parametrized layer return the W/σ of the current forward pass.
+
+    Calling the parametrization instead takes longer than all other work per layer. The class belongs to the layer and
+    its deepcopies.
+    """
+    parametrized: Any = vars(layer_class)[name]
+    read_parametrized = parametrized.fget
+
+    def read(layer: nn.Module) -> Tensor:
+        parametrizations = cast(Any, layer)._modules["parametrizations"]._modules[name]._modules
+        normalized = parametrizations["0"].normalized
+        if normalized is None or len(parametrizations) > 1:
+            return read_parametrized(layer)
+        return normalized
+
+    setattr(layer_class, name, property(read, parametrized.fset))
 
 
 class _Group:
@@ -126,47 +213,78 @@ class _Group:
     """
 
     def __init__(
-        self, module: nn.Module, layers: list[nn.Module], n_power_iterations: int, eps: float, impl: Impl
+        self, module: nn.Module, name: str, layers: list[_Layer], n_power_iterations: int, eps: float, impl: Impl
     ) -> None:
+        self.name = name
         self.layers = layers
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.impl: Impl = impl
-        self.memo: dict[str, Any] = {}
+        rename = partial(_rename_older_keys, name)
         self.handles = [
             module.register_forward_pre_hook(self.update),
             module.register_forward_hook(self.clear, always_call=True),
-            *(layer.register_load_state_dict_pre_hook(_rename_older_keys) for layer in layers),
+            *(layer.module.register_load_state_dict_pre_hook(rename) for layer in layers),
         ]
 
-    def update(self, *_: Any) -> None:
-        weights = [cast(Any, layer).parametrizations.weight for layer in self.layers if layer.training]
-        norms = [weight[0] for weight in weights]
-        layers = Layers(
-            weights=[weight.original for weight in weights],
-            us=[norm._u for norm in norms],
-            vs=[norm._v for norm in norms],
-            dims=[norm.dim for norm in norms],
+    def update(self, module: nn.Module, *_: Any) -> None:
+        if "_is_replica" in vars(module):
+            raise RuntimeError("spectral_norm does not support nn.DataParallel; use DistributedDataParallel")
+        # During a backward pass, this forward pass recomputes activations and must not change u and v.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
+        self._forget_removed_layers(module)
+        layers = []
+        for layer in self.layers:
+            if layer.module.training:
+                if type(layer.parameters["original"]) in PLAIN_TENSORS:
+                    layers.append(layer)
+                else:  # FSDP has sharded it, and gathers it before the layer reads it
+                    layer.norm.pending_iterations = self.n_power_iterations
+        if not layers:
+            return
+        group = Layers(
+            weights=[layer.parameters["original"] for layer in layers],
+            us=[layer.buffers["_u"] for layer in layers],
+            vs=[layer.buffers["_v"] for layer in layers],
+            dims=[layer.norm.dim for layer in layers],
         )
-        normalized = normalized_weights(layers, self.n_power_iterations, self.eps, self.impl, self.memo)
-        for norm, weight in zip(norms, normalized, strict=True):
-            norm.normalized = weight
+        normalized = normalized_weights(group, self.n_power_iterations, self.eps, self.impl)
+        for layer, weight in zip(layers, normalized, strict=True):
+            layer.norm.normalized = weight
 
     def clear(self, *_: Any) -> None:
         for layer in self.layers:
-            cast(Any, layer).parametrizations.weight[0].normalized = None
+            layer.norm.normalized = None
+            layer.norm.pending_iterations = 0
 
-    def remove(self) -> None:
+    def _forget_removed_layers(self, module: nn.Module) -> None:
+        """Forget layers from which `parametrize.remove_parametrizations` removed the spectral norm."""
+        layers = [layer for layer in self.layers if self.name in layer.parametrizations]
+        if len(layers) < len(self.layers):
+            self.layers = layers
+            if not layers:
+                self.remove(module)
+
+    def remove(self, module: nn.Module) -> None:
         for handle in self.handles:
             handle.remove()
-        for layer in self.layers:
-            # torch deletes the property `weight` from the class, which a layer shares with its deepcopies.
-            cls = type(layer)
-            layer.__class__ = cast(type[nn.Module], type(cls.__name__, cls.__bases__, dict(vars(cls))))
-            parametrize.remove_parametrizations(layer, "weight")
+        for (
+            layer,
+            *_,
+        ) in self.layers:
+            if parametrize.is_parametrized(layer, self.name):
+                # torch deletes the property `weight` from the class, which a layer shares with its deepcopies.
+                cls = type(layer)
+                layer.__class__ = cast(type[nn.Module], type(cls.__name__, cls.__bases__, dict(vars(cls))))
+                parametrize.remove_parametrizations(layer, self.name)
+        groups = vars(module)["_spectral_norms"]
+        if groups.get(self.name) is self:
+            del groups[self.name]
 
 
-def _rename_older_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for older, newer in OLDER_KEYS.items():
-        if prefix + older in state_dict:
-            state_dict[f"{prefix}parametrizations.weight.{newer}"] = state_dict.pop(prefix + older)
+def _rename_older_keys(name: str, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for older, newer in (("orig", "original"), ("u", "0._u"), ("v", "0._v")):
+        key = f"{prefix}{name}_{older}"
+        if key in state_dict:
+            state_dict[f"{prefix}parametrizations.{name}.{newer}"] = state_dict.pop(key)

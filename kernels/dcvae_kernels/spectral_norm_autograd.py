@@ -1,9 +1,12 @@
-"""Autograd function of spectral norm, for many layers in one update.
+"""Autograd functions and torch.compile operators of spectral norm, for many layers in one update.
 
 Ŵ = W/σ and dW = (G − ⟨G, Ŵ⟩ u vᵀ)/σ, where G is the gradient with respect to Ŵ, and u and v are constants.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,35 +15,73 @@ from torch import Tensor
 from dcvae_kernels.dispatch import needs_reference, obstacle_to_triton
 from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update, without_autocast
 
+MAX_LAYERS = 256  # a kernel takes one argument per layer
+MAX_ELEMENTS = 2**30  # of a layer; the kernels compute 32-bit offsets
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALIGNMENT = 64  # elements; each weight starts at a multiple of it in a buffer for all weights
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-def normalized_weights(
-    layers: Layers, n_power_iterations: int, eps: float, impl: str, memo: dict[str, Any]
-) -> Sequence[Tensor]:
-    """Same result as `reference.spectral_norm_update` for n_power_iterations ≥ 1. Twice differentiable.
 
-    Args:
-        memo: cache for the next call with the same tensors; initially empty.
-    """
-    uniform = len({(weight.device, weight.dtype) for weight in layers.weights}) == 1
-    # torch.compile fuses the reference implementation by itself.
-    if torch.compiler.is_compiling() or not uniform or needs_reference(*layers.weights):
+def normalized_weights(layers: Layers, n_power_iterations: int, eps: float, impl: str) -> Sequence[Tensor]:
+    """Same result as `reference.spectral_norm_update` for n_power_iterations ≥ 1. Twice differentiable."""
+    weights = layers.weights
+    if needs_reference(*weights):
         return spectral_norm_update(layers, n_power_iterations, eps)
-    plan = _triton_plan(layers, impl, memo)
-    return GroupedSpectralNorm.apply(layers, n_power_iterations, eps, plan, *layers.weights)
+    use_triton = _use_triton(weights[0].device, impl)
+    if torch.compiler.is_compiling():
+        if use_triton and supported(layers):
+            return _compiled(layers, n_power_iterations, eps)
+        return spectral_norm_update(layers, n_power_iterations, eps)  # torch.compile fuses it
+    plan = _triton().find_plan(layers) if use_triton else None
+    if plan is None and not _uniform(weights):
+        return spectral_norm_update(layers, n_power_iterations, eps)
+    with hidden_from_hooks():
+        return GroupedSpectralNorm.apply(layers, n_power_iterations, eps, plan, *weights)
 
 
-def _triton_plan(layers: Layers, impl: str, memo: dict[str, Any]) -> Any:
-    """Return the launch plan of the Triton kernels, or None if they do not support these layers."""
-    device = layers.weights[0].device
-    if impl == "torch" or (impl == "auto" and device.type != "cuda") or obstacle_to_triton(device) is not None:
-        return None
+def _triton() -> ModuleType:
     from dcvae_kernels.triton import spectral_norm as triton_spectral_norm  # optional dependency
 
-    key = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*layers.weights, *layers.us, *layers.vs)]
-    if memo.get("key") != key:
-        memo["plan"] = triton_spectral_norm.make_plan(layers)
-        memo["key"] = key
-    return memo["plan"]
+    return triton_spectral_norm
+
+
+def _uniform(weights: Sequence[Tensor]) -> bool:
+    dtype, device = weights[0].dtype, weights[0].device
+    return not dtype.is_complex and all(x.dtype == dtype and x.device == device for x in weights)
+
+
+def _use_triton(device: torch.device, impl: str) -> bool:
+    return impl != "torch" and (impl == "triton" or device.type == "cuda") and obstacle_to_triton(device) is None
+
+
+def supported(layers: Layers) -> bool:
+    """Whether the Triton kernels support the dtypes, devices, sizes and strides, and the number of layers."""
+    weights, us, vs, dims = layers
+    return (
+        len(weights) <= MAX_LAYERS
+        and weights[0].dtype in DTYPES
+        and _uniform((*weights, *us, *vs))
+        and all(x.numel() <= MAX_ELEMENTS and _is_dense(x, dim) for x, dim in zip(weights, dims, strict=True))
+        and all(x.is_contiguous() for x in (*us, *vs))
+    )
+
+
+def _is_dense(weight: Tensor, dim: int) -> bool:
+    if weight.is_contiguous():
+        return True
+    memory_format = CHANNELS_LAST.get(weight.ndim)
+    return memory_format is not None and dim < 2 and weight.is_contiguous(memory_format=memory_format)
+
+
+def hidden_from_hooks() -> AbstractContextManager:
+    """Hide tensors that are saved for the backward pass from saved-tensor hooks.
+
+    Activation checkpointing requires that the forward pass and its recomputation save the same tensors. Only the
+    forward pass normalises the weights of all layers together.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 class GroupedSpectralNorm(torch.autograd.Function):
@@ -52,58 +93,72 @@ class GroupedSpectralNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # `saved` has copies of us and vs, because the next forward pass can precede this one's backward pass.
         if plan is not None:
-            from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
-
-            normalized, saved = triton_spectral_norm.update(plan, weights, n_power_iterations, eps)
+            saved = _triton().update(plan, weights[0], n_power_iterations, eps)
+            normalized = _triton().tensors(plan.layout, saved.normalized)
         else:
             with without_autocast(weights[0].device):
                 normalized, *rest = _update(layers, n_power_iterations, eps)
-            saved = [*normalized, *(x for tensors in rest for x in tensors)]
-        ctx.dims, ctx.plan = layers.dims, plan
-        ctx.save_for_backward(*weights, *saved)
+            # A saved output would refer to itself through its grad_fn if hooks are active.
+            saved = [*(x.detach() for x in normalized), *(x for tensors in rest for x in tensors)]
+        ctx.save_for_backward(*saved)
+        ctx.layout = None if plan is None else plan.layout
+        # Only second derivatives depend on the weights.
+        ctx.weights, ctx.dims, ctx.versions = weights, layers.dims, _versions(weights)
         ctx.set_materialize_grads(False)
         return tuple(normalized)
 
     @staticmethod
     def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(grad_output)
-        weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        needs_grad = ctx.needs_input_grad[-count:]
+        needs_grad = ctx.needs_input_grad[-len(grad_output) :]
         grad_outputs = [x if needed else None for x, needed in zip(grad_output, needs_grad, strict=True)]
-        if torch.is_grad_enabled() or ctx.plan is None:
-            with without_autocast(weights[0].device):
-                gradients = _gradients(ctx, weights, saved, grad_outputs)
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(ctx, grad_outputs)
+        elif ctx.layout is None:
+            gradients = _gradients(ctx.saved_tensors, ctx.dims, grad_outputs)
         else:
-            from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
-
-            gradients = triton_spectral_norm.gradients(ctx.plan, triton_spectral_norm.Saved(*saved), grad_outputs)
+            buffer = _triton().gradients(ctx.layout, *ctx.saved_tensors, grad_outputs)
+            gradients = _triton().tensors(ctx.layout, buffer)
         gradients = [None if x is None else gradient for x, gradient in zip(grad_outputs, gradients, strict=True)]
         return *(None,) * 4, *gradients
 
 
-def _gradients(
-    ctx: Any, weights: Sequence[Tensor], saved: Sequence[Tensor], grad_output: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Return dW of each weight, differentiable in grad mode."""
-    count = len(weights)
-    if ctx.plan is None:
-        normalized, sigmas, us, vs = (saved[i * count : (i + 1) * count] for i in range(4))
+def _versions(weights: Sequence[Tensor]) -> list[int]:
+    return [weight._version for weight in weights if weight.requires_grad]
+
+
+def _differentiable_gradients(ctx: Any, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    weights, dims = ctx.weights, ctx.dims
+    if _versions(weights) != ctx.versions:
+        raise RuntimeError(
+            "spectral_norm: a weight was modified in place after the forward pass, so second derivatives cannot be "
+            "computed; compute them before the optimizer's step"
+        )
+    saved = ctx.saved_tensors
+    if ctx.layout is None:
+        us, vs = saved[2 * len(weights) : 3 * len(weights)], saved[3 * len(weights) :]
     else:
-        heights = [weight.shape[dim] for weight, dim in zip(weights, ctx.dims, strict=True)]
-        widths = [weight.numel() // height for weight, height in zip(weights, heights, strict=True)]
-        normalized, us, vs, sigmas = weights, saved[1].split(heights), saved[2].split(widths), saved[3].unbind()
+        us, vs = _vectors(saved[1], weights, dims)
     gradients: list[Tensor | None] = []
-    for grad, *layer, u, v, dim in zip(grad_output, weights, normalized, sigmas, us, vs, ctx.dims, strict=True):
-        weight, normalized_weight, sigma = layer
-        if grad is None:
-            gradients.append(None)
-        elif torch.is_grad_enabled():
-            u, v = u.to(weight.dtype), v.to(weight.dtype)
-            recomputed = spectral_norm_update(Layers([weight], [u], [v], [dim]), 0, 0.0)
+    with without_autocast(weights[0].device):
+        for grad, weight, u, v, dim in zip(grad_outputs, weights, us, vs, dims, strict=True):
+            if grad is None:
+                gradients.append(None)
+                continue
+            layer = Layers([weight], [u.to(weight.dtype)], [v.to(weight.dtype)], [dim])
+            recomputed = spectral_norm_update(layer, 0, 0.0)
             gradients += torch.autograd.grad(recomputed, weight, grad, create_graph=True)
-        else:
-            gradients.append(_gradient(grad, normalized_weight, sigma, u, v, dim))
     return gradients
+
+
+def _vectors(vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return u and v of each layer; vectors: see `dcvae_kernels.triton.spectral_norm.Saved`."""
+    heights = [weight.shape[dim] for weight, dim in zip(weights, dims, strict=True)]
+    widths = [weight.numel() // height for weight, height in zip(weights, heights, strict=True)]
+    parts = vectors.split([*heights, *widths, len(weights)])
+    return list(parts[: len(weights)]), list(parts[len(weights) : -1])
+
+
+# In PyTorch -----------------------------------------------------------------------------------------------------------
 
 
 def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequence[Tensor], ...]:
@@ -133,8 +188,86 @@ def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -
     return [torch.where(*args) for args in zip(nonzero.unbind(), directions, previous, strict=True)], norms
 
 
+def _gradients(
+    saved: Sequence[Tensor], dims: Sequence[int], grad_outputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    count = len(dims)
+    layers = (saved[i * count : (i + 1) * count] for i in range(4))
+    with without_autocast(saved[0].device):
+        return [
+            None if grad is None else _gradient(grad, *layer)
+            for grad, *layer in zip(grad_outputs, *layers, dims, strict=True)
+        ]
+
+
 def _gradient(grad_output: Tensor, normalized: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     others = [n for i, n in enumerate(normalized.shape) if i != dim]
     u = u.view([-1 if i == dim else 1 for i in range(normalized.ndim)])
     inner_u = torch.dot(grad_output.reshape(-1), normalized.reshape(-1)) * u
     return torch.addcmul(grad_output, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dcvae_kernels::spectral_norm_update", mutates_args=("us", "vs"))
+def update_operator(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dims: list[int], n_power_iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Update us and vs in place and return `dcvae_kernels.triton.spectral_norm.Saved`."""
+    plan = _triton().find_plan(Layers(weights, us, vs, dims))
+    return tuple(_triton().update(plan, weights[0], n_power_iterations, eps))
+
+
+@torch.library.custom_op("dcvae_kernels::spectral_norm_gradient", mutates_args=())
+def gradient_operator(
+    weights: list[Tensor], dims: list[int], normalized: Tensor, vectors: Tensor, grad_output: list[Tensor]
+) -> Tensor:
+    """Return dW of all weights in one buffer."""
+    layout = _triton().find_layout(weights, dims)
+    return _triton().gradients(layout, normalized, vectors, grad_output)
+
+
+@update_operator.register_fake
+def _(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    like = weights[0]
+    vectors = sum(x.numel() for x in (*us, *vs)) + len(weights)
+    return like.new_empty(starts(weights)[-1]), like.new_empty(vectors, dtype=torch.float32)
+
+
+@gradient_operator.register_fake
+def _(weights: list[Tensor], dims: list[int], normalized: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(normalized)
+
+
+def starts(weights: Sequence[Tensor]) -> list[int]:
+    """Return where each weight starts in a buffer for all weights, and where the last one ends."""
+    return list(accumulate((-(-x.numel() // ALIGNMENT) * ALIGNMENT for x in weights), initial=0))
+
+
+def _split(buffer: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [buffer.as_strided(x.shape, x.stride(), start) for x, start in zip(weights, starts(weights), strict=False)]
+
+
+def _compiled(layers: Layers, n_power_iterations: int, eps: float) -> Sequence[Tensor]:
+    """Compute `normalized_weights` with operators that torch.compile does not trace."""
+    weights, us, vs, dims = layers
+    with torch.no_grad():
+        saved = update_operator([*weights], [*us], [*vs], [*dims], n_power_iterations, eps)
+    return CompiledSpectralNorm.apply(*saved, dims, *weights)
+
+
+class CompiledSpectralNorm(torch.autograd.Function):
+    """Split a buffer with W/σ of all weights, and connect it to the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, normalized: Tensor, vectors: Tensor, dims: Sequence[int], *weights: Tensor):
+        ctx.save_for_backward(normalized, vectors, *weights)
+        ctx.dims = dims
+        return tuple(_split(normalized, weights))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor):
+        normalized, vectors, *weights = ctx.saved_tensors
+        gradients = gradient_operator(weights, list(ctx.dims), normalized, vectors, [*grad_output])
+        return None, None, None, *_split(gradients, weights)

@@ -70,6 +70,10 @@ def info_nce_fp64(q: Tensor, k: Tensor, negatives: list[Tensor], temperature: fl
     return torch.stack(losses)
 
 
+# Plans, which contain kernels, by module.
+CACHES = {"dcvae_kernels.info_nce": ["_PLANS"], "dcvae_kernels.triton.spectral_norm": ["_PLANS", "_LAYOUTS"]}
+
+
 @contextmanager
 def record_launches(module: ModuleType, launches: list[str]) -> Iterator[None]:
     """Append the names of the module's kernels to `launches` as they are launched."""
@@ -83,7 +87,9 @@ def record_launches(module: ModuleType, launches: list[str]) -> Iterator[None]:
             return self.kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["dcvae_kernels.info_nce"], "_PLANS", {})  # plans contain kernels
+        for name, caches in CACHES.items():
+            for cache_name in caches:
+                patch.setattr(sys.modules[name], cache_name, {})
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             patch.setattr(module, name, Recorder(name, getattr(module, name)))
         yield

@@ -20,14 +20,13 @@ for matrix products by PyTorch (cuBLAS):
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from dcvae_kernels.arguments import Inputs, Settings, loss_weight
 from dcvae_kernels.chunked import FIXED_MAXIMUM_BELOW
@@ -41,9 +40,8 @@ from dcvae_kernels.triton.info_nce_kernels import (
     sweep_kernel,
     weights_kernel,
 )
+from dcvae_kernels.triton.launch import Launch, cdiv, power_of_2
 
-# Set explicitly, because the kernels were tested with it: a·b + c can be fused into one instruction.
-LAUNCH = {"enable_fp_fusion": True}
 MAX_SPLITS = 64  # a power of 2, so that combine_kernel can load all splits together
 MAX_UNPREPARED = 32  # largest D of float32 rows that each program normalises and splits by itself
 CHUNK_BYTES = 2**28  # bytes of weights that are stored at a time
@@ -93,7 +91,7 @@ def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
 
 def sweep_tiles(dim: int, dtype: torch.dtype, capability: int, in_batch: bool) -> Tiles:
     """Return tile sizes of `sweep_kernel` and `weights_kernel`."""
-    features = max(16, _power_of_2(dim))
+    features = max(16, power_of_2(dim))
     if dtype == torch.float32:
         if features <= 32:
             return Tiles(64, 64, features, 4, 3, 4)
@@ -128,20 +126,10 @@ class Blocks(NamedTuple):
 
 def blocks(dim: int, splits: int) -> Blocks:
     """Return block sizes for D = dim and the number of splits: 4096 elements at a time."""
-    features = _power_of_2(dim)
+    features = power_of_2(dim)
     padded_splits = next(count for count in (1, 4, 16, MAX_SPLITS) if count >= min(splits, MAX_SPLITS))
     block_splits = min(padded_splits, max(1, 4096 // features))
     return Blocks(max(1, min(16, 4096 // (features * block_splits))), features, block_splits)
-
-
-# Plain integers: triton.cdiv and triton.next_power_of_2 take microseconds on the host.
-def _cdiv(x: int, y: int) -> int:
-    return -(-x // y)
-
-
-def _power_of_2(x: int) -> int:
-    """Return the smallest power of 2 that is at least x."""
-    return 1 << (x - 1).bit_length()
 
 
 @cache
@@ -158,52 +146,14 @@ def _capability(device: torch.device) -> int:
 
 def _splits(own: int, other: int, scales: int, size: Tiles, device: torch.device) -> tuple[int, int]:
     """Return the number of splits of the other rows that gives every multiprocessor work, and the rows per split."""
-    programs = _cdiv(own, size.own) * scales
-    steps = _cdiv(other, size.other)
+    programs = cdiv(own, size.own) * scales
+    steps = cdiv(other, size.other)
     splits = max(1, min(MAX_SPLITS, steps, size.resident * _multiprocessors(device) // programs))
-    part = _cdiv(steps, splits) * size.other
-    return max(1, _cdiv(other, part)) if part else 1, part
+    part = cdiv(steps, splits) * size.other
+    return max(1, cdiv(other, part)) if part else 1, part
 
 
 # Launches -------------------------------------------------------------------------------------------------------------
-
-
-# Compiled kernels by everything that their code depends on. Triton's inspection of the arguments of a launch takes ten
-# times as long as the rest of it.
-_COMPILED: dict[tuple[Any, ...], Callable[..., None]] = {}
-_MAX_COMPILED = 1024
-
-
-class Launch:
-    """A kernel with its grid, integer arguments, constants and options.
-
-    Calls pass tensors and floats. The tensors of all calls must have the same dtypes, alignment and device.
-
-    Args:
-        kernel: its parameters are tensors, integers, floats and constants, in this order.
-        integers: strides and sizes.
-        options: all constants, in the order of the parameters, and options of the launch.
-    """
-
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], integers: tuple[int, ...], **options: Any) -> None:
-        self.kernel, self.grid, self.integers, self.options = kernel, grid, integers, options
-        self.constants = tuple(value for name, value in options.items() if name.isupper())
-        self.compiled: Callable[..., None] | None = None
-
-    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...]) -> None:
-        key = None
-        if self.compiled is None and isinstance(self.kernel, JITFunction):  # not interpreted
-            types = (x if x is None else (x.dtype, x.data_ptr() % 16, x.device) for x in tensors)
-            key = (id(self.kernel), self.grid, self.integers, *self.options.values(), *types)
-            self.compiled = _COMPILED.get(key)
-        if self.compiled is not None:
-            self.compiled(*tensors, *self.integers, *floats, *self.constants)
-            return
-        compiled = self.kernel[self.grid](*tensors, *self.integers, *floats, **self.options, **LAUNCH)
-        if key is not None and compiled is not None:  # None if a hook of Triton prevents the launch
-            if len(_COMPILED) >= _MAX_COMPILED:
-                _COMPILED.clear()
-            self.compiled = _COMPILED[key] = compiled[self.grid]
 
 
 def _rows_by_features(x: Tensor) -> Tensor:
@@ -309,7 +259,7 @@ def plan_rows(inputs: Inputs, settings: Settings, output_mask: Sequence[bool]) -
         planes = (3, scales, count, size.features)
         strides = (scales * count * size.features, count * size.features, size.features)
     sweep = Launch(
-        sweep_kernel, (_cdiv(batch, size.own), splits, scales),
+        sweep_kernel, (cdiv(batch, size.own), splits, scales),
         (*q.stride()[:2], *k.stride()[:2], *strides, batch, count, part),
         D=dim, NORMALIZE=normalize, IN_BATCH=queue is None, FIXED=fixed, GRADIENT=gradient, RANK=with_rank,
         **dot_constants(dtype), BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,
@@ -369,7 +319,7 @@ def _combine_launch(
     scales, batch, dim = q.shape
     size = blocks(dim, max(splits, mirror_splits))
     return Launch(
-        combine_kernel, (_cdiv(scales * batch, size.rows), 1, 1),
+        combine_kernel, (cdiv(scales * batch, size.rows), 1, 1),
         (*q.stride()[:2], *k.stride()[:2], batch, scales * batch, splits, mirror_splits),
         D=dim, NORMALIZE=normalize, FIXED=fixed, GRADIENT=gradient, REDUCE=reduce,
         BLOCK_X=size.rows, BLOCK_D=size.features, BLOCK_SPLITS=size.splits, BLOCK_SUM=1024, num_warps=4,
@@ -382,12 +332,12 @@ def _prepare_launch(
     """Return the launch of `prepare_kernel` for rows of this shape; `planes`: shape of the planes, if requested."""
     scales, own, dim = shape
     width = dim if planes is None else planes[-1]
-    block = max(1, 4096 // _power_of_2(width))
+    block = max(1, 4096 // power_of_2(width))
     return Launch(
-        prepare_kernel, (max(1, _cdiv(scales * own, block)), 1, 1),
+        prepare_kernel, (max(1, cdiv(scales * own, block)), 1, 1),
         (*strides[:2], scales * own * width, own, scales * own),
         D=dim, NORMALIZE=normalize, DOT=TRITON_DTYPES[dot], PLANES=1 if planes is None else planes[0], WIDTH=width,
-        BLOCK_X=block, BLOCK_D=_power_of_2(width), num_warps=8,
+        BLOCK_X=block, BLOCK_D=power_of_2(width), num_warps=8,
     )  # fmt: skip
 
 
@@ -441,7 +391,7 @@ def _pair(inputs: Inputs, settings: Settings) -> tuple[Rows, Rows]:
     """Return the queries and the negatives, for `scores_kernel` and `chunk_kernel`."""
     keys = _keys(inputs)
     dtype = operand_dtype(inputs.q, keys)
-    width = _cdiv(keys.shape[2], 64) * 64
+    width = cdiv(keys.shape[2], 64) * 64
     return (
         _prepared(inputs.q, None, settings, dtype, width),
         _prepared(keys, inputs.valid, settings, dtype, width),
@@ -491,7 +441,7 @@ def _scores(
     columns = _keys(inputs).shape[1]
     dtype = operand_dtype(q, _keys(inputs))
     size = scores_tiles(dtype, _capability(q.device))
-    tiles_x, tiles_y = _cdiv(batch, size.own), max(1, _cdiv(columns, size.other))
+    tiles_x, tiles_y = cdiv(batch, size.own), max(1, cdiv(columns, size.other))
     if 3 * scales * max(tiles_y * batch, tiles_x * columns * settings.symmetric) >= 2**31:
         raise ValueError(f'q {list(q.shape)} and {columns} keys exceed the indices of impl="triton"; use impl="torch"')
 
@@ -555,7 +505,7 @@ def _sums_of_products(
     if dtype == torch.float16:
         largest = grad_output.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny) / FLOAT16_SCALE
         grad_output = grad_output / largest
-    padded_columns = _cdiv(columns, size.other) * size.other
+    padded_columns = cdiv(columns, size.other) * size.other
     buffer = q.new_empty((scales, min(chunk, batch), padded_columns), dtype=dtype)
     dq, dkeys = [], None
     for first in range(0, batch, chunk):
@@ -563,7 +513,7 @@ def _sums_of_products(
         if columns:
             strides = (*queries.strides(), *keys.strides(), *grad_output.stride(), *buffer.stride()[:2])
             launch = Launch(
-                chunk_kernel, (_cdiv(weights.shape[1], size.own) * _cdiv(columns, size.other), scales, 1),
+                chunk_kernel, (cdiv(weights.shape[1], size.own) * cdiv(columns, size.other), scales, 1),
                 (*strides, batch, columns, first),
                 **_tile_options(inputs, settings, keys, size),
             )  # fmt: skip
@@ -612,7 +562,7 @@ def _project(
     factor = loss_weight(settings.reduction, state.shape[-1]) / directions
     positives_strides = (x if positives is None else positives).stride()[:2]
     launch = Launch(
-        project_kernel, (_cdiv(scales * own, block.rows), 1, 1),
+        project_kernel, (cdiv(scales * own, block.rows), 1, 1),
         (*x.stride()[:2], *positives_strides, *grad_output.stride(), own, scales * own, splits),
         D=dim, NORMALIZE=settings.normalize, BLOCK_X=block.rows, BLOCK_D=block.features, BLOCK_SPLITS=block.splits,
         num_warps=8,
@@ -670,7 +620,7 @@ def _weights(inputs: Inputs, settings: Settings, grad_output: Tensor, state: Ten
     workspace = q.new_empty(splits * rows * dim, dtype=torch.float32)
     queries = Rows(q, None) if _unprepared(q) else _prepared(q, None, settings, dtype, size.features)
     launch = Launch(
-        weights_kernel, (_cdiv(own, size.own), splits, scales),
+        weights_kernel, (cdiv(own, size.own), splits, scales),
         (*keys.stride()[:2], *queries.strides(), *grad_output.stride(), own, other, part),
         D=dim, NORMALIZE=settings.normalize, IN_BATCH=queue is None, FIXED=_fixed_maximum(inputs, settings),
         **dot_constants(dtype), BLOCK_X=size.own, BLOCK_Y=size.other, BLOCK_D=size.features,

@@ -1,363 +1,277 @@
-"""Spectral norm in Triton: `update` and `gradients`, for all layers of a network in a constant number of launches.
+"""Spectral norm in Triton: `update` and `gradients`, for all layers of a network in two launches each.
 
-    update      rows_kernel      t ← Wv, where v is the buffer or, after the first iteration, the direction of s
-                columns_kernel   s ← Wᵀu, where u is the direction of t
-                divide_kernel    Ŵ ← W/σ with σ = ‖s‖, and the new u and v
+    update      iterate_kernel   one power iteration: t ← Wv and its direction u, s ← Wᵀu and its direction v, σ ← ‖s‖
+                divide_kernel    Ŵ ← W/σ
     gradients   inner_kernel     partial sums of ⟨G, Ŵ⟩
                 gradient_kernel  dW ← (G − ⟨G, Ŵ⟩ u vᵀ)/σ
 
-Each program processes one block of one layer, which it looks up in tables on the device. Every program recomputes the
-norms and directions that it needs, from vectors in the cache. Sums have a fixed order, without atomics.
+Sums have a fixed order. The only atomic operations count programs that have ended.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from dcvae_kernels.reference import Layers
+from dcvae_kernels.spectral_norm_autograd import starts, supported
 from dcvae_kernels.triton import on_device
+from dcvae_kernels.triton.launch import Launch, cdiv
+from dcvae_kernels.triton.spectral_norm_kernels import (
+    NO_GRADIENT,
+    divide_kernel,
+    gradient_kernel,
+    inner_kernel,
+    iterate_kernel,
+)
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_LAYERS = 256  # `gradients` passes one pointer argument per layer
-LAUNCH = {"enable_fp_fusion": True, "num_warps": 4}
-ROWS, COLUMNS = (8, 256), (32, 64)  # block sizes of the kernels over rows, and of columns_kernel
-ALIGNMENT = 64  # elements; each layer starts at a multiple of it in a buffer
+ROWS, COLUMNS, GROUP, VECTOR = 8, 512, 16, 1024  # blocks of iterate_kernel
+ELEMENTS = 4096  # block of divide_kernel and inner_kernel
+GRADIENT_ROWS, GRADIENT_COLUMNS, PARTIALS = 16, 256, 1024  # blocks of gradient_kernel
 
-# Fields of a row of `Plan.layers`.
-(WEIGHT, U, V, OFFSET, HEIGHT, WIDTH, FAST, ROW_STRIDE, SLOW_STRIDE, FAST_STRIDE, SLOW_INDEX, FAST_INDEX, FIRST_ROW,
- FIRST_COLUMN, FIRST_BLOCK, BLOCKS) = (tl.constexpr(i) for i in range(16))  # fmt: skip
-FIELDS = tl.constexpr(16)
-NO_GRADIENT = tl.constexpr(1 << 62)  # not a valid address
-
-
-# Device code ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _field(layers, layer, FIELD: tl.constexpr):
-    return tl.load(layers + layer * FIELDS + FIELD)
-
-
-@triton.jit
-def _size(layers, layer, FIELD: tl.constexpr):
-    return tl.load(layers + layer * FIELDS + FIELD).to(tl.int32)
-
-
-@triton.jit
-def _columns(layers, layer, first, BLOCK: tl.constexpr):
-    """Return the mask of BLOCK columns from `first` in memory order, their memory offsets, and their indices in v."""
-    column = first + tl.arange(0, BLOCK)
-    fast = _size(layers, layer, FAST)
-    slow, fast_index = column // fast, column % fast
-    offsets = slow * _size(layers, layer, SLOW_STRIDE) + fast_index * _size(layers, layer, FAST_STRIDE)
-    index = slow * _size(layers, layer, SLOW_INDEX) + fast_index * _size(layers, layer, FAST_INDEX)
-    return column < _size(layers, layer, WIDTH), offsets, index
-
-
-@triton.jit
-def _norm(vector, count, BLOCK: tl.constexpr):
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, count, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        part = tl.load(vector + index, mask=index < count, other=0.0)
-        squares += part * part
-    return tl.sqrt(tl.sum(squares, 0))
-
-
-@triton.jit
-def _direction(vector, norm, previous, eps):
-    """vector/norm, or the previous direction if the vector is 0 or NaN."""
-    return tl.where(norm > 0, vector / tl.maximum(norm, eps), previous.to(tl.float32))
-
-
-@triton.jit
-def _sigma(norm, eps):
-    """uᵀWv, which is ‖s‖, or less if ‖s‖ is below eps; 1 instead of 0."""
-    sigma = norm * (norm / tl.maximum(norm, eps)) + 0.0 * norm
-    return tl.where(sigma == 0, 1.0, sigma)
-
-
-@triton.jit
-def rows_kernel(
-    layers, blocks, ts, ss, dtype_like, eps,
-    FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """t ← Wv for a block of rows; v is the buffer in the FIRST iteration, then the direction of s."""
-    layer = tl.load(blocks + 2 * tl.program_id(0))
-    row = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = row < _size(layers, layer, HEIGHT)
-    weight = _field(layers, layer, WEIGHT).to(tl.pointer_type(dtype_like.dtype.element_ty))
-    v = _field(layers, layer, V).to(tl.pointer_type(dtype_like.dtype.element_ty))
-    ss += _field(layers, layer, FIRST_COLUMN)
-    width = _size(layers, layer, WIDTH)
-    norm = 0.0
-    if not FIRST:
-        norm = _norm(ss, width, 1024)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for first in range(0, width, BLOCK_COLUMNS):
-        column_mask, offsets, index = _columns(layers, layer, first, BLOCK_COLUMNS)
-        vector = tl.load(v + index, mask=column_mask, other=0.0).to(tl.float32)
-        if not FIRST:
-            vector = _direction(tl.load(ss + index, mask=column_mask, other=0.0), norm, vector, eps)
-        pointers = weight + row[:, None] * _size(layers, layer, ROW_STRIDE) + offsets[None, :]
-        tile = tl.load(pointers, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
-        total += tile * vector[None, :]
-    tl.store(ts + _field(layers, layer, FIRST_ROW) + row, tl.sum(total, 1), mask=row_mask)
-
-
-@triton.jit
-def columns_kernel(layers, blocks, ts, ss, dtype_like, eps, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """s ← Wᵀu for a block of columns."""
-    layer = tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK_COLUMNS
-    column_mask, offsets, index = _columns(layers, layer, first, BLOCK_COLUMNS)
-    weight = _field(layers, layer, WEIGHT).to(tl.pointer_type(dtype_like.dtype.element_ty))
-    u = _field(layers, layer, U).to(tl.pointer_type(dtype_like.dtype.element_ty))
-    ts += _field(layers, layer, FIRST_ROW)
-    height = _size(layers, layer, HEIGHT)
-    norm = _norm(ts, height, 256)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for first_row in range(0, height, BLOCK_ROWS):
-        row = first_row + tl.arange(0, BLOCK_ROWS)
-        row_mask = row < height
-        vector = tl.load(ts + row, mask=row_mask, other=0.0)
-        vector = _direction(vector, norm, tl.load(u + row, mask=row_mask, other=0.0), eps)
-        pointers = weight + row[:, None] * _size(layers, layer, ROW_STRIDE) + offsets[None, :]
-        tile = tl.load(pointers, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
-        total += tile * vector[:, None]
-    tl.store(ss + _field(layers, layer, FIRST_COLUMN) + index, tl.sum(total, 0), mask=column_mask)
-
-
-@triton.jit
-def divide_kernel(
-    layers, blocks, ts, ss, us, vs, sigmas, normalized, eps, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
-    """Ŵ ← W/σ for a block of rows. The first program of a layer also writes σ, and the new u and v.
-
-    u and v are written to the buffers of the layer, and to us and vs for the backward pass.
-    """
-    layer = tl.load(blocks + 2 * tl.program_id(0))
-    block = tl.load(blocks + 2 * tl.program_id(0) + 1)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    height, width = _size(layers, layer, HEIGHT), _size(layers, layer, WIDTH)
-    row_mask = row < height
-    weight = _field(layers, layer, WEIGHT).to(tl.pointer_type(normalized.dtype.element_ty))
-    first_row, first_column = _field(layers, layer, FIRST_ROW), _field(layers, layer, FIRST_COLUMN)
-    normalized += _field(layers, layer, OFFSET)
-    s_norm = _norm(ss + first_column, width, 1024)
-    sigma = _sigma(s_norm, eps)
-    for first in range(0, width, BLOCK_COLUMNS):
-        column_mask, offsets, _ = _columns(layers, layer, first, BLOCK_COLUMNS)
-        offsets = row[:, None] * _size(layers, layer, ROW_STRIDE) + offsets[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
-        tile = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(normalized + offsets, tile / sigma, mask=mask)
-    if block == 0:
-        tl.store(sigmas + layer, sigma)
-        u = _field(layers, layer, U).to(tl.pointer_type(normalized.dtype.element_ty))
-        v = _field(layers, layer, V).to(tl.pointer_type(normalized.dtype.element_ty))
-        _write_direction(u, us + first_row, ts + first_row, _norm(ts + first_row, height, 256), height, eps, 256)
-        _write_direction(v, vs + first_column, ss + first_column, s_norm, width, eps, 1024)
-
-
-@triton.jit
-def _write_direction(buffer, copy, vector, norm, count, eps, BLOCK: tl.constexpr):
-    for first in range(0, count, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        part = tl.load(vector + index, mask=index < count, other=0.0)
-        part = _direction(part, norm, tl.load(buffer + index, mask=index < count, other=0.0), eps)
-        tl.store(buffer + index, part, mask=index < count)
-        tl.store(copy + index, part, mask=index < count)
-
-
-@triton.jit
-def _select(addresses, layer, COUNT: tl.constexpr):
-    """Return addresses[layer]; a tuple cannot be indexed by a run-time value."""
-    address = addresses[0]
-    for i in tl.static_range(1, COUNT):
-        address = tl.where(layer == i, addresses[i], address)
-    return address
-
-
-@triton.jit
-def inner_kernel(
-    layers, blocks, addresses, normalized, partials,
-    COUNT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """⟨G, Ŵ⟩ over a block of rows. addresses: of each layer's G, in the layout of its weight, or NO_GRADIENT."""
-    layer = tl.load(blocks + 2 * tl.program_id(0))
-    row = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = row < _size(layers, layer, HEIGHT)
-    address = _select(addresses, layer, COUNT)
-    if address != NO_GRADIENT:
-        grad_output = address.to(tl.pointer_type(normalized.dtype.element_ty))
-        normalized += _field(layers, layer, OFFSET)
-        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for first in range(0, _size(layers, layer, WIDTH), BLOCK_COLUMNS):
-            column_mask, offsets, _ = _columns(layers, layer, first, BLOCK_COLUMNS)
-            offsets = row[:, None] * _size(layers, layer, ROW_STRIDE) + offsets[None, :]
-            mask = row_mask[:, None] & column_mask[None, :]
-            tile = tl.load(grad_output + offsets, mask=mask, other=0.0).to(tl.float32)
-            total += tile * tl.load(normalized + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(partials + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
-
-
-@triton.jit
-def gradient_kernel(
-    layers, blocks, addresses, partials, us, vs, sigmas, gradients,
-    COUNT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """dW ← (G − ⟨G, Ŵ⟩ u vᵀ)/σ for a block of rows."""
-    layer = tl.load(blocks + 2 * tl.program_id(0))
-    row = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = row < _size(layers, layer, HEIGHT)
-    address = _select(addresses, layer, COUNT)
-    if address != NO_GRADIENT:
-        grad_output = address.to(tl.pointer_type(gradients.dtype.element_ty))
-        gradients += _field(layers, layer, OFFSET)
-        partials += _field(layers, layer, FIRST_BLOCK)
-        inner = tl.zeros((256,), tl.float32)
-        count = _size(layers, layer, BLOCKS)
-        for first in range(0, count, 256):
-            block = first + tl.arange(0, 256)
-            inner += tl.load(partials + block, mask=block < count, other=0.0)
-        inner = tl.sum(inner, 0)
-        sigma = tl.load(sigmas + layer)
-        u = inner * tl.load(us + _field(layers, layer, FIRST_ROW) + row, mask=row_mask, other=0.0)
-        vs += _field(layers, layer, FIRST_COLUMN)
-        for first in range(0, _size(layers, layer, WIDTH), BLOCK_COLUMNS):
-            column_mask, offsets, index = _columns(layers, layer, first, BLOCK_COLUMNS)
-            offsets = row[:, None] * _size(layers, layer, ROW_STRIDE) + offsets[None, :]
-            mask = row_mask[:, None] & column_mask[None, :]
-            tile = tl.load(grad_output + offsets, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(vs + index, mask=column_mask, other=0.0)
-            tl.store(gradients + offsets, (tile - u[:, None] * v[None, :]) / sigma, mask=mask)
-
-
-# Launches -------------------------------------------------------------------------------------------------------------
-
-
-class Plan(NamedTuple):
-    """Addresses and layouts of the layers, and the assignment of blocks to programs.
-
-    Attributes:
-        layers: int64 [layers, FIELDS], on the device.
-        row_blocks, column_blocks: int32 [programs, 2], the layer and the block within it; on the device.
-        views: (start, size, stride) of each layer in a buffer for one tensor per layer.
-        elements: size of such a buffer.
-        rows, columns: sum of the heights and of the widths of all layers.
-    """
-
-    layers: Tensor
-    row_blocks: Tensor
-    column_blocks: Tensor
-    views: tuple[tuple[int, torch.Size, tuple[int, ...]], ...]
-    elements: int
-    rows: int
-    columns: int
+MAX_PLANS = 64
+SPARE_COUNTERS = 64
+_LAYOUTS: dict[tuple[Any, ...], "Layout"] = {}
+_PLANS: dict[tuple[Any, ...], "Plan | None"] = {}
 
 
 class Saved(NamedTuple):
-    """Tensors saved for the backward pass: Ŵ of all layers in one buffer, and copies of u, v and σ."""
+    """Tensors saved for the backward pass.
+
+    Attributes:
+        normalized: Ŵ of all layers in one buffer.
+        vectors: float32; u of all layers, v of all layers, σ of all layers.
+    """
 
     normalized: Tensor
-    us: Tensor
-    vs: Tensor
-    sigmas: Tensor
+    vectors: Tensor
 
 
-def layout(weight: Tensor, dim: int) -> tuple[int, ...] | None:
-    """Return the fields HEIGHT to FAST_INDEX of a weight, or None if it is neither contiguous nor channels-last."""
-    channels_last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    if not (weight.is_contiguous() or channels_last):
-        return None
-    other = 1 - dim
-    taps = weight.numel() // (weight.shape[0] * weight.shape[1])
-    height, depth = weight.shape[dim], weight.shape[other]
-    width = depth * taps
-    if weight.is_contiguous():
-        tap_stride, row_stride, depth_stride = 1, weight.stride(dim), weight.stride(other)
-    else:
-        tap_stride, row_stride, depth_stride = weight.shape[1], weight.stride(dim), weight.stride(other)
-    if dim == 0 and weight.is_contiguous():
-        return height, width, width, width, 0, 1, 0, 1
-    if dim == 0:  # channels-last: the depth is innermost in memory
-        return height, width, depth, row_stride, tap_stride, depth_stride, 1, taps
-    return height, width, taps, row_stride, depth_stride, tap_stride, taps, 1
+@dataclass(frozen=True)
+class Layout:
+    """Table of the layers on the device, and launches, for given shapes, strides, dtype and device.
 
-
-def make_plan(layers: Layers) -> Plan | None:
-    """Copy the tables to the device, or return None for an unsupported dtype or layout, or too many layers.
-
-    A CUDA graph cannot capture these copies; they take place during its warm-up.
+    Attributes:
+        table: int64 [layers, fields], see `dcvae_kernels.triton.spectral_norm_kernels`.
+        row_blocks, element_blocks, gradient_blocks: int32; layer and block of each program.
+        views: (size, stride, start) of each layer in a buffer for one tensor per layer.
+        sizes: heights, widths and number of layers, the sizes in `Saved.vectors`.
+        elements, workspace, partials, counters: sizes of buffers.
     """
-    if layers.weights[0].dtype not in DTYPES or len(layers.weights) > MAX_LAYERS:
-        return None
-    records, row_blocks, column_blocks, views = [], [], [], []
-    elements = rows = columns = 0
-    for i, (weight, u, v, dim) in enumerate(zip(*layers, strict=True)):
-        fields = layout(weight, dim)
-        if fields is None or not (u.is_contiguous() and v.is_contiguous()):
-            return None
-        height, width = fields[:2]
-        count = triton.cdiv(height, ROWS[0])
-        pointers = (weight.data_ptr(), u.data_ptr(), v.data_ptr(), elements)
-        records.append((*pointers, *fields, rows, columns, len(row_blocks), count))
-        row_blocks += [(i, block) for block in range(count)]
-        column_blocks += [(i, block) for block in range(triton.cdiv(width, COLUMNS[1]))]
-        views.append((elements, weight.shape, weight.stride()))
-        elements += triton.cdiv(weight.numel(), ALIGNMENT) * ALIGNMENT
-        rows, columns = rows + height, columns + width
-    device = layers.weights[0].device
-    tables = (
-        torch.tensor(records, device=device, dtype=torch.int64),
-        torch.tensor(row_blocks, device=device, dtype=torch.int32),
-        torch.tensor(column_blocks, device=device, dtype=torch.int32),
-    )
-    return Plan(*tables, tuple(views), elements, rows, columns)
+
+    table: Tensor
+    row_blocks: Tensor
+    element_blocks: Tensor
+    gradient_blocks: Tensor
+    views: tuple[tuple[torch.Size, tuple[int, ...], int], ...]
+    sizes: tuple[int, ...]
+    elements: int
+    workspace: int
+    partials: int
+    counters: int
+    first_iteration: Launch
+    next_iteration: Launch
+    divide: Launch
+    inner: Launch
+    gradient: Launch
 
 
-def update(plan: Plan, weights: Sequence[Tensor], n_power_iterations: int, eps: float) -> tuple[list[Tensor], Saved]:
-    """Update u and v in place. Return W/σ of each weight, as tensors that share a buffer."""
-    like = weights[0]
-    normalized = like.new_empty(plan.elements)
-    layers = len(weights)
-    floats = like.new_empty(2 * (plan.rows + plan.columns) + layers, dtype=torch.float32)
-    ts, ss, us, vs, sigmas = floats.split([plan.rows, plan.columns, plan.rows, plan.columns, layers])
-    row_grid, column_grid = (len(plan.row_blocks),), (len(plan.column_blocks),)
-    with on_device(like.device):
-        for i in range(n_power_iterations):
-            rows_kernel[row_grid](plan.layers, plan.row_blocks, ts, ss, normalized, eps, i == 0, *ROWS, **LAUNCH)
-            columns_kernel[column_grid](plan.layers, plan.column_blocks, ts, ss, normalized, eps, *COLUMNS, **LAUNCH)
-        divide_kernel[row_grid](plan.layers, plan.row_blocks, ts, ss, us, vs, sigmas, normalized, eps, *ROWS, **LAUNCH)
-    return _tensors(plan, normalized), Saved(normalized, us, vs, sigmas)
+@dataclass(frozen=True)
+class Plan:
+    """Layout and addresses of layers, and counters of iterate_kernel.
+
+    Attributes:
+        addresses: int64 [layers, 3], of W, u and v.
+        counters: by stream, because launches that overlap must not share counters.
+        spare_counters: one for each captured launch, because graphs can overlap.
+    """
+
+    layout: Layout
+    addresses: Tensor
+    counters: dict[int, Tensor]
+    spare_counters: list[Tensor]
 
 
-def gradients(plan: Plan, saved: Saved, grad_output: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return dW of each weight; its values are undefined if the incoming gradient is None."""
-    grads = [
-        x if x is None or x.stride() == stride else x.new_empty_strided(size, stride).copy_(x)
-        for x, (_, size, stride) in zip(grad_output, plan.views, strict=True)
+def find_plan(layers: Layers) -> Plan | None:
+    """Return the plan of the layers, or None if the kernels do not support them.
+
+    The first call with the same layers copies tables to the device, which a CUDA graph cannot capture; it takes place
+    during the warm-up.
+    """
+    weights, us, vs, dims = layers
+    key = (*_layout_key(weights, dims), *[x.data_ptr() for tensors in (weights, us, vs) for x in tensors])
+    if key in _PLANS:
+        return _PLANS[key]
+    if len(_PLANS) >= MAX_PLANS:
+        _forget_plan()
+    plan = None
+    if supported(layers):
+        layout = find_layout(weights, dims)
+        addresses = [[x.data_ptr() for x in tensors] for tensors in zip(weights, us, vs, strict=True)]
+        spare = layout.table.new_zeros(SPARE_COUNTERS, layout.counters, dtype=torch.int32)
+        plan = Plan(layout, layout.table.new_tensor(addresses), {}, list(spare.unbind()))
+    _PLANS[key] = plan
+    return plan
+
+
+def _layout_key(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Any, ...]:
+    return *dims, *[x.dtype for x in weights], *[x.shape for x in weights], *[x.stride() for x in weights]
+
+
+def _forget_plan() -> None:
+    """Forget the oldest plan that no captured graph uses."""
+    unused = (key for key, plan in _PLANS.items() if plan is None or len(plan.spare_counters) == SPARE_COUNTERS)
+    key = next(unused, None)
+    if key is not None:
+        del _PLANS[key]
+
+
+def find_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
+    """Return the layout of weights that `spectral_norm_autograd.supported` accepts."""
+    key = (weights[0].device, *_layout_key(weights, dims))
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        layout = _LAYOUTS[key] = _make_layout(weights, dims)
+    return layout
+
+
+def _matrix(weight: Tensor, dim: int) -> tuple[int, ...]:
+    """Return the fields HEIGHT to FAST_INDEX."""
+    height = weight.shape[dim]
+    width = weight.numel() // height
+    if weight.is_contiguous():
+        fast = math.prod(weight.shape[dim + 1 :])
+        return height, width, fast, fast, height * fast, 1, fast, 1
+    channels = weight.shape[1]
+    if dim == 0:  # channels-last: in memory, the channels of a tap are consecutive; in v, the taps of a channel
+        return height, width, channels, width, channels, 1, 1, width // channels
+    return height, width, width, 1, 0, channels, 0, 1
+
+
+def _sums(sizes: Sequence[int], first: int = 0) -> list[int]:
+    """Return where each of consecutive arrays starts, from `first`, and where the last one ends."""
+    return list(accumulate(sizes, initial=first))
+
+
+def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | None:
+    like, number = weights[0], len(weights)
+    matrices = [_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
+    heights, widths = [matrix[0] for matrix in matrices], [matrix[1] for matrix in matrices]
+    counts = [cdiv(height, ROWS) for height in heights]
+    partial_counts = [cdiv(weight.numel(), ELEMENTS) for weight in weights]
+    buffer = starts(weights)
+    us = _sums(heights)
+    vs = _sums(widths, us[-1])
+    sigmas = _sums([1] * number, vs[-1])
+    parts = _sums([count * cdiv(width, 4) * 4 for count, width in zip(counts, widths, strict=True)])
+    norms = _sums(counts, parts[-1])
+    groups = _sums([cdiv(count, GROUP) for count in counts], number)
+    partials = _sums(partial_counts)
+    fields = (buffer, *zip(*matrices, strict=True), us, vs, sigmas, parts, norms, groups, partials, partial_counts)
+    table = [[values[i] for values in fields] for i in range(number)]
+
+    # Large layers first, so that the additions of their parts overlap with the other layers.
+    order = sorted(range(number), key=lambda i: -weights[i].numel())
+    row_blocks = [(i, block) for i in order for block in range(counts[i])]
+    element_blocks = [(i, block) for i in order for block in range(partial_counts[i])]
+    gradient_blocks = [
+        (i, row, column)
+        for i in order
+        for row in range(cdiv(heights[i], GRADIENT_ROWS))
+        for column in range(cdiv(widths[i], GRADIENT_COLUMNS))
     ]
-    addresses = tuple(NO_GRADIENT if x is None else x.data_ptr() for x in grads)
-    result = torch.empty_like(saved.normalized)
-    grid = (len(plan.row_blocks),)
-    partials = saved.us.new_empty(len(plan.row_blocks))
-    count = len(addresses)
-    with on_device(result.device):
-        inner_kernel[grid](plan.layers, plan.row_blocks, addresses, saved.normalized, partials, count, *ROWS, **LAUNCH)
-        gradient_kernel[grid](
-            plan.layers, plan.row_blocks, addresses, partials, saved.us, saved.vs, saved.sigmas, result, count, *ROWS,
-            **LAUNCH,
+
+    def table_on_device(rows: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(rows, device=like.device, dtype=dtype)
+
+    def iterate(first: bool) -> Launch:
+        return Launch(
+            iterate_kernel, (len(row_blocks), 1, 1), (), FIRST=first, BLOCK_ROWS=ROWS, BLOCK_COLUMNS=COLUMNS,
+            GROUP=GROUP, BLOCK_VECTOR=VECTOR, num_warps=8,
         )  # fmt: skip
-    return _tensors(plan, result)
+
+    return Layout(
+        table=table_on_device(table, torch.int64),
+        row_blocks=table_on_device(row_blocks),
+        element_blocks=table_on_device(element_blocks),
+        gradient_blocks=table_on_device(gradient_blocks),
+        views=tuple((x.shape, x.stride(), start) for x, start in zip(weights, buffer, strict=False)),
+        sizes=(us[-1], vs[-1] - us[-1], number),
+        elements=buffer[-1],
+        workspace=norms[-1],
+        partials=partials[-1],
+        counters=cdiv(groups[-1], 4) * 4,  # a multiple of 16 bytes
+        first_iteration=iterate(True),
+        next_iteration=iterate(False),
+        divide=Launch(divide_kernel, (len(element_blocks), 1, 1), (), BLOCK=ELEMENTS, num_warps=4),
+        inner=Launch(inner_kernel, (len(element_blocks), 1, 1), (), COUNT=number, BLOCK=ELEMENTS, num_warps=4),
+        gradient=Launch(
+            gradient_kernel, (len(gradient_blocks), 1, 1), (), COUNT=number, BLOCK_ROWS=GRADIENT_ROWS,
+            BLOCK_COLUMNS=GRADIENT_COLUMNS, BLOCK_PARTIALS=PARTIALS, num_warps=4,
+        ),
+    )  # fmt: skip
 
 
-def _tensors(plan: Plan, buffer: Tensor) -> list[Tensor]:
-    """Return the tensor of each layer in a buffer, not as views, which autograd would treat as one tensor."""
-    storage, first = buffer.untyped_storage(), buffer.storage_offset()
-    return [buffer.new_empty(0).set_(storage, first + start, size, stride) for start, size, stride in plan.views]
+def update(plan: Plan, like: Tensor, n_power_iterations: int, eps: float) -> Saved:
+    """Update u and v in place. Return W/σ of all layers in one buffer, and copies of u, v and σ."""
+    layout = plan.layout
+    normalized = like.new_empty(layout.elements)
+    vectors = like.new_empty(sum(layout.sizes), dtype=torch.float32)
+    workspace = like.new_empty(layout.workspace, dtype=torch.float32)
+    counters = _counters(plan)
+    tables = plan.addresses, layout.table
+    with on_device(like.device):
+        iterate = layout.first_iteration
+        for _ in range(n_power_iterations):
+            iterate(*tables, layout.row_blocks, vectors, workspace, counters, normalized, floats=(eps,))
+            iterate = layout.next_iteration
+        layout.divide(*tables, layout.element_blocks, vectors, normalized, floats=())
+    return Saved(normalized, vectors)
+
+
+def _counters(plan: Plan) -> Tensor:
+    """Return counters that are 0 and that no concurrent launch uses."""
+    device = plan.addresses.device
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return plan.spare_counters.pop() if plan.spare_counters else _new_counters(plan)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    counters = plan.counters.get(stream)
+    if counters is None:
+        counters = plan.counters[stream] = _new_counters(plan)
+    return counters
+
+
+def _new_counters(plan: Plan) -> Tensor:
+    return plan.addresses.new_zeros(plan.layout.counters, dtype=torch.int32)
+
+
+def gradients(layout: Layout, normalized: Tensor, vectors: Tensor, grad_output: Sequence[Tensor | None]) -> Tensor:
+    """Return dW of all layers in one buffer; its values are undefined if the incoming gradient is None."""
+    # Copies of gradients with other strides than the weight, or that cannot be loaded 16 bytes at a time.
+    grads = [
+        x if x is None or (x.stride() == stride and x.data_ptr() % 16 == 0) else _copy(x, size, stride)
+        for x, (size, stride, _) in zip(grad_output, layout.views, strict=True)
+    ]
+    addresses = tuple([NO_GRADIENT.value if x is None else x.data_ptr() for x in grads])
+    result = torch.empty_like(normalized)
+    partials = vectors.new_empty(layout.partials)
+    with on_device(result.device):
+        layout.inner(layout.table, layout.element_blocks, addresses, normalized, partials, floats=())
+        layout.gradient(layout.table, layout.gradient_blocks, addresses, vectors, partials, result, floats=())
+    return result
+
+
+def _copy(x: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    return x.new_empty_strided(size, stride).copy_(x)
+
+
+def tensors(layout: Layout, buffer: Tensor) -> list[Tensor]:
+    """Return the tensor of each layer in a buffer."""
+    first = buffer.storage_offset()
+    return [buffer.as_strided(size, stride, first + start) for size, stride, start in layout.views]

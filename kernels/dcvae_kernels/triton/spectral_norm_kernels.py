@@ -1,0 +1,281 @@
+"""Device code of spectral norm; `dcvae_kernels.triton.spectral_norm` launches it.
+
+Each program processes one block of one layer, which it looks up in tables on the device. A layer is a matrix W of
+HEIGHT rows and WIDTH columns. Columns are visited in the order of memory. The order of v is the same if the weight is
+contiguous.
+
+    layers     int64 [layers, FIELDS], the fields below.
+    addresses  int64 [layers, 3], of W, u and v.
+    vectors    float32: u of all layers, v of all layers, σ of all layers.
+    workspace  float32: parts of Wᵀu, [blocks, padded width] for each layer, then the norm of each block.
+    counters   int32, 0 before and after a launch: of the ended groups of each layer, then of the ended blocks of each
+               group.
+"""
+
+import triton
+import triton.language as tl
+
+# Fields of a row of `layers`: START in a buffer for one tensor per layer; HEIGHT to FAST_INDEX, the layout of W, whose
+# column c has the coordinates slow = c // FAST and fast = c % FAST; U, V and SIGMA in `vectors`; PARTS and NORMS in
+# `workspace`; GROUPS in `counters`; PARTIALS in `partials`, and their number.
+(START, HEIGHT, WIDTH, FAST, ROW_STRIDE, SLOW_STRIDE, FAST_STRIDE, SLOW_INDEX, FAST_INDEX, U, V, SIGMA, PARTS, NORMS,
+ GROUPS, PARTIALS, COUNT_PARTIALS) = (tl.constexpr(i) for i in range(17))  # fmt: skip
+FIELDS = tl.constexpr(17)
+NO_GRADIENT = tl.constexpr(1 << 62)  # not a valid address
+
+
+@triton.jit
+def _field(layers, layer, FIELD: tl.constexpr):
+    return tl.load(layers + layer * FIELDS + FIELD)
+
+
+@triton.jit
+def _size(layers, layer, FIELD: tl.constexpr):
+    return tl.load(layers + layer * FIELDS + FIELD).to(tl.int32)
+
+
+@triton.jit
+def _pointer(address, like):
+    return address.to(tl.pointer_type(like.dtype.element_ty))
+
+
+@triton.jit
+def _strides(layers, layer):
+    return _size(layers, layer, FAST), _size(layers, layer, SLOW_STRIDE), _size(layers, layer, FAST_STRIDE)
+
+
+@triton.jit
+def _offsets(column, strides):
+    return column // strides[0] * strides[1] + column % strides[0] * strides[2]
+
+
+@triton.jit
+def _index_strides(layers, layer):
+    return _size(layers, layer, FAST), _size(layers, layer, SLOW_INDEX), _size(layers, layer, FAST_INDEX)
+
+
+@triton.jit
+def _padded(width):
+    """Return the number of elements of a part, such that each part can be loaded 16 bytes at a time."""
+    return tl.multiple_of((width + 3) // 4 * 4, 4)
+
+
+@triton.jit
+def _norm(x):
+    """Return the norm of a vector and its largest magnitude, without overflow or underflow of squares."""
+    largest = tl.max(tl.abs(x), 0)
+    scaled = x / tl.where(largest > 0, largest, 1.0)
+    return largest * tl.sqrt(tl.sum(scaled * scaled, 0)), largest
+
+
+@triton.jit
+def _hypotenuse(a, b):
+    larger = tl.maximum(a, b)
+    a, b = a / tl.where(larger > 0, larger, 1.0), b / tl.where(larger > 0, larger, 1.0)
+    return larger * tl.sqrt(a * a + b * b)
+
+
+@triton.jit
+def _direction(vector, norm, previous, eps):
+    """Return vector/norm, or the previous direction if the vector is 0 or NaN."""
+    return tl.where(norm > 0, vector / tl.maximum(norm, eps), previous.to(tl.float32))
+
+
+@triton.jit
+def iterate_kernel(
+    addresses, layers, blocks, vectors, workspace, counters, dtype_like, eps,
+    FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One power iteration: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖ and σ ← uᵀWv, in the buffers and in `vectors`.
+
+    A program owns BLOCK_ROWS rows. It computes their t = Wv and a part of Wᵀu, for which it replaces u by the direction
+    of its own t, because it does not know ‖Wv‖. The last program of GROUP blocks adds their parts, and the last program
+    of the layer adds those of the groups and writes u, v and σ.
+
+    Args:
+        FIRST: read v from its buffer, else from `vectors`, which is more accurate.
+    """
+    layer = tl.load(blocks + 2 * tl.program_id(0))
+    block = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    height, width = _size(layers, layer, HEIGHT), _size(layers, layer, WIDTH)
+    strides, index_strides = _strides(layers, layer), _index_strides(layers, layer)
+    u_buffer = _pointer(tl.load(addresses + 3 * layer + 1), dtype_like)
+    v_buffer = _pointer(tl.load(addresses + 3 * layer + 2), dtype_like)
+    u, v = vectors + _field(layers, layer, U), vectors + _field(layers, layer, V)
+
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row < height
+    pointers = _pointer(tl.load(addresses + 3 * layer), dtype_like) + row[:, None] * _size(layers, layer, ROW_STRIDE)
+    steps = tl.cdiv(width, BLOCK_COLUMNS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for step in range(steps):
+        column = step * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = column < width
+        index = _offsets(column, index_strides)
+        if FIRST:
+            direction = tl.load(v_buffer + index, mask=column_mask, other=0.0).to(tl.float32)
+        else:
+            direction = tl.load(v + index, mask=column_mask, other=0.0)
+        mask = row_mask[:, None] & column_mask[None, :]
+        tile = tl.load(pointers + _offsets(column, strides)[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tile * direction[None, :]
+    t = tl.sum(total, 1)
+    tl.store(u + row, t, mask=row_mask)
+    norm, largest = _norm(t)
+    # If all of Wv is 0, u keeps its direction, and every part is a product with it; see _add_parts.
+    previous = tl.load(u_buffer + row, mask=row_mask, other=0.0).to(tl.float32)
+    direction = tl.where(largest > 0, t / largest / (norm / largest), previous)
+
+    parts, norms = workspace + _field(layers, layer, PARTS), workspace + _field(layers, layer, NORMS)
+    part = parts + block.to(tl.int64) * _padded(width)
+    tl.store(norms + block, norm)
+    for i in range(steps):
+        # In reverse, because the last tiles are the likeliest to be in the cache.
+        column = (steps - 1 - i) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = column < width
+        mask = row_mask[:, None] & column_mask[None, :]
+        tile = tl.load(pointers + _offsets(column, strides)[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(part + column, tl.sum(tile * direction[:, None], 0), mask=column_mask)
+
+    count = tl.cdiv(height, BLOCK_ROWS)
+    groups = tl.cdiv(count, GROUP)
+    first = block // GROUP * GROUP
+    members = tl.minimum(GROUP, count - first)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    counter = counters + _field(layers, layer, GROUPS) + block // GROUP
+    if tl.atomic_add(counter, 1, sem="acq_rel") == members - 1:
+        tl.store(counter, 0)
+        norm, s_norm = _add_parts(parts, norms, first, 1, members, width, GROUP, BLOCK_VECTOR)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + layer, 1, sem="acq_rel") == groups - 1:
+            tl.store(counters + layer, 0)
+            if groups > 1:
+                norm, s_norm = _add_parts(parts, norms, 0, GROUP, groups, width, GROUP, BLOCK_VECTOR)
+                tl.debug_barrier()
+            # parts now begins with s = Wᵀt/‖t‖; u is t/‖t‖, or smaller if ‖t‖ is below eps.
+            shrink = tl.where(norm > 0, norm / tl.maximum(norm, eps), 1.0)
+            s_norm *= shrink
+            sigma = s_norm * (s_norm / tl.maximum(s_norm, eps))
+            tl.store(vectors + _field(layers, layer, SIGMA), tl.where(sigma == 0, 1.0, sigma))
+            for start in range(0, width, BLOCK_VECTOR):
+                column = start + tl.arange(0, BLOCK_VECTOR)
+                column_mask = column < width
+                index = _offsets(column, index_strides)
+                s = tl.load(parts + column, mask=column_mask, other=0.0) * shrink
+                s = _direction(s, s_norm, tl.load(v_buffer + index, mask=column_mask, other=0.0), eps)
+                tl.store(v_buffer + index, s, mask=column_mask)
+                tl.store(v + index, s, mask=column_mask)
+            for start in range(0, height, BLOCK_VECTOR):
+                row = start + tl.arange(0, BLOCK_VECTOR)
+                row_mask = row < height
+                t = tl.load(u + row, mask=row_mask, other=0.0)
+                t = _direction(t, norm, tl.load(u_buffer + row, mask=row_mask, other=0.0), eps)
+                tl.store(u_buffer + row, t, mask=row_mask)
+                tl.store(u + row, t, mask=row_mask)
+
+
+@triton.jit
+def _add_parts(parts, norms, first, stride, count, width, GROUP: tl.constexpr, BLOCK_VECTOR: tl.constexpr):
+    """Replace part `first` by the weighted sum of the parts first, first + stride, …, in this order.
+
+    A part is the product of rows of W with the direction of their t; the sum is the one with the direction of all of
+    their t. The weights are the norms of the t, divided by the norm of all, which also replaces norm `first`.
+
+    Returns:
+        The norm of t and the norm of the sum.
+    """
+    parts += first.to(tl.int64) * _padded(width)
+    norms += first
+    part_stride = (stride + tl.zeros((), tl.int64)) * _padded(width)
+    member = tl.arange(0, GROUP)
+    norm = 0.0
+    for start in range(0, count, GROUP):
+        index = start + member
+        group_norm, _ = _norm(tl.load(norms + index * stride, mask=index < count, other=0.0))
+        norm = _hypotenuse(norm, group_norm)
+    sum_norm = 0.0
+    for start_column in range(0, width, BLOCK_VECTOR):
+        column = start_column + tl.arange(0, BLOCK_VECTOR)
+        column_mask = column < width
+        total = tl.zeros((BLOCK_VECTOR,), tl.float32)
+        for start in range(0, count, GROUP):
+            for i in tl.static_range(GROUP):
+                index = start + i
+                # If all of t is 0, parts are products with the previous u.
+                weight = tl.where(norm > 0, tl.load(norms + index * stride, mask=index < count, other=0.0) / norm, 1.0)
+                mask = column < tl.where(index < count, width, 0)
+                total += weight * tl.load(parts + index * part_stride + column, mask=mask, other=0.0)
+        tl.store(parts + column, total, mask=column_mask)
+        block_norm, _ = _norm(total)
+        sum_norm = _hypotenuse(sum_norm, block_norm)
+    tl.store(norms, norm)
+    return norm, sum_norm
+
+
+@triton.jit
+def divide_kernel(addresses, layers, blocks, vectors, normalized, BLOCK: tl.constexpr):
+    """Ŵ ← W/σ for BLOCK consecutive elements in memory."""
+    layer = tl.load(blocks + 2 * tl.program_id(0))
+    element = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < _size(layers, layer, HEIGHT) * _size(layers, layer, WIDTH)
+    weight = _pointer(tl.load(addresses + 3 * layer), normalized)
+    sigma = tl.load(vectors + _field(layers, layer, SIGMA))
+    quotient = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32) / sigma
+    tl.store(normalized + _field(layers, layer, START) + element, quotient, mask=mask)
+
+
+@triton.jit
+def _select(addresses, layer, COUNT: tl.constexpr):
+    """Return addresses[layer]; a tuple cannot be indexed by a run-time value."""
+    address = addresses[0]
+    for i in tl.static_range(1, COUNT):
+        address = tl.where(layer == i, addresses[i], address)
+    return address
+
+
+@triton.jit(do_not_specialize=["grad_outputs"])
+def inner_kernel(layers, blocks, grad_outputs, normalized, partials, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """⟨G, Ŵ⟩ over BLOCK consecutive elements.
+
+    Args:
+        grad_outputs: addresses of each G, which has the strides of its weight, or NO_GRADIENT.
+    """
+    layer = tl.load(blocks + 2 * tl.program_id(0))
+    block = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    address = _select(grad_outputs, layer, COUNT)
+    if address != NO_GRADIENT:
+        element = block * BLOCK + tl.arange(0, BLOCK)
+        mask = element < _size(layers, layer, HEIGHT) * _size(layers, layer, WIDTH)
+        grad_output = tl.load(_pointer(address, normalized) + element, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(normalized + _field(layers, layer, START) + element, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partials + _field(layers, layer, PARTIALS) + block, tl.sum(grad_output * weight, 0))
+
+
+@triton.jit(do_not_specialize=["grad_outputs"])
+def gradient_kernel(
+    layers, blocks, grad_outputs, vectors, partials, gradients,
+    COUNT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """dW ← (G − ⟨G, Ŵ⟩ u vᵀ)/σ for a block of rows and columns."""
+    layer = tl.load(blocks + 3 * tl.program_id(0))
+    row = tl.load(blocks + 3 * tl.program_id(0) + 1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.load(blocks + 3 * tl.program_id(0) + 2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    address = _select(grad_outputs, layer, COUNT)
+    if address != NO_GRADIENT:
+        row_mask, column_mask = row < _size(layers, layer, HEIGHT), column < _size(layers, layer, WIDTH)
+        mask = row_mask[:, None] & column_mask[None, :]
+        offsets = row[:, None] * _size(layers, layer, ROW_STRIDE) + _offsets(column, _strides(layers, layer))[None, :]
+        tile = tl.load(_pointer(address, gradients) + offsets, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(vectors + _field(layers, layer, U) + row, mask=row_mask, other=0.0)
+        index = _offsets(column, _index_strides(layers, layer))
+        v = tl.load(vectors + _field(layers, layer, V) + index, mask=column_mask, other=0.0)
+        sigma = tl.load(vectors + _field(layers, layer, SIGMA))
+        partials += _field(layers, layer, PARTIALS)
+        count = _size(layers, layer, COUNT_PARTIALS)
+        inner = tl.zeros((BLOCK_PARTIALS,), tl.float32)
+        for start in range(0, count, BLOCK_PARTIALS):
+            index = start + tl.arange(0, BLOCK_PARTIALS)
+            inner += tl.load(partials + index, mask=index < count, other=0.0)
+        gradient = (tile - (tl.sum(inner, 0) * u)[:, None] * v[None, :]) / sigma
+        tl.store(gradients + _field(layers, layer, START) + offsets, gradient, mask=mask)
