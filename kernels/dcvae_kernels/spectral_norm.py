@@ -1,5 +1,6 @@
 """Spectral normalisation (Miyato et al., 2018) of a whole network, with one update per forward pass."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -76,11 +77,12 @@ def spectral_norm(
         obstacle = obstacle_to_triton(layer.get_parameter(name).device) if impl == "triton" else None
         if obstacle is not None:
             raise ValueError(f'impl="triton" cannot be used for layer {path!r}: {obstacle}; use impl="torch"')
-    normalized = [_normalize(layer, name, dim, eps) for layer in layers.values()]
+    forward_pass = _Pass({})
+    normalized = [_normalize(layer, name, dim, eps, forward_pass, i) for i, layer in enumerate(layers.values())]
     groups = vars(module).setdefault("_spectral_norms", {})
     if name in groups:  # torch removed its parametrizations
         groups[name].remove(module)
-    groups[name] = _Group(module, name, normalized, n_power_iterations, eps, impl)
+    groups[name] = _Group(module, name, normalized, n_power_iterations, eps, impl, forward_pass)
     return module
 
 
@@ -120,41 +122,56 @@ def _check(path: str, layer: nn.Module, name: str, dim: int | None) -> None:
         raise ValueError(f"layer {path!r}: its {name} has no elements; it is {list(weight.shape)}")
 
 
+@dataclass
+class _Pass:
+    """State of the current forward pass of a wrapped module.
+
+    Attributes:
+        normalized: W/σ by index of the layer; empty outside a forward pass.
+        n_power_iterations: 0 outside a forward pass, and if u and v must not be updated.
+    """
+
+    normalized: dict[int, Tensor]
+    n_power_iterations: int = 0
+
+
 class _SpectralNorm(nn.Module):
     """Parametrization of one weight. The buffer names give the `state_dict` keys of torch's own parametrization.
 
     Attributes:
-        normalized: W/σ of the current forward pass.
-        pending_iterations: power iterations to run when the weight is first read in the current forward pass.
+        forward_pass: shared by all layers of the wrapped module.
+        index: of the layer.
     """
 
     _u: Tensor
     _v: Tensor
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor, dim: int, eps: float) -> None:
+    def __init__(self, weight: Tensor, dim: int, eps: float, forward_pass: _Pass, index: int) -> None:
         super().__init__()
         self.dim = dim
         self.eps = eps
-        self.normalized: Tensor | None = None
-        self.pending_iterations = 0
+        self.forward_pass = forward_pass
+        self.index = index
         rows, columns = as_matrix(weight, dim).shape
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
         if not weight.is_meta:  # a meta tensor, on which models are often built first, has no values to iterate on
-            spectral_norm_update(self.layers(weight), 15, eps)
+            self.update(weight, 15)
 
-    def layers(self, weight: Tensor) -> Layers:
-        return Layers([weight], [self._u], [self._v], [self.dim])
+    def update(self, weight: Tensor, n_power_iterations: int) -> Tensor:
+        layers = Layers([weight], [self._u], [self._v], [self.dim])
+        return spectral_norm_update(layers, n_power_iterations, self.eps)[0]
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.normalized is not None:
-            return self.normalized
-        if self.pending_iterations:
-            (self.normalized,) = spectral_norm_update(self.layers(weight), self.pending_iterations, self.eps)
-            return self.normalized
+        normalized = self.forward_pass.normalized
+        if self.index in normalized:
+            return normalized[self.index]
+        if self.training and self.forward_pass.n_power_iterations:  # the weight was sharded when the pass began
+            normalized[self.index] = self.update(weight, self.forward_pass.n_power_iterations)
+            return normalized[self.index]
         with hidden_from_hooks():
-            return spectral_norm_update(self.layers(weight), 0, self.eps)[0]
+            return self.update(weight, 0)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the tensor that `layer.weight = value` stores."""
@@ -170,21 +187,22 @@ class _Layer(NamedTuple):
     """
 
     module: nn.Module
-    norm: _SpectralNorm
+    index: int
+    dim: int
     parametrizations: dict[str, Any]
     parameters: dict[str, Any]
     buffers: dict[str, Any]
 
 
-def _normalize(layer: nn.Module, name: str, dim: int | None, eps: float) -> _Layer:
+def _normalize(layer: nn.Module, name: str, dim: int | None, eps: float, forward_pass: _Pass, index: int) -> _Layer:
     weight = layer.get_parameter(name)
     if dim is None:
         dim = 1 if isinstance(layer, TRANSPOSED) else 0
-    norm = _SpectralNorm(weight, dim % weight.ndim, eps)
+    norm = _SpectralNorm(weight, dim % weight.ndim, eps, forward_pass, index)
     parametrize.register_parametrization(layer, name, norm)
     parametrizations = cast(Any, layer).parametrizations._modules
     _shorten_reads(type(layer), name)
-    return _Layer(layer, norm, parametrizations, parametrizations[name]._parameters, norm._buffers)
+    return _Layer(layer, index, norm.dim, parametrizations, parametrizations[name]._parameters, norm._buffers)
 
 
 def _shorten_reads(layer_class: type, name: str) -> None:
@@ -198,7 +216,8 @@ def _shorten_reads(layer_class: type, name: str) -> None:
 
     def read(layer: nn.Module) -> Tensor:
         parametrizations = cast(Any, layer)._modules["parametrizations"]._modules[name]._modules
-        normalized = parametrizations["0"].normalized
+        norm = parametrizations["0"]
+        normalized = norm.forward_pass.normalized.get(norm.index)
         if normalized is None or len(parametrizations) > 1:
             return read_parametrized(layer)
         return normalized
@@ -213,13 +232,15 @@ class _Group:
     """
 
     def __init__(
-        self, module: nn.Module, name: str, layers: list[_Layer], n_power_iterations: int, eps: float, impl: Impl
-    ) -> None:
+        self, module: nn.Module, name: str, layers: list[_Layer], n_power_iterations: int, eps: float, impl: Impl,
+        forward_pass: _Pass,
+    ) -> None:  # fmt: skip
         self.name = name
         self.layers = layers
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.impl: Impl = impl
+        self.forward_pass = forward_pass
         rename = partial(_rename_older_keys, name)
         self.handles = [
             module.register_forward_pre_hook(self.update),
@@ -234,29 +255,27 @@ class _Group:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         self._forget_removed_layers(module)
-        layers = []
-        for layer in self.layers:
-            if layer.module.training:
-                if type(layer.parameters["original"]) in PLAIN_TENSORS:
-                    layers.append(layer)
-                else:  # FSDP has sharded it, and gathers it before the layer reads it
-                    layer.norm.pending_iterations = self.n_power_iterations
+        self.forward_pass.n_power_iterations = self.n_power_iterations
+        # Weights that FSDP has sharded are gathered later, before the layer reads them.
+        layers = [
+            layer
+            for layer in self.layers
+            if layer.module.training and type(layer.parameters["original"]) in PLAIN_TENSORS
+        ]
         if not layers:
             return
         group = Layers(
             weights=[layer.parameters["original"] for layer in layers],
             us=[layer.buffers["_u"] for layer in layers],
             vs=[layer.buffers["_v"] for layer in layers],
-            dims=[layer.norm.dim for layer in layers],
+            dims=[layer.dim for layer in layers],
         )
         normalized = normalized_weights(group, self.n_power_iterations, self.eps, self.impl)
-        for layer, weight in zip(layers, normalized, strict=True):
-            layer.norm.normalized = weight
+        self.forward_pass.normalized.update(zip([layer.index for layer in layers], normalized, strict=True))
 
     def clear(self, *_: Any) -> None:
-        for layer in self.layers:
-            layer.norm.normalized = None
-            layer.norm.pending_iterations = 0
+        self.forward_pass.normalized.clear()
+        self.forward_pass.n_power_iterations = 0
 
     def _forget_removed_layers(self, module: nn.Module) -> None:
         """Forget layers from which `parametrize.remove_parametrizations` removed the spectral norm."""

@@ -128,7 +128,7 @@ def iterate_kernel(
     direction = tl.where(largest > 0, t / largest / (norm / largest), previous)
 
     parts, norms = workspace + _field(layers, layer, PARTS), workspace + _field(layers, layer, NORMS)
-    part = parts + block.to(tl.int64) * _padded(width)
+    part = parts + block * _padded(width)
     tl.store(norms + block, norm)
     for i in range(steps):
         # In reverse, because the last tiles are the likeliest to be in the cache.
@@ -146,12 +146,12 @@ def iterate_kernel(
     counter = counters + _field(layers, layer, GROUPS) + block // GROUP
     if tl.atomic_add(counter, 1, sem="acq_rel") == members - 1:
         tl.store(counter, 0)
-        norm, s_norm = _add_parts(parts, norms, first, 1, members, width, GROUP, BLOCK_VECTOR)
+        norm, s_norm = _add_parts(parts + first * _padded(width), norms + first, members, width, 1, GROUP, BLOCK_VECTOR)
         tl.debug_barrier()
         if tl.atomic_add(counters + layer, 1, sem="acq_rel") == groups - 1:
             tl.store(counters + layer, 0)
             if groups > 1:
-                norm, s_norm = _add_parts(parts, norms, 0, GROUP, groups, width, GROUP, BLOCK_VECTOR)
+                norm, s_norm = _add_parts(parts, norms, groups, width, GROUP, GROUP, BLOCK_VECTOR)
                 tl.debug_barrier()
             # parts now begins with s = Wᵀt/‖t‖; u is t/‖t‖, or smaller if ‖t‖ is below eps.
             shrink = tl.where(norm > 0, norm / tl.maximum(norm, eps), 1.0)
@@ -159,40 +159,36 @@ def iterate_kernel(
             sigma = s_norm * (s_norm / tl.maximum(s_norm, eps))
             tl.store(vectors + _field(layers, layer, SIGMA), tl.where(sigma == 0, 1.0, sigma))
             for start in range(0, width, BLOCK_VECTOR):
-                column = start + tl.arange(0, BLOCK_VECTOR)
-                column_mask = column < width
-                index = _offsets(column, index_strides)
-                s = tl.load(parts + column, mask=column_mask, other=0.0) * shrink
-                s = _direction(s, s_norm, tl.load(v_buffer + index, mask=column_mask, other=0.0), eps)
-                tl.store(v_buffer + index, s, mask=column_mask)
-                tl.store(v + index, s, mask=column_mask)
+                element = start + tl.arange(0, BLOCK_VECTOR)
+                index, in_v = _offsets(element, index_strides), element < width
+                s = tl.load(parts + element, mask=in_v, other=0.0) * shrink
+                s = _direction(s, s_norm, tl.load(v_buffer + index, mask=in_v, other=0.0), eps)
+                tl.store(v_buffer + index, s, mask=in_v)
+                tl.store(v + index, s, mask=in_v)
             for start in range(0, height, BLOCK_VECTOR):
-                row = start + tl.arange(0, BLOCK_VECTOR)
-                row_mask = row < height
-                t = tl.load(u + row, mask=row_mask, other=0.0)
-                t = _direction(t, norm, tl.load(u_buffer + row, mask=row_mask, other=0.0), eps)
-                tl.store(u_buffer + row, t, mask=row_mask)
-                tl.store(u + row, t, mask=row_mask)
+                element = start + tl.arange(0, BLOCK_VECTOR)
+                in_u = element < height
+                new_u = tl.load(u + element, mask=in_u, other=0.0)
+                new_u = _direction(new_u, norm, tl.load(u_buffer + element, mask=in_u, other=0.0), eps)
+                tl.store(u_buffer + element, new_u, mask=in_u)
+                tl.store(u + element, new_u, mask=in_u)
 
 
 @triton.jit
-def _add_parts(parts, norms, first, stride, count, width, GROUP: tl.constexpr, BLOCK_VECTOR: tl.constexpr):
-    """Replace part `first` by the weighted sum of the parts first, first + stride, …, in this order.
+def _add_parts(parts, norms, count, width, STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_VECTOR: tl.constexpr):
+    """Replace part 0 by the weighted sum of the parts 0, STRIDE, 2·STRIDE, …, in this order.
 
     A part is the product of rows of W with the direction of their t; the sum is the one with the direction of all of
-    their t. The weights are the norms of the t, divided by the norm of all, which also replaces norm `first`.
+    their t. The weights are the norms of the t, divided by the norm of all, which also replaces norm 0.
 
     Returns:
         The norm of t and the norm of the sum.
     """
-    parts += first.to(tl.int64) * _padded(width)
-    norms += first
-    part_stride = (stride + tl.zeros((), tl.int64)) * _padded(width)
     member = tl.arange(0, GROUP)
     norm = 0.0
     for start in range(0, count, GROUP):
         index = start + member
-        group_norm, _ = _norm(tl.load(norms + index * stride, mask=index < count, other=0.0))
+        group_norm, _ = _norm(tl.load(norms + index * STRIDE, mask=index < count, other=0.0))
         norm = _hypotenuse(norm, group_norm)
     sum_norm = 0.0
     for start_column in range(0, width, BLOCK_VECTOR):
@@ -203,9 +199,9 @@ def _add_parts(parts, norms, first, stride, count, width, GROUP: tl.constexpr, B
             for i in tl.static_range(GROUP):
                 index = start + i
                 # If all of t is 0, parts are products with the previous u.
-                weight = tl.where(norm > 0, tl.load(norms + index * stride, mask=index < count, other=0.0) / norm, 1.0)
+                weight = tl.where(norm > 0, tl.load(norms + index * STRIDE, mask=index < count, other=0.0) / norm, 1.0)
                 mask = column < tl.where(index < count, width, 0)
-                total += weight * tl.load(parts + index * part_stride + column, mask=mask, other=0.0)
+                total += weight * tl.load(parts + index * STRIDE * _padded(width) + column, mask=mask, other=0.0)
         tl.store(parts + column, total, mask=column_mask)
         block_norm, _ = _norm(total)
         sum_norm = _hypotenuse(sum_norm, block_norm)
@@ -275,7 +271,7 @@ def gradient_kernel(
         count = _size(layers, layer, COUNT_PARTIALS)
         inner = tl.zeros((BLOCK_PARTIALS,), tl.float32)
         for start in range(0, count, BLOCK_PARTIALS):
-            index = start + tl.arange(0, BLOCK_PARTIALS)
-            inner += tl.load(partials + index, mask=index < count, other=0.0)
+            partial = start + tl.arange(0, BLOCK_PARTIALS)
+            inner += tl.load(partials + partial, mask=partial < count, other=0.0)
         gradient = (tile - (tl.sum(inner, 0) * u)[:, None] * v[None, :]) / sigma
         tl.store(gradients + _field(layers, layer, START) + offsets, gradient, mask=mask)
