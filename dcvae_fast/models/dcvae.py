@@ -46,8 +46,8 @@ class DCVAE(nn.Module):
     """Encoder and decoder of a DC-VAE; the decoder has the EMA of the trained weights.
 
     Images are floating-point tensors [B, C, R, R] in [-1, 1] with R = `config.resolution`; latents are [B, Z]. Inputs
-    of any floating-point dtype are converted to the dtype of the weights, which the results have too, except that
-    autocast chooses its own dtypes.
+    of any floating-point dtype are converted to the dtype of the weights. Results have that dtype too, unless autocast
+    chooses another.
     """
 
     def __init__(self, config: ModelConfig):
@@ -117,8 +117,8 @@ class DCVAE(nn.Module):
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return n images [n, C, R, R] decoded from the prior N(0, I); `config.sample_clamp` clamps the latents.
 
-        Latents are drawn in float32 on the generator's device, so that a seed gives the same latents on every device and,
-        up to rounding, in every dtype.
+        Latents are drawn in float32 on the generator's device, so that a seed gives the same latents on every device,
+        and up to rounding in every dtype.
         """
         latents = standard_normal((n, self.config.latent_dim), generator, self.device)
         if self.config.sample_clamp is not None:
