@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcvae_fast import DCVAE, Posterior
 from dcvae_fast.config import ContrastConfig, ModelConfig
