@@ -52,8 +52,9 @@ class InstanceContrast(nn.Module):
     def restart(self, layers: Sequence[str]) -> None:
         """Contrast these layers from now on, with a new queue: keys of other resolutions are not comparable."""
         self.layers = tuple(layers)
+        parameter = next(self.momentum.parameters())
         queue = KeyQueue(self.config.negatives, self._dim, scales=len(layers), seed=self._seed)
-        self.queue = queue.to(next(self.momentum.parameters()).device)
+        self.queue = queue.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
     def update(self, discriminator: Discriminator) -> None:
         """Move C′ towards C."""

@@ -1,7 +1,8 @@
 """Adversarial losses, KL divergence and reconstruction losses: pure functions of tensors that return scalars.
 
 Scores are outputs of the discriminator, [B], high for real images. The numbers of real, fake and reconstructed images
-can differ.
+can differ. Inputs can have any floating-point dtype; losses are computed and returned in at least float32, because
+squares and exponentials overflow in float16.
 """
 
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dcvae_fast.models.layers import upcast
 
 Adversarial = Literal["hinge", "log", "wgan_gp", "logistic_r1"]
 
@@ -22,6 +25,7 @@ def discriminator_loss(
     whose `drift` term keeps the scores of real images near 0. `logistic_r1` is `log` with weight ½ for prior samples
     and for reconstructions, as in `hinge` and `wgan_gp`.
     """
+    real, fake, rec = upcast(real), upcast(fake), upcast(rec)
     match kind:
         case "hinge":
             return F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean() + 0.5 * F.relu(1 + rec).mean()
@@ -39,6 +43,7 @@ def autoencoder_loss(fake: Tensor, rec: Tensor, kind: Adversarial = "hinge") -> 
     `hinge` and `wgan_gp`: −½ mean C(fake) − ½ mean C(rec). `log`: −log D, because log(1 − D) of Eq. 4 saturates.
     `logistic_r1`: half of `log`.
     """
+    fake, rec = upcast(fake), upcast(rec)
     match kind:
         case "hinge" | "wgan_gp":
             return -0.5 * fake.mean() - 0.5 * rec.mean()
@@ -73,12 +78,13 @@ def r1_penalty(norms: Tensor) -> Tensor:
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL[q(z|x) || N(0, I)] in nats, for mean and logvar [B, Z]: summed over Z, averaged over the batch."""
+    mean, logvar = upcast(mean), upcast(logvar)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
 
 
 def pixel_loss(images: Tensor, rec: Tensor) -> Tensor:
     """Mean squared error of images in [-1, 1] (reconstruction term of Eq. 1, divided by the number of values)."""
-    return F.mse_loss(rec, images)
+    return F.mse_loss(upcast(rec), upcast(images))
 
 
 def feature_loss(real: dict[str, Tensor], rec: dict[str, Tensor], layers: tuple[str, ...]) -> Tensor:
@@ -86,4 +92,4 @@ def feature_loss(real: dict[str, Tensor], rec: dict[str, Tensor], layers: tuple[
 
     This is the reconstruction term of Eq. 3, divided by the number of values. `real` receives no gradient.
     """
-    return torch.stack([F.mse_loss(rec[layer], real[layer].detach()) for layer in layers]).mean()
+    return torch.stack([F.mse_loss(upcast(rec[layer]), upcast(real[layer].detach())) for layer in layers]).mean()

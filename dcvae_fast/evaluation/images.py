@@ -82,18 +82,21 @@ def parts(
 
 @torch.no_grad()
 def samples(model: DCVAE, count: int, batch: int, seed: int, clamp: float | None) -> Iterator[Tensor]:
-    """Yield images [≤ batch, C, R, R] decoded from the prior N(0, I), with latents clamped to [-clamp, clamp]."""
+    """Yield images decoded from the prior N(0, I), with latents clamped to [-clamp, clamp].
+
+    They are float32 [≤ batch, C, R, R] also if the model has another dtype.
+    """
     noise = Noise(model.config.latent_dim, seed)
     for start in range(0, count, batch):
         latents = noise.take(min(batch, count - start)).to(model.device)
-        yield model.decode(latents if clamp is None else latents.clamp(-clamp, clamp))
+        yield model.decode(latents if clamp is None else latents.clamp(-clamp, clamp)).float()
 
 
 @torch.no_grad()
 def reconstructions(
     model: DCVAE, images: Iterable[ImageSet], batch: int, seed: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield real images in [-1, 1] and their reconstructions, both [≤ batch, C, R, R].
+    """Yield real images in [-1, 1] and their reconstructions, both float32 [≤ batch, C, R, R].
 
     Reconstructions are decoded from the posterior mean or, with a seed, from a draw from the posterior.
     """
@@ -103,4 +106,4 @@ def reconstructions(
             real = normalize(pixels.to(model.device))
             posterior = model.encode(real)
             latents = posterior.mean if noise is None else posterior.at(noise.take(len(real)).to(model.device))
-            yield real, model.decode(latents)
+            yield real, model.decode(latents).float()

@@ -18,7 +18,8 @@ def interpolate(model: DCVAE, start: Tensor, end: Tensor, steps: int = 8) -> Ten
     Returns:
         [B, steps + 2, C, H, W]: the start image itself, `steps` decoded images, the end image itself.
     """
-    weights = torch.linspace(0, 1, steps, device=start.device)[None, :, None]
-    latents = torch.lerp(model.encode(start).mean[:, None], model.encode(end).mean[:, None], weights)
+    first, last = model.encode(start).mean, model.encode(end).mean
+    weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype)[None, :, None]
+    latents = torch.lerp(first[:, None], last[:, None], weights)
     between = model.decode(latents.flatten(0, 1)).unflatten(0, (len(start), steps))
     return torch.cat([start[:, None], between, end[:, None]], dim=1)

@@ -124,7 +124,7 @@ def path_lengths(model: DCVAE, lpips: Extractor, pairs: int, batch: int, seed: i
         t = torch.special.ndtr(t)  # uniform in [0, 1]
         # In float64, because the ends of a step differ by only ε of the angle.
         ends = torch.cat([slerp(begin, end, t), slerp(begin, end, t + PPL_EPSILON)]) * size**0.5
-        images = face(model.decode(ends.float().to(model.device)).expand(-1, 3, -1, -1))
+        images = face(model.decode(ends.float().to(model.device)).float().expand(-1, 3, -1, -1))
         yield (lpips.network(*images.add(1).mul(127.5).chunk(2)) / PPL_EPSILON**2).flatten().cpu()
 
 

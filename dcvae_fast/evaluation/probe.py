@@ -27,7 +27,7 @@ def posterior_means(model: DCVAE, parts: Iterable[ImageSet], batch: int) -> tupl
         is_labelled = part_labels >= 0
         labels.append(part_labels[is_labelled])
         for pixels in part.images[is_labelled].split(batch):
-            means.append(model.encode(normalize(pixels.to(model.device))).mean.cpu())
+            means.append(model.encode(normalize(pixels.to(model.device))).mean.float().cpu())
     return torch.cat(means), torch.cat(labels)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,12 @@ class Posterior:
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z = mean + exp(logvar / 2) · noise, [B, Z], with gradients for mean and logvar."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.at(noise)
+        """Draw z = mean + exp(logvar / 2) · noise, [B, Z], with gradients for mean and logvar.
+
+        A seed gives the same noise, up to rounding, in every dtype; see `standard_normal`.
+        """
+        noise = standard_normal(self.mean.shape, generator, self.mean.device)
+        return self.at(noise.to(self.mean.dtype))
 
     def at(self, noise: Tensor) -> Tensor:
         """Return z = mean + exp(logvar / 2) · noise, [B, Z], for noise [B, Z] from N(0, I)."""
@@ -41,7 +45,9 @@ class Posterior:
 class DCVAE(nn.Module):
     """Encoder and decoder of a DC-VAE; the decoder has the EMA of the trained weights.
 
-    Images are floating-point tensors [B, C, R, R] in [-1, 1] with R = `config.resolution`; latents are [B, Z].
+    Images are floating-point tensors [B, C, R, R] in [-1, 1] with R = `config.resolution`; latents are [B, Z]. Inputs
+    of any floating-point dtype are converted to the dtype of the weights. Results have that dtype too, unless autocast
+    chooses another.
     """
 
     def __init__(self, config: ModelConfig):
@@ -53,11 +59,16 @@ class DCVAE(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, float32 unless the model was converted."""
+        return _dtype(self)
+
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of images [B, C, R, R] in [-1, 1].
 
         Raises:
-            ValueError: images have another shape, or are not floating-point.
+            ValueError: images have another shape, or are not floating point.
         """
         channels, size = self.config.image_channels, self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (channels, size, size):
@@ -66,19 +77,21 @@ class DCVAE(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"images have dtype {images.dtype}; this model expects floating-point values in [-1, 1].")
-        return Posterior(*self.encoder(images))
+        return Posterior(*self.encoder(images.to(_dtype(self.encoder))))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, Z] to images [B, C, R, R], approximately in [-1, 1].
 
         Raises:
-            ValueError: latents have another shape.
+            ValueError: latents have another shape, or are not floating point.
         """
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(
                 f"latents have shape {list(latents.shape)}; this model expects [B, {self.config.latent_dim}]."
             )
-        return self.decoder(latents)
+        if not latents.is_floating_point():
+            raise ValueError(f"latents have dtype {latents.dtype}; this model expects floating-point values.")
+        return self.decoder(latents.to(_dtype(self.decoder)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return reconstructions from the posterior mean, with gradients."""
@@ -104,10 +117,10 @@ class DCVAE(nn.Module):
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return n images [n, C, R, R] decoded from the prior N(0, I); `config.sample_clamp` clamps the latents.
 
-        Latents are drawn on the generator's device, so that a seed gives the same latents on every device.
+        Latents are drawn in float32 on the generator's device, so that a seed gives the same latents on every device,
+        and up to rounding in every dtype.
         """
-        device = self.device if generator is None else generator.device
-        latents = torch.randn(n, self.config.latent_dim, generator=generator, device=device).to(self.device)
+        latents = standard_normal((n, self.config.latent_dim), generator, self.device)
         if self.config.sample_clamp is not None:
             latents = latents.clamp(-self.config.sample_clamp, self.config.sample_clamp)
         return self.decode(latents)
@@ -126,7 +139,8 @@ class DCVAE(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, *, device: str | torch.device = "cpu") -> "DCVAE":
         """Load a model in evaluation mode from a run folder, a folder of `save_pretrained`, or the Hugging Face hub.
 
-        From a run folder, the newest intact checkpoint is loaded, with the EMA decoder.
+        From a run folder, the newest intact checkpoint is loaded, with the EMA decoder. The weights keep their stored
+        dtype.
 
         Raises:
             RunError: no model is found, or its files are damaged.
@@ -144,11 +158,32 @@ class DCVAE(nn.Module):
         model = cls(_model_config(stored, folder))
         if model.config.grows:  # drop layers of resolutions not reached yet
             weights = {name: weights[name] for name in model.state_dict() if name in weights}
+        _convert_dtypes(model, weights)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise RunError(f"{folder}: the weights do not fit the stored configuration ({reason(error)}).") from error
         return model.to(device).eval()
+
+
+def standard_normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw noise from N(0, I), float32, on the generator's device, and move it to `device`.
+
+    The values that a generator gives depend on the dtype and device of the draw: half precision would draw other noise.
+    """
+    source = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=source, dtype=torch.float32).to(device)
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def _convert_dtypes(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Convert parameters and buffers to the dtypes of stored weights, because `load_state_dict` keeps the model's."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in weights and weights[name].is_floating_point():
+            tensor.data = tensor.data.to(weights[name].dtype)
 
 
 def _model_config(config: Any, folder: Path) -> ModelConfig:

@@ -62,8 +62,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         var = SumOverRanks.apply(local_var + (local_mean - mean).square()) / world_size
         with torch.no_grad():
             count = world_size * input.numel() / input.shape[1]
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+            for running, batch in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                running.copy_(torch.lerp(upcast(running), batch, self.momentum))
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(var + self.eps)

@@ -9,7 +9,6 @@ Images are [B, C, R, R]; real images are in [-1, 1].
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -77,7 +76,10 @@ class EqualizedConv2d(nn.Conv2d):
 
 
 class EqualizedLinear(nn.Linear):
-    """Linear layer with equalised learning rate; with `float32`, computed in float32 also under autocast."""
+    """Linear layer with equalised learning rate.
+
+    With `float32` it is computed in at least float32, also under autocast, and returns the dtype of its weight.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, float32: bool = False
@@ -91,8 +93,11 @@ class EqualizedLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        with no_autocast(input.device) if self.float32 else nullcontext():
-            return super().forward(upcast(input) if self.float32 else input)
+        if not self.float32:
+            return super().forward(input)
+        bias = None if self.bias is None else upcast(self.bias)
+        with no_autocast(input.device):
+            return F.linear(upcast(input), upcast(self.weight), bias).to(self.weight.dtype)
 
 
 class UpConv2d(EqualizedConv2d):
@@ -122,11 +127,14 @@ def act(x: Tensor) -> Tensor:
 
 def blend(coarse: Tensor, fine: Tensor, alpha: float | Tensor) -> Tensor:
     """Return (1 − alpha) · coarse + alpha · fine."""
-    return torch.lerp(coarse, fine, alpha.to(fine.dtype) if isinstance(alpha, Tensor) else alpha)
+    return torch.lerp(coarse, fine, alpha.to(fine) if isinstance(alpha, Tensor) else alpha)
 
 
 def pixel_norm(x: Tensor) -> Tensor:
-    """Divide the channels (dim 1) of each position by their root mean square, computed in at least float32."""
+    """Divide the channels (dim 1) of each position by their root mean square.
+
+    Computed in at least float32, where squares do not overflow; the result has the dtype of `x`.
+    """
     h = upcast(x)
     return (h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
 
@@ -137,9 +145,10 @@ def stddev_group(images: int) -> int:
 
 
 def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
-    """Return the mean standard deviation over each group of images, [B, C, H, W] → [B, 1, H, W], in at least float32.
+    """Return the mean standard deviation over each group of images, [B, C, H, W] → [B, 1, H, W].
 
-    The batch is cut into `parts`, and each part into groups of `stddev_group` neighbours.
+    The batch is cut into `parts`, and each part into groups of `stddev_group` neighbours. Computed in at least float32,
+    because squares overflow in float16; the result has the dtype of `x`.
     """
     size = stddev_group(len(x) // parts)
     groups = upcast(x).unflatten(0, (-1, size))
