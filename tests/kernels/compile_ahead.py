@@ -121,7 +121,8 @@ def _launch(module: ModuleType, name: str, kernel: Any, args: tuple, options: di
             aligned.append(parameter.name)
         elif isinstance(value, tuple):  # of addresses
             signature.append((parameter.name, ("i64",) * len(value)))
-            aligned += [(parameter.name, i) for i in range(len(value))]
+            if specialized:
+                aligned += [(parameter.name, i) for i in range(len(value))]
         elif parameter.is_constexpr or value is None or (specialized and value == 1 and isinstance(value, int)):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
@@ -324,10 +325,12 @@ def spectral_norm_launches(full: bool) -> dict[Launch, dict[str, Any]]:
 def _launch_update(layers: int, dtype: torch.dtype) -> None:
     weights = [torch.zeros(64, 32, 3, 3, dtype=dtype) for _ in range(layers)]
     us, vs = ([torch.zeros(n, dtype=dtype) for _ in weights] for n in (64, 288))
-    plan = spectral_norm.make_plan(Layers(weights, us, vs, [0] * layers))
+    spectral_norm._LAYOUTS.clear()  # layouts contain kernels
+    spectral_norm._PLANS.clear()
+    plan = spectral_norm.find_plan(Layers(weights, us, vs, [0] * layers))
     assert plan is not None
-    _, saved = spectral_norm.update(plan, weights, 2, 1e-12)
-    spectral_norm.gradients(plan, saved, weights)
+    saved = spectral_norm.update(plan, weights[0], 2, 1e-12)
+    spectral_norm.gradients(plan.layout, *saved, weights)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from dcvae_kernels.triton.spectral_norm_kernels import (
     iterate_kernel,
 )
 
-ROWS, COLUMNS, GROUP, VECTOR = 8, 512, 16, 1024  # blocks of iterate_kernel
+ROWS, COLUMNS, GROUP, VECTOR = 8, 256, 16, 1024  # blocks of iterate_kernel
 ELEMENTS = 4096  # block of divide_kernel and inner_kernel
-GRADIENT_ROWS, GRADIENT_COLUMNS, PARTIALS = 16, 256, 1024  # blocks of gradient_kernel
+GRADIENT_ROWS, GRADIENT_COLUMNS, PARTIALS = 16, 128, 1024  # blocks of gradient_kernel
 
 MAX_PLANS = 64
 SPARE_COUNTERS = 64
@@ -61,6 +61,7 @@ class Layout:
         views: (size, stride, start) of each layer in a buffer for one tensor per layer.
         sizes: heights, widths and number of layers, the sizes in `Saved.vectors`.
         elements, workspace, partials, counters: sizes of buffers.
+        divide: for weights whose addresses are not all, and are all multiples of 16.
     """
 
     table: Tensor
@@ -75,7 +76,7 @@ class Layout:
     counters: int
     first_iteration: Launch
     next_iteration: Launch
-    divide: Launch
+    divide: tuple[Launch, Launch]
     inner: Launch
     gradient: Launch
 
@@ -86,12 +87,14 @@ class Plan:
 
     Attributes:
         addresses: int64 [layers, 3], of W, u and v.
+        aligned: whether the addresses of all W are multiples of 16.
         counters: by stream, because launches that overlap must not share counters.
         spare_counters: one for each captured launch, because graphs can overlap.
     """
 
     layout: Layout
     addresses: Tensor
+    aligned: bool
     counters: dict[int, Tensor]
     spare_counters: list[Tensor]
 
@@ -113,7 +116,8 @@ def find_plan(layers: Layers) -> Plan | None:
         layout = find_layout(weights, dims)
         addresses = [[x.data_ptr() for x in tensors] for tensors in zip(weights, us, vs, strict=True)]
         spare = layout.table.new_zeros(SPARE_COUNTERS, layout.counters, dtype=torch.int32)
-        plan = Plan(layout, layout.table.new_tensor(addresses), {}, list(spare.unbind()))
+        aligned = all(x.data_ptr() % 16 == 0 for x in weights)
+        plan = Plan(layout, layout.table.new_tensor(addresses), aligned, {}, list(spare.unbind()))
     _PLANS[key] = plan
     return plan
 
@@ -191,7 +195,7 @@ def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | Non
     def iterate(first: bool) -> Launch:
         return Launch(
             iterate_kernel, (len(row_blocks), 1, 1), (), FIRST=first, BLOCK_ROWS=ROWS, BLOCK_COLUMNS=COLUMNS,
-            GROUP=GROUP, BLOCK_VECTOR=VECTOR, num_warps=8,
+            GROUP=GROUP, BLOCK_VECTOR=VECTOR, num_warps=8, maxnreg=64,
         )  # fmt: skip
 
     return Layout(
@@ -207,8 +211,11 @@ def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | Non
         counters=cdiv(groups[-1], 4) * 4,  # a multiple of 16 bytes
         first_iteration=iterate(True),
         next_iteration=iterate(False),
-        divide=Launch(divide_kernel, (len(element_blocks), 1, 1), (), BLOCK=ELEMENTS, num_warps=4),
-        inner=Launch(inner_kernel, (len(element_blocks), 1, 1), (), COUNT=number, BLOCK=ELEMENTS, num_warps=4),
+        divide=tuple(
+            Launch(divide_kernel, (len(element_blocks), 1, 1), (), ALIGNED=aligned, BLOCK=ELEMENTS, num_warps=4)
+            for aligned in (False, True)
+        ),
+        inner=Launch(inner_kernel, (len(element_blocks), 1, 1), (), COUNT=number, BLOCK=ELEMENTS, num_warps=8),
         gradient=Launch(
             gradient_kernel, (len(gradient_blocks), 1, 1), (), COUNT=number, BLOCK_ROWS=GRADIENT_ROWS,
             BLOCK_COLUMNS=GRADIENT_COLUMNS, BLOCK_PARTIALS=PARTIALS, num_warps=4,
@@ -229,7 +236,7 @@ def update(plan: Plan, like: Tensor, n_power_iterations: int, eps: float) -> Sav
         for _ in range(n_power_iterations):
             iterate(*tables, layout.row_blocks, vectors, workspace, counters, normalized, floats=(eps,))
             iterate = layout.next_iteration
-        layout.divide(*tables, layout.element_blocks, vectors, normalized, floats=())
+        layout.divide[plan.aligned](*tables, layout.element_blocks, vectors, normalized, floats=())
     return Saved(normalized, vectors)
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 (START, HEIGHT, WIDTH, FAST, ROW_STRIDE, SLOW_STRIDE, FAST_STRIDE, SLOW_INDEX, FAST_INDEX, U, V, SIGMA, PARTS, NORMS,
  GROUPS, PARTIALS, COUNT_PARTIALS) = (tl.constexpr(i) for i in range(17))  # fmt: skip
 FIELDS = tl.constexpr(17)
+UNROLL = tl.constexpr(8)
 NO_GRADIENT = tl.constexpr(1 << 62)  # not a valid address
 
 
@@ -109,7 +110,7 @@ def iterate_kernel(
     pointers = _pointer(tl.load(addresses + 3 * layer), dtype_like) + row[:, None] * _size(layers, layer, ROW_STRIDE)
     steps = tl.cdiv(width, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, loop_unroll_factor=2):
         column = step * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_mask = column < width
         index = _offsets(column, index_strides)
@@ -127,10 +128,11 @@ def iterate_kernel(
     previous = tl.load(u_buffer + row, mask=row_mask, other=0.0).to(tl.float32)
     direction = tl.where(largest > 0, t / largest / (norm / largest), previous)
 
-    parts, norms = workspace + _field(layers, layer, PARTS), workspace + _field(layers, layer, NORMS)
+    parts = workspace + tl.multiple_of(_field(layers, layer, PARTS), 4)
+    norms = workspace + _field(layers, layer, NORMS)
     part = parts + block * _padded(width)
     tl.store(norms + block, norm)
-    for i in range(steps):
+    for i in tl.range(0, steps, loop_unroll_factor=2):
         # In reverse, because the last tiles are the likeliest to be in the cache.
         column = (steps - 1 - i) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_mask = column < width
@@ -193,16 +195,14 @@ def _add_parts(parts, norms, count, width, STRIDE: tl.constexpr, GROUP: tl.const
     sum_norm = 0.0
     for start_column in range(0, width, BLOCK_VECTOR):
         column = start_column + tl.arange(0, BLOCK_VECTOR)
-        column_mask = column < width
+        mask = column < _padded(width)
         total = tl.zeros((BLOCK_VECTOR,), tl.float32)
-        for start in range(0, count, GROUP):
-            for i in tl.static_range(GROUP):
-                index = start + i
-                # If all of t is 0, parts are products with the previous u.
-                weight = tl.where(norm > 0, tl.load(norms + index * STRIDE, mask=index < count, other=0.0) / norm, 1.0)
-                mask = column < tl.where(index < count, width, 0)
-                total += weight * tl.load(parts + index * STRIDE * _padded(width) + column, mask=mask, other=0.0)
-        tl.store(parts + column, total, mask=column_mask)
+        for i in tl.range(0, count, loop_unroll_factor=UNROLL):
+            # If all of t is 0, parts are products with the previous u.
+            weight = tl.where(norm > 0, tl.load(norms + i * STRIDE) / norm, 1.0)
+            total += weight * tl.load(parts + i * STRIDE * _padded(width) + column, mask=mask, other=0.0)
+        total = tl.where(column < width, total, 0.0)
+        tl.store(parts + column, total, mask=mask)
         block_norm, _ = _norm(total)
         sum_norm = _hypotenuse(sum_norm, block_norm)
     tl.store(norms, norm)
@@ -210,15 +210,23 @@ def _add_parts(parts, norms, count, width, STRIDE: tl.constexpr, GROUP: tl.const
 
 
 @triton.jit
-def divide_kernel(addresses, layers, blocks, vectors, normalized, BLOCK: tl.constexpr):
-    """Ŵ ← W/σ for BLOCK consecutive elements in memory."""
+def divide_kernel(addresses, layers, blocks, vectors, normalized, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Ŵ ← W/σ for BLOCK consecutive elements in memory. ALIGNED: the addresses of all W are multiples of 16."""
     layer = tl.load(blocks + 2 * tl.program_id(0))
-    element = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < _size(layers, layer, HEIGHT) * _size(layers, layer, WIDTH)
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK
+    count = _size(layers, layer, HEIGHT) * _size(layers, layer, WIDTH)
     weight = _pointer(tl.load(addresses + 3 * layer), normalized)
+    if ALIGNED:
+        weight = tl.multiple_of(weight, 16)
+    normalized += tl.multiple_of(_field(layers, layer, START), 16)
     sigma = tl.load(vectors + _field(layers, layer, SIGMA))
-    quotient = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32) / sigma
-    tl.store(normalized + _field(layers, layer, START) + element, quotient, mask=mask)
+    element = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= count:  # without masks, elements are loaded and stored 16 bytes at a time
+        tl.store(normalized + element, tl.load(weight + element).to(tl.float32) / sigma)
+    else:
+        mask = element < count
+        tile = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32)
+        tl.store(normalized + element, tile / sigma, mask=mask)
 
 
 @triton.jit
@@ -235,17 +243,23 @@ def inner_kernel(layers, blocks, grad_outputs, normalized, partials, COUNT: tl.c
     """⟨G, Ŵ⟩ over BLOCK consecutive elements.
 
     Args:
-        grad_outputs: addresses of each G, which has the strides of its weight, or NO_GRADIENT.
+        grad_outputs: address of each G, a multiple of 16, or NO_GRADIENT; G has the strides of its weight.
     """
     layer = tl.load(blocks + 2 * tl.program_id(0))
     block = tl.load(blocks + 2 * tl.program_id(0) + 1)
     address = _select(grad_outputs, layer, COUNT)
     if address != NO_GRADIENT:
+        grad_output = tl.multiple_of(_pointer(address, normalized), 16)
+        normalized += tl.multiple_of(_field(layers, layer, START), 16)
         element = block * BLOCK + tl.arange(0, BLOCK)
-        mask = element < _size(layers, layer, HEIGHT) * _size(layers, layer, WIDTH)
-        grad_output = tl.load(_pointer(address, normalized) + element, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(normalized + _field(layers, layer, START) + element, mask=mask, other=0.0).to(tl.float32)
-        tl.store(partials + _field(layers, layer, PARTIALS) + block, tl.sum(grad_output * weight, 0))
+        count = _size(layers, layer, HEIGHT) * _size(layers, layer, WIDTH)
+        if (block + 1) * BLOCK <= count:
+            products = tl.load(grad_output + element).to(tl.float32) * tl.load(normalized + element).to(tl.float32)
+        else:
+            mask = element < count
+            products = tl.load(grad_output + element, mask=mask, other=0.0).to(tl.float32)
+            products *= tl.load(normalized + element, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partials + _field(layers, layer, PARTIALS) + block, tl.sum(products, 0))
 
 
 @triton.jit(do_not_specialize=["grad_outputs"])
