@@ -32,7 +32,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
+        self.body: nn.Module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
         self.head = nn.Linear(6, 1)
         self.call: Callable[..., Tensor] = lambda body, x: body(x)
 
@@ -143,7 +143,7 @@ def frozen(rank: int, impl: Any, each_layer: bool) -> None:
     """Frozen layers are iterated, and are not changed by training."""
     net, single = normalised(impl), normalised_by_torch()
     for module in (net, single):
-        module.body[0].requires_grad_(False)
+        module.get_submodule("body.0").requires_grad_(False)
     shard(net, each_layer)
     compare_steps(rank, net, single)
 

@@ -60,7 +60,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.ConvTranspose2d(3, 2, 3, padding=1))
+        self.body: nn.Module = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.ConvTranspose2d(3, 2, 3, padding=1)
+        )
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(32, 2))
         self.call: Call = directly
 
@@ -72,20 +74,25 @@ def images(seed: int = 0) -> Tensor:
     return randn(3, 2, 4, 4, seed=seed).to(torch.get_default_device()).requires_grad_()
 
 
+@torch.no_grad()
+def make_almost_rank_one(weight: Any) -> None:
+    """Make the largest singular value so dominant that 15 power iterations converge."""
+    rank_one = torch.ones_like(weight)
+    for dim, size in enumerate(weight.shape):
+        rank_one *= torch.randn(size).sign().view([size if i == dim else 1 for i in range(weight.ndim)])
+    weight.mul_(0.1).add_(rank_one)
+
+
 def pair(*, converged: bool = False) -> tuple[Any, Any]:
     """Return one network normalised by torch and by spectral_norm, with the same state.
 
     If `converged`, u and v are singular vectors, so that further updates do not change them.
     """
     torch.manual_seed(0)
-    torch_net = Net().eval()  # in training mode torch iterates once more at registration
+    torch_net: Any = Net().eval()  # in training mode torch iterates once more at registration
     if converged:
         for name in LAYERS:
-            weight = torch_net.get_submodule(name).weight
-            with torch.no_grad():  # a rank-one matrix with little noise: 15 iterations suffice
-                signs = [torch.randn(n).sign() for n in weight.shape]
-                rank_one = torch.einsum(",".join("abcd"[: len(signs)]) + "->" + "abcd"[: len(signs)], *signs)
-                weight.mul_(0.1).add_(rank_one)  # type: ignore[operator, union-attr]
+            make_almost_rank_one(torch_net.get_submodule(name).weight)
     our_net = copy.deepcopy(torch_net)
     for name in LAYERS:
         parametrizations.spectral_norm(torch_net.get_submodule(name))
@@ -485,10 +492,10 @@ def test_functional_call(recomputed: bool, buffers: bool):
         given = {name: (2 * p).detach().requires_grad_() for name, p in net.named_parameters()}
         given |= {name: b.flip(0) for name, b in net.named_buffers() if buffers}
 
-        def call(x: Tensor, net: Any = net, given: Any = given) -> Tensor:
-            return torch.func.functional_call(net, given, x)
-
-        output = checkpoint(call, images(), use_reentrant=False) if recomputed and net is our_net else call(images())
+        forward = partial(torch.func.functional_call, net, given)
+        if recomputed and net is our_net:
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        output: Any = forward(images())
         output.square().sum().backward()
         results.append([output, [x.grad for x in given.values()], {k: x.detach() for k, x in given.items()}])
     assert_close(results[1], results[0])

@@ -772,7 +772,7 @@ def test_individual_removal_leaves_a_copy_unchanged():
     torch.testing.assert_close(our_net(noise(2, 3)), expected)
     remove_spectral_norm(our_net)
     assert our_net(noise(2, 3)).shape == (2, 2)
-    # torch's removal deletes the property of the class, which the copy shares; ours and copies of ours keep working.
+    # torch's removal deletes the property of layer 0's class, which the copy shares, but not those of other layers.
     assert parametrize.is_parametrized(twin[2])
     assert twin[2].weight.shape == (4, 4)
 
