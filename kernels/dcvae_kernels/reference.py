@@ -125,13 +125,14 @@ def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) ->
     normalized = []
     for weight, u, v, dim in zip(*layers, strict=True):
         with without_autocast(weight.device):
-            matrix = as_matrix(weight, dim)
+            matrix = accurate_matrix(weight, dim)
             with torch.no_grad():
                 for _ in range(n_power_iterations):
-                    u.copy_(_direction(matrix @ v, u, eps))
-                    v.copy_(_direction(matrix.mH @ u, v, eps))
+                    _set_direction(u, matrix @ v.to(matrix.dtype), eps)
+                    _set_direction(v, matrix.mH @ u.to(matrix.dtype), eps)
             # Copies, because the next forward pass can precede this one's backward pass.
-            sigma = torch.vdot(u.clone(), matrix @ v.clone())
+            u, v = (x.to(matrix.dtype, copy=True) for x in (u, v))
+            sigma = torch.vdot(u, matrix @ v)
             normalized.append(weight / sigma.masked_fill(sigma == 0, 1))
     return normalized
 
@@ -141,7 +142,14 @@ def as_matrix(weight: Tensor, dim: int) -> Tensor:
     return weight.movedim(dim, 0).flatten(1)
 
 
-def _direction(x: Tensor, previous: Tensor, eps: float) -> Tensor:
-    """x/‖x‖, or the previous direction if x is 0, because a zero u would stay zero forever."""
+def accurate_matrix(weight: Tensor, dim: int) -> Tensor:
+    """Return the weight as a matrix, in float32 instead of half precision."""
+    matrix = as_matrix(weight, dim)
+    return matrix if weight.is_complex() else matrix.to(accumulate_dtype(weight))
+
+
+def _set_direction(direction: Tensor, x: Tensor, eps: float) -> None:
+    """direction ← x/‖x‖, unless x is 0 or NaN, because a zero u would stay zero forever."""
     norm = torch.linalg.vector_norm(x)
-    return torch.where(norm > 0, x / norm.clamp_min(eps), previous)
+    # In a transform of torch.func, this can be written to a tensor of outside as `out`, but not by copy_.
+    torch.where(norm > 0, (x / norm.clamp_min(eps)).to(direction.dtype), direction, out=direction)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from dcvae_kernels.dispatch import PLAIN_TENSORS, Impl, check_impl, obstacle_to_triton
 from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update
-from dcvae_kernels.spectral_norm_autograd import hidden_from_hooks, normalized_weights
+from dcvae_kernels.spectral_norm_autograd import hidden_from_checkpointing, normalized_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,8 +61,8 @@ def spectral_norm(
     Raises:
         TypeError: a weight is neither floating point nor complex.
         ValueError: module has no layer to normalise, a layer is normalised already, a weight has fewer than two
-            dimensions, no dimension `dim` or no elements, n_power_iterations is below 1, eps is not positive, or impl
-            is unknown or cannot run on the device of the weights. `module` is then unchanged.
+            dimensions, no dimension `dim` or no elements, or is sharded by FSDP, n_power_iterations is below 1, eps is
+            not positive, or impl is unknown or cannot run on the device of the weights. `module` is then unchanged.
     """
     check_impl(impl)
     if n_power_iterations < 1:
@@ -114,6 +114,8 @@ def _check(path: str, layer: nn.Module, name: str, dim: int | None) -> None:
         raise ValueError(f"layer {path!r}: its {name} is normalised or parametrized already")
     if not (weight.is_floating_point() or weight.is_complex()):
         raise TypeError(f"layer {path!r}: its {name} must be floating point or complex; it is {weight.dtype}")
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(f"layer {path!r}: its {name} is sharded already; call spectral_norm before fully_shard")
     if weight.ndim < 2:
         raise ValueError(f"layer {path!r}: its {name} must have at least two dimensions; it is {list(weight.shape)}")
     if dim is not None and not -weight.ndim <= dim < weight.ndim:
@@ -167,10 +169,10 @@ class _SpectralNorm(nn.Module):
         normalized = self.forward_pass.normalized
         if self.index in normalized:
             return normalized[self.index]
-        if self.training and self.forward_pass.n_power_iterations:  # the weight was sharded when the pass began
-            normalized[self.index] = self.update(weight, self.forward_pass.n_power_iterations)
-            return normalized[self.index]
-        with hidden_from_hooks():
+        with hidden_from_checkpointing():
+            if self.training and self.forward_pass.n_power_iterations:  # FSDP shards this layer
+                normalized[self.index] = self.update(weight, self.forward_pass.n_power_iterations)
+                return normalized[self.index]
             return self.update(weight, 0)
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -241,6 +243,7 @@ class _Group:
         self.eps = eps
         self.impl: Impl = impl
         self.forward_pass = forward_pass
+        self.sharded: set[int] = set()
         rename = partial(_rename_older_keys, name)
         self.handles = [
             module.register_forward_pre_hook(self.update),
@@ -256,12 +259,12 @@ class _Group:
             return
         self._forget_removed_layers(module)
         self.forward_pass.n_power_iterations = self.n_power_iterations
-        # Weights that FSDP has sharded are gathered later, before the layer reads them.
-        layers = [
-            layer
-            for layer in self.layers
-            if layer.module.training and type(layer.parameters["original"]) in PLAIN_TENSORS
-        ]
+        # FSDP gathers the weights of its layers later, and expects their gradients before those of other layers. Each
+        # of these layers is updated when it reads its weight.
+        for layer in self.layers:
+            if type(layer.parameters["original"]) not in PLAIN_TENSORS:
+                self.sharded.add(layer.index)
+        layers = [layer for layer in self.layers if layer.module.training and layer.index not in self.sharded]
         if not layers:
             return
         group = Layers(

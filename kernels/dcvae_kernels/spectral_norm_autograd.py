@@ -3,17 +3,24 @@
 Ŵ = W/σ and dW = (G − ⟨G, Ŵ⟩ u vᵀ)/σ, where G is the gradient with respect to Ŵ, and u and v are constants.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
 from dcvae_kernels.dispatch import needs_reference, obstacle_to_triton
-from dcvae_kernels.reference import Layers, as_matrix, spectral_norm_update, without_autocast
+from dcvae_kernels.reference import (
+    Layers,
+    accumulate_dtype,
+    accurate_matrix,
+    spectral_norm_update,
+    without_autocast,
+)
 
 MAX_LAYERS = 256  # a kernel takes one argument per layer
 MAX_ELEMENTS = 2**30  # of a layer; the kernels compute 32-bit offsets
@@ -29,13 +36,13 @@ def normalized_weights(layers: Layers, n_power_iterations: int, eps: float, impl
         return spectral_norm_update(layers, n_power_iterations, eps)
     use_triton = _use_triton(weights[0].device, impl)
     if torch.compiler.is_compiling():
-        if use_triton and supported(layers):
-            return _compiled(layers, n_power_iterations, eps)
-        return spectral_norm_update(layers, n_power_iterations, eps)  # torch.compile fuses it
+        if not _uniform(weights):
+            return spectral_norm_update(layers, n_power_iterations, eps)
+        return _compiled(layers, n_power_iterations, eps, use_triton and supported(layers))
     plan = _triton().find_plan(layers) if use_triton else None
     if plan is None and not _uniform(weights):
         return spectral_norm_update(layers, n_power_iterations, eps)
-    with hidden_from_hooks():
+    with hidden_from_checkpointing():
         return GroupedSpectralNorm.apply(layers, n_power_iterations, eps, plan, *weights)
 
 
@@ -73,15 +80,27 @@ def _is_dense(weight: Tensor, dim: int) -> bool:
     return memory_format is not None and dim < 2 and weight.is_contiguous(memory_format=memory_format)
 
 
-def hidden_from_hooks() -> AbstractContextManager:
-    """Hide tensors that are saved for the backward pass from saved-tensor hooks.
+def hidden_from_checkpointing() -> AbstractContextManager:
+    """Hide operations, and what they save for the backward pass, from activation checkpointing.
 
-    Activation checkpointing requires that the forward pass and its recomputation save the same tensors. Only the
-    forward pass normalises the weights of all layers together.
+    It requires that the forward pass and its recomputation run and save the same. But only the forward pass normalises
+    the weights of all layers together.
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if torch.compiler.is_compiling():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    selective = type(_get_current_dispatch_mode()).__module__ == "torch.utils.checkpoint"
+    return _hidden(has_hooks, selective) if has_hooks or selective else nullcontext()
+
+
+@contextmanager
+def _hidden(has_hooks: bool, selective: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        if has_hooks:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+        if selective:
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 class GroupedSpectralNorm(torch.autograd.Function):
@@ -96,10 +115,9 @@ class GroupedSpectralNorm(torch.autograd.Function):
             saved = _triton().update(plan, weights[0], n_power_iterations, eps)
             normalized = _triton().tensors(plan.layout, saved.normalized)
         else:
-            with without_autocast(weights[0].device):
-                normalized, *rest = _update(layers, n_power_iterations, eps)
+            normalized, *vectors = _update(layers, n_power_iterations, eps)
             # A saved output would refer to itself through its grad_fn if hooks are active.
-            saved = [*(x.detach() for x in normalized), *(x for tensors in rest for x in tensors)]
+            saved = [*(x.detach() for x in normalized), *(x for tensors in vectors for x in tensors)]
         ctx.save_for_backward(*saved)
         ctx.layout = None if plan is None else plan.layout
         # Only second derivatives depend on the weights.
@@ -110,7 +128,7 @@ class GroupedSpectralNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[-len(grad_output) :]
-        grad_outputs = [x if needed else None for x, needed in zip(grad_output, needs_grad, strict=True)]
+        grad_outputs = [_strided(x) if needed else None for x, needed in zip(grad_output, needs_grad, strict=True)]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, grad_outputs)
         elif ctx.layout is None:
@@ -120,6 +138,10 @@ class GroupedSpectralNorm(torch.autograd.Function):
             gradients = _triton().tensors(ctx.layout, buffer)
         gradients = [None if x is None else gradient for x, gradient in zip(grad_outputs, gradients, strict=True)]
         return *(None,) * 4, *gradients
+
+
+def _strided(x: Tensor | None) -> Tensor | None:
+    return x.to_dense() if x is not None and x.layout != torch.strided else x  # Embedding(sparse=True)
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int]:
@@ -137,47 +159,55 @@ def _differentiable_gradients(ctx: Any, grad_outputs: Sequence[Tensor | None]) -
     if ctx.layout is None:
         us, vs = saved[2 * len(weights) : 3 * len(weights)], saved[3 * len(weights) :]
     else:
-        us, vs = _vectors(saved[1], weights, dims)
+        us, vs, _ = _vectors(saved[1], weights, dims)
     gradients: list[Tensor | None] = []
     with without_autocast(weights[0].device):
         for grad, weight, u, v, dim in zip(grad_outputs, weights, us, vs, dims, strict=True):
             if grad is None:
                 gradients.append(None)
                 continue
-            layer = Layers([weight], [u.to(weight.dtype)], [v.to(weight.dtype)], [dim])
-            recomputed = spectral_norm_update(layer, 0, 0.0)
+            recomputed = spectral_norm_update(Layers([weight], [u], [v], [dim]), 0, 0.0)
             gradients += torch.autograd.grad(recomputed, weight, grad, create_graph=True)
     return gradients
 
 
-def _vectors(vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return u and v of each layer; vectors: see `dcvae_kernels.triton.spectral_norm.Saved`."""
+def _vectors(vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Sequence[Tensor], ...]:
+    """Return u, v and σ of each layer; vectors: see `dcvae_kernels.triton.spectral_norm.Saved`."""
     heights = [weight.shape[dim] for weight, dim in zip(weights, dims, strict=True)]
     widths = [weight.numel() // height for weight, height in zip(weights, heights, strict=True)]
-    parts = vectors.split([*heights, *widths, len(weights)])
-    return list(parts[: len(weights)]), list(parts[len(weights) : -1])
+    us, vs, sigmas = vectors.split([sum(heights), sum(widths), len(weights)])
+    return us.split(heights), vs.split(widths), sigmas.unbind()
 
 
 # In PyTorch -----------------------------------------------------------------------------------------------------------
 
 
 def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequence[Tensor], ...]:
-    """Update u and v in place. Return W/σ, σ, and copies of u and v."""
+    """Update u and v in place. Return W/σ, σ, and copies of u and v.
+
+    σ, u and v are float32, or float64 if the weights are.
+    """
     weights, us, vs, dims = layers
-    matrices = [as_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
-    transposed = [matrix.mT for matrix in matrices]
-    new_us, new_vs, norms = us, vs, weights[0].new_empty(0)
-    for _ in range(n_power_iterations):
-        new_us, _ = _directions(list(map(torch.mv, matrices, new_vs)), new_us, eps)
-        new_vs, norms = _directions(list(map(torch.mv, transposed, new_us)), new_vs, eps)
-    torch._foreach_copy_(list(us) + list(vs), list(new_us) + list(new_vs))
-    # uᵀWv is ‖Wᵀu‖, or less if that is below eps, because v is Wᵀu / max(‖Wᵀu‖, eps).
-    sigmas = norms.square() / norms.clamp_min(eps)
-    sigmas = sigmas.masked_fill(sigmas == 0, 1).unbind()
-    return [weight / sigma for weight, sigma in zip(weights, sigmas, strict=True)], sigmas, new_us, new_vs
+    dtype = accumulate_dtype(*weights)
+    with without_autocast(weights[0].device):
+        matrices = [accurate_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
+        new_us, new_vs = ([x.to(dtype, copy=True) for x in vectors] for vectors in (us, vs))
+        norms = None
+        for _ in range(n_power_iterations):
+            new_us, _ = _directions([x @ v for x, v in zip(matrices, new_vs, strict=True)], new_us, eps)
+            new_vs, norms = _directions([x.mT @ u for x, u in zip(matrices, new_us, strict=True)], new_vs, eps)
+        if norms is None:
+            sigmas = torch.stack([u @ x @ v for x, u, v in zip(matrices, new_us, new_vs, strict=True)])
+        else:
+            torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
+            # uᵀWv is ‖Wᵀu‖, or less if that is below eps, because v is Wᵀu / max(‖Wᵀu‖, eps).
+            sigmas = norms * (norms / norms.clamp_min(eps))
+        sigmas = sigmas.masked_fill(sigmas == 0, 1).unbind()
+        normalized = [weight / sigma for weight, sigma in zip(weights, sigmas, strict=True)]
+    return normalized, sigmas, new_us, new_vs
 
 
-def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -> tuple[Sequence[Tensor], Tensor]:
+def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -> tuple[list[Tensor], Tensor]:
     """Return each vector divided by its norm, and the norms, [len(vectors)].
 
     If a vector is 0 or NaN, its direction is the previous one, because a zero u would stay zero forever.
@@ -203,36 +233,61 @@ def _gradients(
 def _gradient(grad_output: Tensor, normalized: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     others = [n for i, n in enumerate(normalized.shape) if i != dim]
     u = u.view([-1 if i == dim else 1 for i in range(normalized.ndim)])
-    inner_u = torch.dot(grad_output.reshape(-1), normalized.reshape(-1)) * u
-    return torch.addcmul(grad_output, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
+    grad, normalized = (x.to(u.dtype) for x in (grad_output, normalized))
+    inner_u = torch.dot(grad.reshape(-1), normalized.reshape(-1)) * u
+    gradient = torch.addcmul(grad, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
+    return gradient.to(grad_output.dtype)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
 
+# The operators return or take, for all layers, a buffer with W/σ, and one with u, v and σ, as in
+# `dcvae_kernels.triton.spectral_norm.Saved`.
+
 
 @torch.library.custom_op("dcvae_kernels::spectral_norm_update", mutates_args=("us", "vs"))
 def update_operator(
-    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dims: list[int], n_power_iterations: int, eps: float
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    dims: list[int],
+    n_power_iterations: int,
+    eps: float,
+    use_triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Update us and vs in place and return `dcvae_kernels.triton.spectral_norm.Saved`."""
-    plan = _triton().find_plan(Layers(weights, us, vs, dims))
-    return tuple(_triton().update(plan, weights[0], n_power_iterations, eps))
+    layers = Layers(weights, us, vs, dims)
+    recomputes = torch._C._current_graph_task_id() != -1  # see `spectral_norm.spectral_norm`
+    if use_triton and not recomputes:
+        return tuple(_triton().update(_triton().find_plan(layers), weights[0], n_power_iterations, eps))
+    normalized, sigmas, us, vs = _update(layers, 0 if recomputes else n_power_iterations, eps)
+    buffer = weights[0].new_empty(starts(weights)[-1])
+    torch._foreach_copy_(_split(buffer, weights), normalized)
+    return buffer, torch.cat([*us, *vs, torch.stack(sigmas)])
 
 
 @torch.library.custom_op("dcvae_kernels::spectral_norm_gradient", mutates_args=())
 def gradient_operator(
-    weights: list[Tensor], dims: list[int], normalized: Tensor, vectors: Tensor, grad_output: list[Tensor]
+    weights: list[Tensor],
+    dims: list[int],
+    normalized: Tensor,
+    vectors: Tensor,
+    grad_output: list[Tensor],
+    use_triton: bool,
 ) -> Tensor:
-    """Return dW of all weights in one buffer."""
-    layout = _triton().find_layout(weights, dims)
-    return _triton().gradients(layout, normalized, vectors, grad_output)
+    if use_triton:
+        return _triton().gradients(_triton().find_layout(weights, dims), normalized, vectors, grad_output)
+    us, vs, sigmas = _vectors(vectors, weights, dims)
+    saved = [*_split(normalized, weights), *sigmas, *us, *vs]
+    buffer = torch.empty_like(normalized)
+    torch._foreach_copy_(_split(buffer, weights), _gradients(saved, dims, grad_output))
+    return buffer
 
 
 @update_operator.register_fake
 def _(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    size = sum(x.numel() for x in (*us, *vs)) + len(weights)
     like = weights[0]
-    vectors = sum(x.numel() for x in (*us, *vs)) + len(weights)
-    return like.new_empty(starts(weights)[-1]), like.new_empty(vectors, dtype=torch.float32)
+    return like.new_empty(starts(weights)[-1]), like.new_empty(size, dtype=accumulate_dtype(like))
 
 
 @gradient_operator.register_fake
@@ -249,25 +304,27 @@ def _split(buffer: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [buffer.as_strided(x.shape, x.stride(), start) for x, start in zip(weights, starts(weights), strict=False)]
 
 
-def _compiled(layers: Layers, n_power_iterations: int, eps: float) -> Sequence[Tensor]:
+def _compiled(layers: Layers, n_power_iterations: int, eps: float, use_triton: bool) -> Sequence[Tensor]:
     """Compute `normalized_weights` with operators that torch.compile does not trace."""
     weights, us, vs, dims = layers
     with torch.no_grad():
-        saved = update_operator([*weights], [*us], [*vs], [*dims], n_power_iterations, eps)
-    return CompiledSpectralNorm.apply(*saved, dims, *weights)
+        saved = update_operator([*weights], [*us], [*vs], [*dims], n_power_iterations, eps, use_triton)
+    return CompiledSpectralNorm.apply(*saved, dims, use_triton, *weights)
 
 
 class CompiledSpectralNorm(torch.autograd.Function):
     """Split a buffer with W/σ of all weights, and connect it to the weights."""
 
     @staticmethod
-    def forward(ctx: Any, normalized: Tensor, vectors: Tensor, dims: Sequence[int], *weights: Tensor):
+    def forward(
+        ctx: Any, normalized: Tensor, vectors: Tensor, dims: Sequence[int], use_triton: bool, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(normalized, vectors, *weights)
-        ctx.dims = dims
+        ctx.dims, ctx.use_triton = dims, use_triton
         return tuple(_split(normalized, weights))
 
     @staticmethod
-    def backward(ctx: Any, *grad_output: Tensor):
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
         normalized, vectors, *weights = ctx.saved_tensors
-        gradients = gradient_operator(weights, list(ctx.dims), normalized, vectors, [*grad_output])
-        return None, None, None, *_split(gradients, weights)
+        gradients = gradient_operator(weights, list(ctx.dims), normalized, vectors, [*grad_output], ctx.use_triton)
+        return *(None,) * 4, *_split(gradients, weights)

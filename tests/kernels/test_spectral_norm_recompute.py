@@ -246,7 +246,10 @@ def test_forward_pass_in_a_backward_hook():
 
 
 def test_backward_pass_within_a_forward_pass():
-    """A module can differentiate its own output in its forward pass, for example for the gradient of an energy."""
+    """A module can differentiate its own output in its forward pass, for example for the gradient of an energy.
+
+    It must retain the graph, because the weights W/σ are the same tensors throughout the pass.
+    """
 
     class Slope(nn.Module):
         def __init__(self, net: nn.Module) -> None:
@@ -257,7 +260,7 @@ def test_backward_pass_within_a_forward_pass():
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 output = self.net(x)
-                output.square().sum().backward()
+                output.square().sum().backward(retain_graph=True)
             assert x.grad is not None
             return self.net(x.grad)
 
