@@ -89,16 +89,19 @@ def hidden_from_checkpointing() -> AbstractContextManager:
     if torch.compiler.is_compiling():
         return nullcontext()
     has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    selective = type(_get_current_dispatch_mode()).__module__ == "torch.utils.checkpoint"
-    return _hidden(has_hooks, selective) if has_hooks or selective else nullcontext()
+    return _hidden(has_hooks) if has_hooks or _is_selective() else nullcontext()
+
+
+def _is_selective() -> bool:
+    return type(_get_current_dispatch_mode()).__module__ == "torch.utils.checkpoint"
 
 
 @contextmanager
-def _hidden(has_hooks: bool, selective: bool) -> Iterator[None]:
+def _hidden(has_hooks: bool) -> Iterator[None]:
     with ExitStack() as stack:
         if has_hooks:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
-        if selective:
+        while _is_selective():
             stack.enter_context(_pop_mode_temporarily())
         yield
 
