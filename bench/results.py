@@ -124,6 +124,9 @@ def floor_us(document: Document, row: Document, rate: str, mode: str = "forward_
 # --- targets ---
 
 
+OURS = ("ours", "ours compiled")  # our implementations; all others are rivals
+
+
 class Target(NamedTuple):
     """A number that our implementation must reach in a row.
 
@@ -133,6 +136,7 @@ class Target(NamedTuple):
         quantity: "speed" or "memory", as a multiple of an implementation's; "rate", as a share of the device's; "busy",
             the share of an iteration that is not waiting for data
         against: implementation, "others" for the fastest one, or rate
+        ours: which of our implementations
         timing: of ours; implementations without a time from a graph compete with their time from Python
     """
 
@@ -142,12 +146,16 @@ class Target(NamedTuple):
     against: str = "eager"
     timing: str = "wall"
     mode: str | None = None
+    ours: str = "ours"
 
 
 def measured(target: Target, document: Document, row: Document) -> tuple[float | None, str | None]:
     """Return a target's quantity, None if it was not measured, and the implementation that ours is compared with."""
     cells = cells_of(row, target.mode)
-    ours, peer = cells.pop("ours"), target.against
+    ours, peer = cells.get(target.ours), target.against
+    if ours is None:  # older results do not have it
+        return None, None
+    cells = {name: cell for name, cell in cells.items() if name not in OURS}
     if target.quantity == "busy":
         share = ours.get("waiting_share")
         return None if share is None else 1 - share, None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import results
-from results import Document, cells_of, floor_us, median, ratio
+from results import OURS, Document, cells_of, floor_us, median, ratio
 
 FILES = tuple(results.ROOT / name for name in ("kernels/README.md", "docs/data.md", "docs/speed.md"))
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -93,7 +93,7 @@ def gain(peer: str, over: str) -> Column:
 
 def fastest_other(document: Document, row: Document, cells: dict[str, Document]) -> str:
     """Times of the fastest implementation besides ours, eager and compiled PyTorch."""
-    others = [cell for peer, cell in cells.items() if peer not in ("ours", "eager", "torch.compile")]
+    others = [cell for peer, cell in cells.items() if peer not in (*OURS, "eager", "torch.compile")]
     best = min(others, key=lambda cell: median(cell, "fastest") or math.inf)
     return f"{times(row, best)} ({best['peer']})" if median(best, "fastest") else ""
 
