@@ -3,8 +3,8 @@ instructions.
 
 Launches are recorded instead of executed, so exactly the programs of the launch code are compiled. Run as a script with
 `info_nce` or `spectral_norm`, this prints the resources of the kernels as JSON; with `--all`, for all configurations;
-with `--instructions`, also the instructions per pair. `info_nce --rows` prints a Markdown table of the kernels that the
-rows of bench/test_info_nce.py launch on an H100, and `info_nce --rows --json` the same as JSON.
+with `--instructions`, also the instructions per pair. `--rows` prints a Markdown table of the kernels that the rows of
+the benchmark launch on an H100; `info_nce --rows --json` prints JSON.
 """
 
 import argparse
@@ -44,6 +44,8 @@ CAPABILITIES = (80, 90, 100)
 MULTIPROCESSORS = 132
 LANE_INSTRUCTIONS_PER_US = MULTIPROCESSORS * 128 * 1755
 FLOPS_PER_US = 989e6
+BYTES_PER_US = 3.35e6
+REGISTERS = 65536  # of a multiprocessor
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -310,6 +312,10 @@ def markdown(programs: list[dict[str, Any]]) -> str:
             line[2] = "{} × {}".format(*x["tile"])
             line[5:] = f"{x['pair_instructions']:.1f}", f"{issue:.1f}", f"{tensor:.1f}" if tensor else ""
         lines.append(line)
+    return table(lines)
+
+
+def table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -333,13 +339,45 @@ def _launch_update(layers: int, dtype: torch.dtype) -> None:
     spectral_norm.gradients(plan.layout, *saved, weights)
 
 
+def spectral_norm_rows() -> str:
+    """Return a table of the launches of bench/test_spectral_norm.py, compiled for sm_90.
+
+    The bound is the time in which memory delivers what a kernel reads and writes, if each tensor is moved once.
+    """
+    sys.path.append(str(BENCH))
+    header = "row|kernel|programs|threads|registers|programs per multiprocessor|MB moved|bound, µs".split("|")
+    lines = [header, ["---"] * 2 + ["---:"] * 6]
+    for row in runpy.run_path(str(BENCH / "test_spectral_norm.py"))["ROWS"]:
+        with torch.device("meta"):
+            weights = [layer.get_parameter("weight").detach() for layer in row.layers()]
+        elements = sum(weight.numel() for weight in weights)
+        layout = spectral_norm.find_layout(weights, [0] * len(weights))
+        moved = {
+            "iterate_kernel": (layout.first_iteration, 4 * (elements + 2 * layout.workspace)),
+            "divide_kernel": (layout.divide[True], 4 * 2 * elements),
+            "inner_kernel": (layout.inner, 4 * 2 * elements),
+            "gradient_kernel": (layout.gradient, 4 * 2 * elements),
+        }
+        launches = {x.kernel: x for x in record(spectral_norm, partial(_launch_update, len(weights), torch.float32))}
+        resources = compile_all([(launches[kernel], 90) for kernel in moved], disassemble=False)
+        for kernel, (launch, size) in moved.items():
+            threads = 32 * launch.options["num_warps"]
+            registers = resources[launches[kernel], 90].registers
+            resident = REGISTERS // (threads * math.ceil(registers / 8) * 8)
+            numbers = launch.grid[0], threads, registers, resident, f"{size / 1e6:.1f}", f"{size / BYTES_PER_US:.1f}"
+            lines.append([row.name, f"`{kernel}`", *(f"{x:,}" if isinstance(x, int) else x for x in numbers)])
+    return table(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operation", choices=["info_nce", "spectral_norm"])
     for option in ("--all", "--instructions", "--rows", "--json"):
         parser.add_argument(option, action="store_true")
     options = parser.parse_args()
-    if options.rows:
+    if options.rows and options.operation == "spectral_norm":
+        print(spectral_norm_rows())
+    elif options.rows:
         programs = benchmark_row_report()
         print(json.dumps(programs) if options.json else markdown(programs))
     else:
