@@ -204,7 +204,7 @@ def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequen
         else:
             torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
             # uᵀWv is ‖Wᵀu‖, or less if that is below eps, because v is Wᵀu / max(‖Wᵀu‖, eps).
-            sigmas = norms * (norms / norms.clamp_min(eps))
+            sigmas = norms.square() / norms.clamp_min(eps)
         sigmas = sigmas.masked_fill(sigmas == 0, 1).unbind()
         normalized = [weight / sigma for weight, sigma in zip(weights, sigmas, strict=True)]
     return normalized, sigmas, new_us, new_vs
