@@ -88,7 +88,7 @@ def hidden_from_checkpointing() -> AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
     return _hidden(has_hooks) if has_hooks or _is_selective() else nullcontext()
 
 
@@ -210,7 +210,7 @@ def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequen
     return normalized, sigmas, new_us, new_vs
 
 
-def _directions(vectors: list[Tensor], previous: Sequence[Tensor], eps: float) -> tuple[list[Tensor], Tensor]:
+def _directions(vectors: list[Tensor], previous: list[Tensor], eps: float) -> tuple[list[Tensor], Tensor]:
     """Return each vector divided by its norm, and the norms, [len(vectors)].
 
     If a vector is 0 or NaN, its direction is the previous one, because a zero u would stay zero forever.
@@ -262,10 +262,10 @@ def update_operator(
     recomputes = torch._C._current_graph_task_id() != -1  # see `spectral_norm.spectral_norm`
     if use_triton and not recomputes:
         return tuple(_triton().update(_triton().find_plan(layers), weights[0], n_power_iterations, eps))
-    normalized, sigmas, us, vs = _update(layers, 0 if recomputes else n_power_iterations, eps)
+    normalized, sigmas, new_us, new_vs = _update(layers, 0 if recomputes else n_power_iterations, eps)
     buffer = weights[0].new_empty(starts(weights)[-1])
-    torch._foreach_copy_(_split(buffer, weights), normalized)
-    return buffer, torch.cat([*us, *vs, torch.stack(sigmas)])
+    torch._foreach_copy_(_split(buffer, weights), list(normalized))
+    return buffer, torch.cat([*new_us, *new_vs, *(sigma[None] for sigma in sigmas)])
 
 
 @torch.library.custom_op("dcvae_kernels::spectral_norm_gradient", mutates_args=())
@@ -282,7 +282,7 @@ def gradient_operator(
     us, vs, sigmas = _vectors(vectors, weights, dims)
     saved = [*_split(normalized, weights), *sigmas, *us, *vs]
     buffer = torch.empty_like(normalized)
-    torch._foreach_copy_(_split(buffer, weights), _gradients(saved, dims, grad_output))
+    torch._foreach_copy_(_split(buffer, weights), [x for x in _gradients(saved, dims, grad_output) if x is not None])
     return buffer
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 (START, HEIGHT, WIDTH, FAST, ROW_STRIDE, SLOW_STRIDE, FAST_STRIDE, SLOW_INDEX, FAST_INDEX, U, V, SIGMA, PARTS, NORMS,
  GROUPS, PARTIALS, COUNT_PARTIALS) = (tl.constexpr(i) for i in range(17))  # fmt: skip
 FIELDS = tl.constexpr(17)
-UNROLL = tl.constexpr(8)
+UNROLL = tl.constexpr(4)
 NO_GRADIENT = tl.constexpr(1 << 62)  # not a valid address
 
 
