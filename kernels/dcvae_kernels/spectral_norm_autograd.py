@@ -113,32 +113,29 @@ class GroupedSpectralNorm(torch.autograd.Function):
     def forward(
         ctx: Any, layers: Layers, n_power_iterations: int, eps: float, plan: Any, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        # `saved` has copies of us and vs, because the next forward pass can precede this one's backward pass.
-        if plan is not None:
-            saved = _triton().update(plan, weights[0], n_power_iterations, eps)
-            normalized = _triton().tensors(plan.layout, saved.normalized)
+        if plan is None:
+            ctx.layout, ctx.views = None, buffer_views(weights)
+            normalized, vectors = _update(layers, n_power_iterations, eps)
         else:
-            normalized, *vectors = _update(layers, n_power_iterations, eps)
-            # A saved output would refer to itself through its grad_fn if hooks are active.
-            saved = [*(x.detach() for x in normalized), *(x for tensors in vectors for x in tensors)]
-        ctx.save_for_backward(*saved)
-        ctx.layout = None if plan is None else plan.layout
+            ctx.layout, ctx.views = plan.layout, plan.layout.views
+            normalized, vectors = _triton().update(plan, weights[0], n_power_iterations, eps)
+        ctx.save_for_backward(normalized, vectors)
         # Only second derivatives depend on the weights.
         ctx.weights, ctx.dims, ctx.versions = weights, layers.dims, _versions(weights)
         ctx.set_materialize_grads(False)
-        return tuple(normalized)
+        return tuple(split(normalized, ctx.views))
 
     @staticmethod
     def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[-len(grad_output) :]
         grad_outputs = [_strided(x) if needed else None for x, needed in zip(grad_output, needs_grad, strict=True)]
+        normalized, vectors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(ctx, grad_outputs)
+            gradients = _differentiable_gradients(ctx, vectors, grad_outputs)
         elif ctx.layout is None:
-            gradients = _gradients(ctx.saved_tensors, ctx.dims, grad_outputs)
+            gradients = split(_gradients(ctx.weights, ctx.dims, normalized, vectors, grad_outputs), ctx.views)
         else:
-            buffer = _triton().gradients(ctx.layout, *ctx.saved_tensors, grad_outputs)
-            gradients = _triton().tensors(ctx.layout, buffer)
+            gradients = split(_triton().gradients(ctx.layout, normalized, vectors, grad_outputs), ctx.views)
         gradients = [None if x is None else gradient for x, gradient in zip(grad_outputs, gradients, strict=True)]
         return *(None,) * 4, *gradients
 
@@ -151,18 +148,14 @@ def _versions(weights: Sequence[Tensor]) -> list[int]:
     return [weight._version for weight in weights if weight.requires_grad]
 
 
-def _differentiable_gradients(ctx: Any, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _differentiable_gradients(ctx: Any, vectors: Tensor, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     weights, dims = ctx.weights, ctx.dims
     if _versions(weights) != ctx.versions:
         raise RuntimeError(
             "spectral_norm: a weight was modified in place after the forward pass, so second derivatives cannot be "
             "computed; compute them before the optimizer's step"
         )
-    saved = ctx.saved_tensors
-    if ctx.layout is None:
-        us, vs = saved[2 * len(weights) : 3 * len(weights)], saved[3 * len(weights) :]
-    else:
-        us, vs, _ = _vectors(saved[1], weights, dims)
+    us, vs, _ = _vectors(vectors, weights, dims)
     gradients: list[Tensor | None] = []
     with without_autocast(weights[0].device):
         for grad, weight, u, v, dim in zip(grad_outputs, weights, us, vs, dims, strict=True):
@@ -174,8 +167,33 @@ def _differentiable_gradients(ctx: Any, grad_outputs: Sequence[Tensor | None]) -
     return gradients
 
 
+# Buffers --------------------------------------------------------------------------------------------------------------
+
+# W/σ or dW of all layers share a buffer. Another one holds u, v and σ of all layers, in float32, or float64 if the
+# weights are. They are copies, because the next forward pass can precede this one's backward pass.
+
+
+def buffer_views(weights: Sequence[Tensor]) -> list[tuple[torch.Size, tuple[int, ...], int]]:
+    """Return size, strides and start of each weight in a buffer for all weights."""
+    starts = accumulate((_padded(x) for x in weights), initial=0)
+    return [(x.shape, x.stride(), start) for x, start in zip(weights, starts, strict=False)]
+
+
+def buffer_size(weights: Sequence[Tensor]) -> int:
+    return sum(_padded(x) for x in weights)
+
+
+def _padded(x: Tensor) -> int:
+    return -(-x.numel() // ALIGNMENT) * ALIGNMENT
+
+
+def split(buffer: Tensor, views: Sequence[tuple[torch.Size, tuple[int, ...], int]]) -> list[Tensor]:
+    first = 0 if torch.compiler.is_compiling() else buffer.storage_offset()
+    return [buffer.as_strided(size, stride, first + start) for size, stride, start in views]
+
+
 def _vectors(vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Sequence[Tensor], ...]:
-    """Return u, v and σ of each layer; vectors: see `dcvae_kernels.triton.spectral_norm.Saved`."""
+    """Return u, v and σ of each layer."""
     heights = [weight.shape[dim] for weight, dim in zip(weights, dims, strict=True)]
     widths = [weight.numel() // height for weight, height in zip(weights, heights, strict=True)]
     us, vs, sigmas = vectors.split([sum(heights), sum(widths), len(weights)])
@@ -185,16 +203,13 @@ def _vectors(vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]) ->
 # In PyTorch -----------------------------------------------------------------------------------------------------------
 
 
-def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequence[Tensor], ...]:
-    """Update u and v in place. Return W/σ, σ, and copies of u and v.
-
-    σ, u and v are float32, or float64 if the weights are.
-    """
+def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Update u and v in place. Return W/σ, and u, v and σ, of all layers."""
     weights, us, vs, dims = layers
     dtype = accumulate_dtype(*weights)
     with without_autocast(weights[0].device):
         matrices = [accurate_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
-        new_us, new_vs = ([x.to(dtype, copy=True) for x in vectors] for vectors in (us, vs))
+        new_us, new_vs = ([x.to(dtype) for x in vectors] for vectors in (us, vs))
         norms = None
         for _ in range(n_power_iterations):
             new_us, _ = _directions([x @ v for x, v in zip(matrices, new_vs, strict=True)], new_us, eps)
@@ -205,9 +220,11 @@ def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Sequen
             torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
             # uᵀWv is ‖Wᵀu‖, or less if that is below eps, because v is Wᵀu / max(‖Wᵀu‖, eps).
             sigmas = norms.square() / norms.clamp_min(eps)
-        sigmas = sigmas.masked_fill(sigmas == 0, 1).unbind()
-        normalized = [weight / sigma for weight, sigma in zip(weights, sigmas, strict=True)]
-    return normalized, sigmas, new_us, new_vs
+        sigmas = sigmas.masked_fill(sigmas == 0, 1)
+        normalized = weights[0].new_empty(buffer_size(weights))
+        for weight, sigma, quotient in zip(weights, sigmas, split(normalized, buffer_views(weights)), strict=True):
+            torch.div(weight, sigma, out=quotient)
+    return normalized, torch.cat([*new_us, *new_vs, sigmas])
 
 
 def _directions(vectors: list[Tensor], previous: list[Tensor], eps: float) -> tuple[list[Tensor], Tensor]:
@@ -222,30 +239,39 @@ def _directions(vectors: list[Tensor], previous: list[Tensor], eps: float) -> tu
 
 
 def _gradients(
-    saved: Sequence[Tensor], dims: Sequence[int], grad_outputs: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    count = len(dims)
-    layers = (saved[i * count : (i + 1) * count] for i in range(4))
-    with without_autocast(saved[0].device):
-        return [
-            None if grad is None else _gradient(grad, *layer)
-            for grad, *layer in zip(grad_outputs, *layers, dims, strict=True)
-        ]
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+    normalized: Tensor,
+    vectors: Tensor,
+    grad_output: Sequence[Tensor | None],
+) -> Tensor:
+    """Return dW of all layers; the values are undefined if the incoming gradient is None."""
+    views = buffer_views(weights)
+    buffer = torch.empty_like(normalized)
+    layers = zip(
+        split(buffer, views),
+        grad_output,
+        split(normalized, views),
+        *_vectors(vectors, weights, dims),
+        dims,
+        strict=True,
+    )
+    with without_autocast(normalized.device):
+        for gradient, grad, *layer in layers:
+            if grad is not None:
+                gradient.copy_(_gradient(grad, *layer))
+    return buffer
 
 
-def _gradient(grad_output: Tensor, normalized: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
+def _gradient(grad_output: Tensor, normalized: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> Tensor:
     others = [n for i, n in enumerate(normalized.shape) if i != dim]
     u = u.view([-1 if i == dim else 1 for i in range(normalized.ndim)])
     grad, normalized = (x.to(u.dtype) for x in (grad_output, normalized))
     inner_u = torch.dot(grad.reshape(-1), normalized.reshape(-1)) * u
-    gradient = torch.addcmul(grad, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
-    return gradient.to(grad_output.dtype)
+    return torch.addcmul(grad, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
-
-# The operators return or take, for all layers, a buffer with W/σ, and one with u, v and σ, as in
-# `dcvae_kernels.triton.spectral_norm.Saved`.
 
 
 @torch.library.custom_op("dcvae_kernels::spectral_norm_update", mutates_args=("us", "vs"))
@@ -261,11 +287,8 @@ def update_operator(
     layers = Layers(weights, us, vs, dims)
     recomputes = torch._C._current_graph_task_id() != -1  # see `spectral_norm.spectral_norm`
     if use_triton and not recomputes:
-        return tuple(_triton().update(_triton().find_plan(layers), weights[0], n_power_iterations, eps))
-    normalized, sigmas, new_us, new_vs = _update(layers, 0 if recomputes else n_power_iterations, eps)
-    buffer = weights[0].new_empty(starts(weights)[-1])
-    torch._foreach_copy_(_split(buffer, weights), list(normalized))
-    return buffer, torch.cat([*new_us, *new_vs, *(sigma[None] for sigma in sigmas)])
+        return _triton().update(_triton().find_plan(layers), weights[0], n_power_iterations, eps)
+    return _update(layers, 0 if recomputes else n_power_iterations, eps)
 
 
 @torch.library.custom_op("dcvae_kernels::spectral_norm_gradient", mutates_args=())
@@ -279,32 +302,19 @@ def gradient_operator(
 ) -> Tensor:
     if use_triton:
         return _triton().gradients(_triton().find_layout(weights, dims), normalized, vectors, grad_output)
-    us, vs, sigmas = _vectors(vectors, weights, dims)
-    saved = [*_split(normalized, weights), *sigmas, *us, *vs]
-    buffer = torch.empty_like(normalized)
-    torch._foreach_copy_(_split(buffer, weights), [x for x in _gradients(saved, dims, grad_output) if x is not None])
-    return buffer
+    return _gradients(weights, dims, normalized, vectors, grad_output)
 
 
 @update_operator.register_fake
 def _(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     size = sum(x.numel() for x in (*us, *vs)) + len(weights)
     like = weights[0]
-    return like.new_empty(starts(weights)[-1]), like.new_empty(size, dtype=accumulate_dtype(like))
+    return like.new_empty(buffer_size(weights)), like.new_empty(size, dtype=accumulate_dtype(like))
 
 
 @gradient_operator.register_fake
 def _(weights: list[Tensor], dims: list[int], normalized: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(normalized)
-
-
-def starts(weights: Sequence[Tensor]) -> list[int]:
-    """Return where each weight starts in a buffer for all weights, and where the last one ends."""
-    return list(accumulate((-(-x.numel() // ALIGNMENT) * ALIGNMENT for x in weights), initial=0))
-
-
-def _split(buffer: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [buffer.as_strided(x.shape, x.stride(), start) for x, start in zip(weights, starts(weights), strict=False)]
 
 
 def _compiled(layers: Layers, n_power_iterations: int, eps: float, use_triton: bool) -> Sequence[Tensor]:
@@ -324,10 +334,10 @@ class CompiledSpectralNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(normalized, vectors, *weights)
         ctx.dims, ctx.use_triton = dims, use_triton
-        return tuple(_split(normalized, weights))
+        return tuple(split(normalized, buffer_views(weights)))
 
     @staticmethod
     def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
         normalized, vectors, *weights = ctx.saved_tensors
         gradients = gradient_operator(weights, list(ctx.dims), normalized, vectors, [*grad_output], ctx.use_triton)
-        return *(None,) * 4, *_split(gradients, weights)
+        return *(None,) * 4, *split(gradients, buffer_views(weights))

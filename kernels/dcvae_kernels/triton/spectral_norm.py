@@ -12,13 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcvae_kernels.reference import Layers
-from dcvae_kernels.spectral_norm_autograd import starts, supported
+from dcvae_kernels.spectral_norm_autograd import buffer_size, buffer_views, supported
 from dcvae_kernels.triton import on_device
 from dcvae_kernels.triton.launch import Launch, cdiv
 from dcvae_kernels.triton.spectral_norm_kernels import (
@@ -39,18 +39,6 @@ _LAYOUTS: dict[tuple[Any, ...], "Layout"] = {}
 _PLANS: dict[tuple[Any, ...], "Plan | None"] = {}
 
 
-class Saved(NamedTuple):
-    """Tensors saved for the backward pass.
-
-    Attributes:
-        normalized: Ŵ of all layers in one buffer.
-        vectors: float32; u of all layers, v of all layers, σ of all layers.
-    """
-
-    normalized: Tensor
-    vectors: Tensor
-
-
 @dataclass(frozen=True)
 class Layout:
     """Table of the layers on the device, and launches, for given shapes, strides, dtype and device.
@@ -58,8 +46,8 @@ class Layout:
     Attributes:
         table: int64 [layers, fields], see `dcvae_kernels.triton.spectral_norm_kernels`.
         row_blocks, element_blocks, gradient_blocks: int32; layer and block of each program.
-        views: (size, stride, start) of each layer in a buffer for one tensor per layer.
-        sizes: heights, widths and number of layers, the sizes in `Saved.vectors`.
+        views: size, strides and start of each layer in a buffer for one tensor per layer.
+        sizes: heights, widths and number of layers, the sizes of the parts of a buffer for u, v and σ.
         elements, workspace, partials, counters: sizes of buffers.
         divide: for weights whose addresses are not all, and are all multiples of 16.
     """
@@ -68,7 +56,7 @@ class Layout:
     row_blocks: Tensor
     element_blocks: Tensor
     gradient_blocks: Tensor
-    views: tuple[tuple[torch.Size, tuple[int, ...], int], ...]
+    views: Sequence[tuple[torch.Size, tuple[int, ...], int]]
     sizes: tuple[int, ...]
     elements: int
     workspace: int
@@ -161,13 +149,14 @@ def _sums(sizes: Sequence[int], first: int = 0) -> list[int]:
     return list(accumulate(sizes, initial=first))
 
 
-def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | None:
+def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
     like, number = weights[0], len(weights)
     matrices = [_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
     heights, widths = [matrix[0] for matrix in matrices], [matrix[1] for matrix in matrices]
     counts = [cdiv(height, ROWS) for height in heights]
     partial_counts = [cdiv(weight.numel(), ELEMENTS) for weight in weights]
-    buffer = starts(weights)
+    views = buffer_views(weights)
+    starts = [start for *_, start in views]
     us = _sums(heights)
     vs = _sums(widths, us[-1])
     sigmas = _sums([1] * number, vs[-1])
@@ -175,7 +164,7 @@ def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | Non
     norms = _sums(counts, parts[-1])
     groups = _sums([cdiv(count, GROUP) for count in counts], number)
     partials = _sums(partial_counts)
-    fields = (buffer, *zip(*matrices, strict=True), us, vs, sigmas, parts, norms, groups, partials, partial_counts)
+    fields = (starts, *zip(*matrices, strict=True), us, vs, sigmas, parts, norms, groups, partials, partial_counts)
     table = [[values[i] for values in fields] for i in range(number)]
 
     # Large layers first, so that the additions of their parts overlap with the other layers.
@@ -203,9 +192,9 @@ def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | Non
         row_blocks=table_on_device(row_blocks),
         element_blocks=table_on_device(element_blocks),
         gradient_blocks=table_on_device(gradient_blocks),
-        views=tuple((x.shape, x.stride(), start) for x, start in zip(weights, buffer, strict=False)),
+        views=views,
         sizes=(us[-1], vs[-1] - us[-1], number),
-        elements=buffer[-1],
+        elements=buffer_size(weights),
         workspace=norms[-1],
         partials=partials[-1],
         counters=cdiv(groups[-1], 4) * 4,  # a multiple of 16 bytes
@@ -223,8 +212,8 @@ def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout | Non
     )  # fmt: skip
 
 
-def update(plan: Plan, like: Tensor, n_power_iterations: int, eps: float) -> Saved:
-    """Update u and v in place. Return W/σ of all layers in one buffer, and copies of u, v and σ."""
+def update(plan: Plan, like: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Update u and v in place. Return W/σ, and u, v and σ, of all layers."""
     layout = plan.layout
     normalized = like.new_empty(layout.elements)
     vectors = like.new_empty(sum(layout.sizes), dtype=torch.float32)
@@ -237,7 +226,7 @@ def update(plan: Plan, like: Tensor, n_power_iterations: int, eps: float) -> Sav
             iterate(*tables, layout.row_blocks, vectors, workspace, counters, normalized, floats=(eps,))
             iterate = layout.next_iteration
         layout.divide[plan.aligned](*tables, layout.element_blocks, vectors, normalized, floats=())
-    return Saved(normalized, vectors)
+    return normalized, vectors
 
 
 def _counters(plan: Plan) -> Tensor:
@@ -259,7 +248,7 @@ def _new_counters(plan: Plan) -> Tensor:
 
 
 def gradients(layout: Layout, normalized: Tensor, vectors: Tensor, grad_output: Sequence[Tensor | None]) -> Tensor:
-    """Return dW of all layers in one buffer; its values are undefined if the incoming gradient is None."""
+    """Return dW of all layers; the values are undefined if the incoming gradient is None."""
     # Copies of gradients with other strides than the weight, or that cannot be loaded 16 bytes at a time.
     grads = [
         x if x is None or (x.stride() == stride and x.data_ptr() % 16 == 0) else _copy(x, size, stride)
@@ -276,9 +265,3 @@ def gradients(layout: Layout, normalized: Tensor, vectors: Tensor, grad_output: 
 
 def _copy(x: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
     return x.new_empty_strided(size, stride).copy_(x)
-
-
-def tensors(layout: Layout, buffer: Tensor) -> list[Tensor]:
-    """Return the tensor of each layer in a buffer."""
-    first = buffer.storage_offset()
-    return [buffer.as_strided(size, stride, first + start) for size, stride, start in layout.views]
