@@ -1,6 +1,6 @@
 """Spectral normalisation (Miyato et al., 2018) of a whole network, with one update per forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -73,11 +73,12 @@ def spectral_norm(
     if not layers:
         raise ValueError(f"{type(module).__name__} has no layer with a parameter {name!r} to normalise")
     for path, layer in layers.items():
-        _check(path or type(layer).__name__, layer, name, dim)
+        path = path or type(layer).__name__
+        _check(path, layer, name, dim)
         obstacle = obstacle_to_triton(layer.get_parameter(name).device) if impl == "triton" else None
         if obstacle is not None:
             raise ValueError(f'impl="triton" cannot be used for layer {path!r}: {obstacle}; use impl="torch"')
-    forward_pass = _Pass({})
+    forward_pass = _Pass()
     normalized = [_normalize(layer, name, dim, eps, forward_pass, i) for i, layer in enumerate(layers.values())]
     groups = vars(module).setdefault("_spectral_norms", {})
     if name in groups:  # torch removed its parametrizations
@@ -133,8 +134,11 @@ class _Pass:
         n_power_iterations: 0 outside a forward pass, and if u and v must not be updated.
     """
 
-    normalized: dict[int, Tensor]
+    normalized: dict[int, Tensor] = field(default_factory=dict)
     n_power_iterations: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Pass":
+        return memo.setdefault(id(self), _Pass())
 
 
 class _SpectralNorm(nn.Module):
@@ -184,7 +188,8 @@ class _Layer(NamedTuple):
     """A normalised layer. Its dictionaries are faster to read than its attributes.
 
     Attributes:
-        parametrizations: of the layer, by parameter name.
+        parametrizations: of the module, by parameter name.
+        parametrization: the one that contains this spectral norm.
         parameters, buffers: hold W, and u and v.
     """
 
@@ -192,6 +197,7 @@ class _Layer(NamedTuple):
     index: int
     dim: int
     parametrizations: dict[str, Any]
+    parametrization: nn.Module
     parameters: dict[str, Any]
     buffers: dict[str, Any]
 
@@ -202,9 +208,10 @@ def _normalize(layer: nn.Module, name: str, dim: int | None, eps: float, forward
         dim = 1 if isinstance(layer, TRANSPOSED) else 0
     norm = _SpectralNorm(weight, dim % weight.ndim, eps, forward_pass, index)
     parametrize.register_parametrization(layer, name, norm)
-    parametrizations = cast(Any, layer).parametrizations._modules
     _shorten_reads(type(layer), name)
-    return _Layer(layer, index, norm.dim, parametrizations, parametrizations[name]._parameters, norm._buffers)
+    parametrizations = cast(Any, layer).parametrizations._modules
+    parametrization = parametrizations[name]
+    return _Layer(layer, index, norm.dim, parametrizations, parametrization, parametrization._parameters, norm._buffers)
 
 
 def _shorten_reads(layer_class: type, name: str) -> None:
@@ -254,6 +261,7 @@ class _Group:
     def update(self, module: nn.Module, *_: Any) -> None:
         if "_is_replica" in vars(module):
             raise RuntimeError("spectral_norm does not support nn.DataParallel; use DistributedDataParallel")
+        self.clear()  # torch does not call hooks after a KeyboardInterrupt
         # During a backward pass, this forward pass recomputes activations and must not change u and v.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
@@ -282,7 +290,7 @@ class _Group:
 
     def _forget_removed_layers(self, module: nn.Module) -> None:
         """Forget layers from which `parametrize.remove_parametrizations` removed the spectral norm."""
-        layers = [layer for layer in self.layers if self.name in layer.parametrizations]
+        layers = [layer for layer in self.layers if layer.parametrizations.get(self.name) is layer.parametrization]
         if len(layers) < len(self.layers):
             self.layers = layers
             if not layers:
@@ -291,15 +299,12 @@ class _Group:
     def remove(self, module: nn.Module) -> None:
         for handle in self.handles:
             handle.remove()
-        for (
-            layer,
-            *_,
-        ) in self.layers:
-            if parametrize.is_parametrized(layer, self.name):
+        for layer in self.layers:
+            if layer.parametrizations.get(self.name) is layer.parametrization:
                 # torch deletes the property `weight` from the class, which a layer shares with its deepcopies.
-                cls = type(layer)
-                layer.__class__ = cast(type[nn.Module], type(cls.__name__, cls.__bases__, dict(vars(cls))))
-                parametrize.remove_parametrizations(layer, self.name)
+                cls = type(layer.module)
+                layer.module.__class__ = cast(type[nn.Module], type(cls.__name__, cls.__bases__, dict(vars(cls))))
+                parametrize.remove_parametrizations(layer.module, self.name)
         groups = vars(module)["_spectral_norms"]
         if groups.get(self.name) is self:
             del groups[self.name]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-from dcvae_kernels.dispatch import needs_reference, obstacle_to_triton
+from dcvae_kernels.dispatch import is_batched, needs_reference, obstacle_to_triton
 from dcvae_kernels.reference import (
     Layers,
     accumulate_dtype,
@@ -121,7 +121,7 @@ class GroupedSpectralNorm(torch.autograd.Function):
             normalized, vectors = _triton().update(plan, weights[0], n_power_iterations, eps)
         ctx.save_for_backward(normalized, vectors)
         # Only second derivatives depend on the weights.
-        ctx.weights, ctx.dims, ctx.versions = weights, layers.dims, _versions(weights)
+        ctx.weights, ctx.dims, ctx.versions = weights, layers.dims, _versions(ctx, weights)
         ctx.set_materialize_grads(False)
         return tuple(split(normalized, ctx.views))
 
@@ -132,8 +132,8 @@ class GroupedSpectralNorm(torch.autograd.Function):
         normalized, vectors = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, vectors, grad_outputs)
-        elif ctx.layout is None:
-            gradients = split(_gradients(ctx.weights, ctx.dims, normalized, vectors, grad_outputs), ctx.views)
+        elif ctx.layout is None or any(x is not None and is_batched(x) for x in grad_outputs):
+            gradients = _gradients(ctx.weights, ctx.dims, normalized, vectors, grad_outputs)
         else:
             gradients = split(_triton().gradients(ctx.layout, normalized, vectors, grad_outputs), ctx.views)
         gradients = [None if x is None else gradient for x, gradient in zip(grad_outputs, gradients, strict=True)]
@@ -144,13 +144,13 @@ def _strided(x: Tensor | None) -> Tensor | None:
     return x.to_dense() if x is not None and x.layout != torch.strided else x  # Embedding(sparse=True)
 
 
-def _versions(weights: Sequence[Tensor]) -> list[int]:
-    return [weight._version for weight in weights if weight.requires_grad]
+def _versions(ctx: Any, weights: Sequence[Tensor]) -> list[int]:
+    return [x._version for x, needed in zip(weights, ctx.needs_input_grad[-len(weights) :], strict=True) if needed]
 
 
 def _differentiable_gradients(ctx: Any, vectors: Tensor, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     weights, dims = ctx.weights, ctx.dims
-    if _versions(weights) != ctx.versions:
+    if _versions(ctx, weights) != ctx.versions:
         raise RuntimeError(
             "spectral_norm: a weight was modified in place after the forward pass, so second derivatives cannot be "
             "computed; compute them before the optimizer's step"
@@ -244,23 +244,12 @@ def _gradients(
     normalized: Tensor,
     vectors: Tensor,
     grad_output: Sequence[Tensor | None],
-) -> Tensor:
-    """Return dW of all layers; the values are undefined if the incoming gradient is None."""
-    views = buffer_views(weights)
-    buffer = torch.empty_like(normalized)
+) -> list[Tensor | None]:
     layers = zip(
-        split(buffer, views),
-        grad_output,
-        split(normalized, views),
-        *_vectors(vectors, weights, dims),
-        dims,
-        strict=True,
+        grad_output, split(normalized, buffer_views(weights)), *_vectors(vectors, weights, dims), dims, strict=True
     )
     with without_autocast(normalized.device):
-        for gradient, grad, *layer in layers:
-            if grad is not None:
-                gradient.copy_(_gradient(grad, *layer))
-    return buffer
+        return [None if grad is None else _gradient(grad, *layer) for grad, *layer in layers]
 
 
 def _gradient(grad_output: Tensor, normalized: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> Tensor:
@@ -268,13 +257,18 @@ def _gradient(grad_output: Tensor, normalized: Tensor, u: Tensor, v: Tensor, sig
     u = u.view([-1 if i == dim else 1 for i in range(normalized.ndim)])
     grad, normalized = (x.to(u.dtype) for x in (grad_output, normalized))
     inner_u = torch.dot(grad.reshape(-1), normalized.reshape(-1)) * u
-    return torch.addcmul(grad, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
+    gradient = torch.addcmul(grad, inner_u, v.view(others).unsqueeze(dim), value=-1).div_(sigma)
+    return gradient.to(grad_output.dtype)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dcvae_kernels::spectral_norm_update", mutates_args=("us", "vs"))
+# mode="reduce-overhead" does not allow the tables on the device that these operators make and keep.
+TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("dcvae_kernels::spectral_norm_update", mutates_args=("us", "vs"), tags=TAGS)
 def update_operator(
     weights: list[Tensor],
     us: list[Tensor],
@@ -291,7 +285,7 @@ def update_operator(
     return _update(layers, 0 if recomputes else n_power_iterations, eps)
 
 
-@torch.library.custom_op("dcvae_kernels::spectral_norm_gradient", mutates_args=())
+@torch.library.custom_op("dcvae_kernels::spectral_norm_gradient", mutates_args=(), tags=TAGS)
 def gradient_operator(
     weights: list[Tensor],
     dims: list[int],
@@ -300,9 +294,13 @@ def gradient_operator(
     grad_output: list[Tensor],
     use_triton: bool,
 ) -> Tensor:
+    """Return dW of all layers."""
     if use_triton:
         return _triton().gradients(_triton().find_layout(weights, dims), normalized, vectors, grad_output)
-    return _gradients(weights, dims, normalized, vectors, grad_output)
+    buffer = torch.empty_like(normalized)
+    gradients = _gradients(weights, dims, normalized, vectors, grad_output)
+    torch._foreach_copy_(split(buffer, buffer_views(weights)), [x for x in gradients if x is not None])
+    return buffer
 
 
 @update_operator.register_fake

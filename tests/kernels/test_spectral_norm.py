@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
 import dcvae_kernels
@@ -216,6 +216,45 @@ def test_weight_is_recomputed_after_an_exception():
     copy.deepcopy(net)
 
 
+def test_nothing_is_stale_after_an_interrupted_forward_pass():
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3, bias=False)
+            self.interrupt = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return self.linear(x)
+
+    net: Any = spectral_norm(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        net(torch.ones(1, 3))
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        net.linear.parametrizations.weight.original.mul_(2)
+    for module in (net.eval(), twin.eval()):
+        module.interrupt = False
+    torch.testing.assert_close(net(torch.ones(1, 3)), twin(torch.ones(1, 3)))  # W/σ does not depend on the scale of W
+
+
+def test_deepcopy_within_a_forward_pass():
+    class Copied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            twin = copy.deepcopy(self)
+            y = self.linear(x)
+            torch.testing.assert_close(twin.linear(x), y)
+            return y
+
+    net = spectral_norm(Copied())
+    net(torch.ones(1, 3)).sum().backward()
+
+
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +292,16 @@ def test_second_derivatives(on: Implementation):
 
     result = second(spectral_norm_autograd.normalized_weights, 1, 1e-12, on.impl)
     torch.testing.assert_close(result, second(reference.spectral_norm_update, 0, 1e-12), rtol=1e-4, atol=1e-5)
+
+
+def test_batched_gradients():
+    net: Any = spectral_norm(nn.Linear(3, 2, bias=False))
+    output, original = net(torch.ones(1, 3)), net.parametrizations.weight.original
+    grad_outputs = torch.eye(2)[:, None]
+    (batched,) = torch.autograd.grad(output, original, grad_outputs, is_grads_batched=True, retain_graph=True)
+    for grad_output, gradient in zip(grad_outputs, batched, strict=True):
+        (expected,) = torch.autograd.grad(output, original, grad_output, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_gradient_penalty():
@@ -453,6 +502,24 @@ def test_removal_leaves_outputs_and_copies_unchanged(copied: bool):
     remove_spectral_norm(other)
     with pytest.raises(ValueError, match="spectral_norm was not called with this Net"):
         remove_spectral_norm(other)
+
+
+def test_weight_is_normalised_again_after_torch_removed_the_parametrization():
+    net: Any = spectral_norm(nn.Linear(3, 3))
+    parametrize.remove_parametrizations(net, "weight")
+    spectral_norm(net)
+    before = vectors(net)
+    net(torch.ones(1, 3))
+    assert before and not all_equal(vectors(net), before)
+    assert len(net._forward_pre_hooks) == len(net._forward_hooks) == 1
+
+
+def test_removal_leaves_a_layer_that_another_call_normalised():
+    net: Any = spectral_norm(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    parametrize.remove_parametrizations(net[0], "weight")
+    spectral_norm(net[0])
+    remove_spectral_norm(net)
+    assert parametrize.is_parametrized(net[0]) and not parametrize.is_parametrized(net[1])
 
 
 def test_setting_a_weight_sets_the_original():

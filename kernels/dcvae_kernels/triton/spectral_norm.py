@@ -33,8 +33,8 @@ ROWS, COLUMNS, GROUP, VECTOR = 8, 256, 16, 1024  # blocks of iterate_kernel
 ELEMENTS = 4096  # block of divide_kernel and inner_kernel
 GRADIENT_ROWS, GRADIENT_COLUMNS, PARTIALS = 16, 128, 1024  # blocks of gradient_kernel
 
-MAX_PLANS = 64
-SPARE_COUNTERS = 64
+MAX_PLANS = 4096  # and layouts; networks can have a plan for each layer
+SPARE_COUNTERS = 32
 _LAYOUTS: dict[tuple[Any, ...], "Layout"] = {}
 _PLANS: dict[tuple[Any, ...], "Plan | None"] = {}
 
@@ -77,13 +77,15 @@ class Plan:
         addresses: int64 [layers, 3], of W, u and v.
         aligned: whether the addresses of all W are multiples of 16.
         counters: by stream, because launches that overlap must not share counters.
-        spare_counters: one for each captured launch, because graphs can overlap.
+        captured_counters: of launches in CUDA graphs, which can overlap, too.
+        spare_counters: for further captured launches.
     """
 
     layout: Layout
     addresses: Tensor
     aligned: bool
     counters: dict[int, Tensor]
+    captured_counters: list[Tensor]
     spare_counters: list[Tensor]
 
 
@@ -105,7 +107,7 @@ def find_plan(layers: Layers) -> Plan | None:
         addresses = [[x.data_ptr() for x in tensors] for tensors in zip(weights, us, vs, strict=True)]
         spare = layout.table.new_zeros(SPARE_COUNTERS, layout.counters, dtype=torch.int32)
         aligned = all(x.data_ptr() % 16 == 0 for x in weights)
-        plan = Plan(layout, layout.table.new_tensor(addresses), aligned, {}, list(spare.unbind()))
+        plan = Plan(layout, layout.table.new_tensor(addresses), aligned, {}, [], list(spare.unbind()))
     _PLANS[key] = plan
     return plan
 
@@ -116,10 +118,10 @@ def _layout_key(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Any, ..
 
 def _forget_plan() -> None:
     """Forget the oldest plan that no captured graph uses."""
-    unused = (key for key, plan in _PLANS.items() if plan is None or len(plan.spare_counters) == SPARE_COUNTERS)
-    key = next(unused, None)
-    if key is not None:
-        del _PLANS[key]
+    for key, plan in _PLANS.items():
+        if plan is None or not plan.captured_counters:
+            del _PLANS[key]
+            return
 
 
 def find_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
@@ -127,6 +129,8 @@ def find_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
     key = (weights[0].device, *_layout_key(weights, dims))
     layout = _LAYOUTS.get(key)
     if layout is None:
+        if len(_LAYOUTS) >= MAX_PLANS:
+            _LAYOUTS.clear()  # plans keep theirs
         layout = _LAYOUTS[key] = _make_layout(weights, dims)
     return layout
 
@@ -235,7 +239,8 @@ def _counters(plan: Plan) -> Tensor:
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return plan.spare_counters.pop() if plan.spare_counters else _new_counters(plan)
+            plan.captured_counters.append(plan.spare_counters.pop() if plan.spare_counters else _new_counters(plan))
+            return plan.captured_counters[-1]
         stream = torch.cuda.current_stream(device).cuda_stream
     counters = plan.counters.get(stream)
     if counters is None:
