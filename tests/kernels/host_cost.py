@@ -244,7 +244,9 @@ def main() -> None:
                 "first launches": first,
                 "launches": launches(call),
             }
-    print(json.dumps({"costs": costs, "compiled for unaligned gradients": compiled_for_unaligned_gradients()}, indent=1))
+    print(
+        json.dumps({"costs": costs, "compiled for unaligned gradients": compiled_for_unaligned_gradients()}, indent=1)
+    )
 
 
 if __name__ == "__main__":
