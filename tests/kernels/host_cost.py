@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def replace_device() -> None:
 
 
 def info_nce_calls() -> dict[str, Callable[[], Any]]:
-    """Return the forward pass without and with gradients, and the forward and backward pass; the queue is frozen."""
+    """Return the `passes` with a frozen queue."""
     q = torch.randn(SCALES, BATCH, DIM, requires_grad=True)
     k, queue = torch.randn(SCALES, BATCH, DIM), torch.randn(SCALES, KEYS, DIM)
     grad_output = torch.ones(())
@@ -109,7 +109,9 @@ def info_nce_calls() -> dict[str, Callable[[], Any]]:
     return passes(forward, [q], grad_output)
 
 
-def passes(forward: Callable[[], Any], inputs: list[Tensor], grad_output: Any) -> dict[str, Callable[[], Any]]:
+def passes(forward: Callable[[], Any], inputs: Sequence[Tensor], grad_output: Any) -> dict[str, Callable[[], Any]]:
+    """Return the forward pass without and with gradients, and the forward and backward pass."""
+
     def no_grad() -> Any:
         with torch.no_grad():
             return forward()
@@ -133,10 +135,15 @@ class Weights(nn.Module):
         return [layer.weight for layer in self.layers]
 
 
-def spectral_norm_calls() -> dict[str, Callable[[], Any]]:
-    """Return the same passes as `info_nce_calls`."""
+def normalized_network() -> tuple[nn.Module, list[Tensor]]:
+    """Return the module and the weights before normalization."""
     net = dcvae_kernels.spectral_norm(Weights(), impl="triton")
-    weights = [p for name, p in net.named_parameters() if name.endswith("original")]
+    return net, [p for name, p in net.named_parameters() if name.endswith("original")]
+
+
+def spectral_norm_calls() -> dict[str, Callable[[], Any]]:
+    """Return the `passes` of an update of all layers, in training mode."""
+    net, weights = normalized_network()
     return passes(net, weights, [torch.randn_like(weight) for weight in weights])
 
 
@@ -145,8 +152,7 @@ def compiled_for_unaligned_gradients() -> int:
 
     Triton compiles different code for such integers, also if they are elements of a tuple.
     """
-    net = dcvae_kernels.spectral_norm(Weights(), impl="triton")
-    weights = [p for name, p in net.named_parameters() if name.endswith("original")]
+    net, weights = normalized_network()
     before = 0
     for offset in (0, 1):
         before = StubUtils.loaded

@@ -19,7 +19,7 @@ LIMITS = {
     "info_nce: forward and backward": 40,
     "spectral_norm: forward without gradient": 140,
     "spectral_norm: forward": 140,
-    "spectral_norm: forward and backward": 200,
+    "spectral_norm: forward and backward": 240,
 }
 LAUNCHES = {
     "spectral_norm: forward without gradient": 2,

@@ -1,6 +1,7 @@
 """Plans and counters of the Triton kernels of spectral norm: reuse, streams, CUDA graphs, and weights that change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,15 +55,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-def cuda_plan() -> Any:
-    """Return a plan whose tensors claim to be on a CUDA device."""
-    plan = kernels.find_plan(layers_of(torch.randn(3, 2)))
+def on_cuda(plan: Any) -> Any:
+    """Return the plan with addresses that claim to be on a CUDA device."""
     addresses: Any = SimpleNamespace(device=torch.device("cuda", 0), new_zeros=plan.addresses.new_zeros)
-    return kernels.Plan(plan.layout, addresses, plan.aligned, plan.counters, plan.spare_counters)
+    return replace(plan, addresses=addresses)
 
 
 def test_counters_of_streams(cuda: SimpleNamespace):
-    plan = cuda_plan()
+    plan = on_cuda(kernels.find_plan(layers_of(torch.ones(3, 2))))
     counters = {}
     for cuda.stream in (7, 8, 7, 0, 8):
         expected = counters.setdefault(cuda.stream, kernels._counters(plan))
@@ -71,7 +71,7 @@ def test_counters_of_streams(cuda: SimpleNamespace):
 
 
 def test_counters_of_captured_launches(cuda: SimpleNamespace):
-    plan = cuda_plan()
+    plan = on_cuda(kernels.find_plan(layers_of(torch.ones(3, 2))))
     counters = [kernels._counters(plan)]
     cuda.capturing = True
     counters += [kernels._counters(plan) for _ in range(kernels.SPARE_COUNTERS + 3)]
@@ -99,14 +99,17 @@ def test_number_of_plans_is_bounded(plans: dict[Any, Any], supported: bool, monk
     assert kernels.find_plan(layers[-1]) is [*plans.values()][-1]
 
 
-def test_plans_of_captured_graphs_are_not_forgotten(plans: dict[Any, Any], monkeypatch: pytest.MonkeyPatch):
+def test_plans_of_captured_graphs_are_not_forgotten(
+    plans: dict[Any, Any], cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(kernels, "MAX_PLANS", 3)
     layers = [layers_of(torch.ones(3, 2)) for _ in range(12)]
     captured = []
     for i, x in enumerate(layers[:6]):
         plan = kernels.find_plan(x)
-        if i % 2:
-            plan.spare_counters.pop()
+        cuda.capturing = i % 2 == 1
+        kernels._counters(on_cuda(plan))
+        if cuda.capturing:
             captured.append(plan)
     for x in layers[6:]:
         kernels.find_plan(x)
@@ -151,19 +154,19 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_tensors(triton_on: Implementation, change: str):
+def test_changed_tensors(triton_on: Implementation, plans: dict[Any, Any], change: str):
     buffers = [triton_on.randn(128), triton_on.randn(32), triton_on.randn(32)]
     for i, make in enumerate((same_addresses(), CHANGES[change], same_addresses(), CHANGES[change])):
-        tensors = [x.copy_(triton_on.randn(*x.shape, seed=3 * i + j)) for j, x in enumerate(make(buffers)[:3])]
-        dims = [make(buffers)[3]]
-        layers, exact = (
-            reference.Layers(*([x] for x in copies), dims) for copies in (tensors, [x.double() for x in tensors])
-        )
+        *tensors, dim = make(buffers)
+        for j, x in enumerate(tensors):
+            x.copy_(triton_on.randn(*x.shape, seed=3 * i + j))
+        layers, exact = (reference.Layers([w], [u], [v], [dim]) for w, u, v in (tensors, [x.double() for x in tensors]))
         actual = spectral_norm_autograd.normalized_weights(layers, 1, 1e-12, "triton")
         expected = reference.spectral_norm_update(exact, 1, 1e-12)
         rtol, atol = (1e-5, 1e-6) if tensors[0].dtype == torch.float32 else (2e-2, 2e-2)
         for x, y in ((actual[0], expected[0]), (tensors[1], exact.us[0]), (tensors[2], exact.vs[0])):
             torch.testing.assert_close(x.double(), y, rtol=rtol, atol=atol)
+    assert len(plans) >= 2
 
 
 def test_rows_of_a_parameter(triton_on: Implementation):
@@ -192,12 +195,12 @@ class Weights(nn.Module):
         return [layer.weight for layer in self.layers]
 
 
-def converged() -> Any:
+def converged(rows: int = 1024, columns: int = 256) -> Any:
     """Return a module whose u and v do not change in updates, so that concurrent updates give the same result.
 
     Every weight is 1. One layer has several groups of blocks.
     """
-    net = Weights(nn.Linear(256, 1024), nn.Linear(64, 32))
+    net = Weights(nn.Linear(columns, rows), nn.Linear(64, 32))
     for p in net.parameters():
         nn.init.ones_(p)
     return spectral_norm(net, impl="triton")
@@ -211,9 +214,8 @@ def assert_converged(outputs: list[list[Tensor]]) -> None:
 
 def test_converged(triton_on: Implementation):
     """Updates of the module for the next tests do not change its weights."""
-    net = spectral_norm(Weights(nn.Linear(8, 16)), impl="triton") if triton_on.interpreted else converged()
-    nn.init.ones_(net.layers[0].parametrizations.weight.original)
-    assert_converged([[w.detach() for w in net()] for _ in range(3)][1:])
+    net = converged(16, 8) if triton_on.interpreted else converged()
+    assert_converged([[w.detach() for w in net()] for _ in range(3)])
 
 
 @pytest.mark.gpu
