@@ -307,8 +307,9 @@ def test_bitwise_reproducible(on: Implementation):
         assert all(map(torch.equal, first, run(on, 1, *arguments)))
 
 
-def test_no_out_of_bounds_accesses(triton_on: Implementation):
-    dims, weights, us, vs = problem(triton_on, torch.float32, False)
+@pytest.mark.parametrize("shapes", [None, FURTHER[1:6]], ids=["blocks of rows", "blocks of elements"])
+def test_no_out_of_bounds_accesses(triton_on: Implementation, shapes: Shapes | None):
+    dims, weights, us, vs = problem(triton_on, torch.float32, False, shapes)
     expected = run(triton_on, 2, dims, weights, us, vs)
     with poison_allocations() as intact:
         weights, us, vs = ([x.new_empty(x.shape).copy_(x) for x in tensors] for tensors in (weights, us, vs))
