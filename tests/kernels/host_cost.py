@@ -1,4 +1,6 @@
-"""Print the cost on the CPU of one DC-VAE call of `info_nce` as JSON: microseconds, function calls and launches.
+"""Print the cost on the CPU of one DC-VAE call of each op as JSON: microseconds, function calls and launches.
+
+The ops are `info_nce`, and `spectral_norm` of as many layers as DC-VAE's encoder and discriminator have together.
 
 No GPU is needed: Triton compiles the kernels for sm_90, and a stub driver launches nothing. The tensors are on the CPU
 and the results are undefined. Replacing the driver affects the whole process, so this is a script; run it without
@@ -11,18 +13,22 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import dcvae_kernels
 from dcvae_kernels.triton import info_nce as triton_info_nce
+from dcvae_kernels.triton import launch
+from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
 
 SCALES, BATCH, KEYS, DIM = 2, 128, 8096, 16
+CONVOLUTIONS, LINEAR = 20, 3  # of DC-VAE's networks for 32×32
 CAPABILITY, MULTIPROCESSORS, MAX_SHARED = 90, 132, 232448  # H100
 WARM_UP, REPEATS, CALLS = 20, 300, 6
 
@@ -30,8 +36,11 @@ WARM_UP, REPEATS, CALLS = 20, 300, 6
 class StubUtils:
     """Replacement for Triton's functions that load kernels."""
 
+    loaded = 0
+
     def load_binary(self, *_: Any) -> tuple[int, ...]:
         """Return module, function, registers per thread, spilled registers and maximum threads per block."""
+        StubUtils.loaded += 1
         return 1, 1, 32, 0, 1024
 
     def get_device_properties(self, _: int) -> dict[str, int]:
@@ -80,30 +89,78 @@ class StubDriver:
 def replace_device() -> None:
     """Make Triton compile for an H100 and launch nothing, and make impl="triton" accept tensors on the CPU."""
     driver.set_active(StubDriver())  # type: ignore[arg-type]
-    sys.modules["dcvae_kernels.info_nce"].obstacle_to_triton = lambda device: None  # type: ignore[attr-defined]
+    for name in ("info_nce", "spectral_norm", "spectral_norm_autograd"):
+        module: Any = sys.modules[f"dcvae_kernels.{name}"]
+        module.obstacle_to_triton = lambda device: None
     for name, value in (("_multiprocessors", MULTIPROCESSORS), ("_capability", CAPABILITY)):
         if hasattr(triton_info_nce, name):
             setattr(triton_info_nce, name, lambda device, value=value: value)
 
 
-def dcvae_calls() -> dict[str, Callable[[], Any]]:
-    """Return the forward pass without and with gradients, and the forward and backward pass; the queue is frozen."""
+def info_nce_calls() -> dict[str, Callable[[], Any]]:
+    """Return the `passes` with a frozen queue."""
     q = torch.randn(SCALES, BATCH, DIM, requires_grad=True)
     k, queue = torch.randn(SCALES, BATCH, DIM), torch.randn(SCALES, KEYS, DIM)
     grad_output = torch.ones(())
 
-    def forward() -> torch.Tensor:
+    def forward() -> Tensor:
         return dcvae_kernels.info_nce(q, k, queue, temperature=0.07, impl="triton")
 
-    def no_grad() -> torch.Tensor:
+    return passes(forward, [q], grad_output)
+
+
+def passes(forward: Callable[[], Any], inputs: Sequence[Tensor], grad_output: Any) -> dict[str, Callable[[], Any]]:
+    """Return the forward pass without and with gradients, and the forward and backward pass."""
+
+    def no_grad() -> Any:
         with torch.no_grad():
             return forward()
 
     return {
         "forward without gradient": no_grad,
         "forward": forward,
-        "forward and backward": lambda: torch.autograd.grad(forward(), q, grad_output),
+        "forward and backward": lambda: torch.autograd.grad(forward(), inputs, grad_output),
     }
+
+
+class Weights(nn.Module):
+    """Module whose forward pass returns the weights of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(8, 8, 3) for _ in range(CONVOLUTIONS)]
+        self.layers = nn.ModuleList([*convolutions, *(nn.Linear(8, 8) for _ in range(LINEAR))])
+
+    def forward(self) -> list[Any]:
+        return [layer.weight for layer in self.layers]
+
+
+def normalized_network() -> tuple[nn.Module, list[Tensor]]:
+    """Return the module and the weights before normalization."""
+    net = dcvae_kernels.spectral_norm(Weights(), impl="triton")
+    return net, [p for name, p in net.named_parameters() if name.endswith("original")]
+
+
+def spectral_norm_calls() -> dict[str, Callable[[], Any]]:
+    """Return the `passes` of an update of all layers, in training mode."""
+    net, weights = normalized_network()
+    return passes(net, weights, [torch.randn_like(weight) for weight in weights])
+
+
+def compiled_for_unaligned_gradients() -> int:
+    """Return how many kernels are compiled for gradients whose addresses are not multiples of 16, after aligned ones.
+
+    Triton compiles different code for such integers, also if they are elements of a tuple.
+    """
+    net, weights = normalized_network()
+    before = 0
+    for offset in (0, 1):
+        before = StubUtils.loaded
+        for cache in (launch._COMPILED, triton_spectral_norm._LAYOUTS, triton_spectral_norm._PLANS):
+            cache.clear()  # so that Triton inspects the arguments again
+        grad_outputs = [torch.randn(x.numel() + 1)[offset:][: x.numel()].view_as(x) for x in weights]
+        torch.autograd.grad(net(), weights, grad_outputs)
+    return StubUtils.loaded - before
 
 
 def microseconds(call: Callable[[], Any]) -> dict[str, float]:
@@ -182,11 +239,20 @@ def main() -> None:
     replace_device()
     gc.disable()  # a collection can call Python functions and takes time
     costs = {}
-    for name, call in dcvae_calls().items():
-        for _ in range(WARM_UP):
-            call()
-        costs[name] = {"microseconds": microseconds(call), "calls": function_calls(call), "launches": launches(call)}
-    print(json.dumps(costs, indent=1))
+    for op, calls in {"info_nce": info_nce_calls(), "spectral_norm": spectral_norm_calls()}.items():
+        for name, call in calls.items():
+            first = launches(call)
+            for _ in range(WARM_UP):
+                call()
+            costs[f"{op}: {name}"] = {
+                "microseconds": microseconds(call),
+                "calls": function_calls(call),
+                "first launches": first,
+                "launches": launches(call),
+            }
+    print(
+        json.dumps({"costs": costs, "compiled for unaligned gradients": compiled_for_unaligned_gradients()}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Triton kernels of spectral norm: launches, shapes and layouts, determinism, out-of-bounds accesses, and compiled
-resources on several GPU architectures."""
+"""Triton kernels of spectral norm: launches, shapes and layouts, magnitudes, determinism, out-of-bounds accesses, and
+compiled resources on several GPU architectures."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checks import Implementation, compiled_ahead, device_kernels, leaves, poison_allocations, record_launches
@@ -54,7 +56,8 @@ def test_only_our_kernels_are_launched():
 
 
 # One and several blocks of rows and of columns, with and without a partial block.
-SHAPES: list[tuple[tuple[int, ...], int]] = [
+Shapes = list[tuple[tuple[int, ...], int]]
+SHAPES: Shapes = [
     ((1, 9), 0),
     ((9, 1), 0),
     ((1, 1), 0),
@@ -66,27 +69,65 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((18, 9, 4, 4), 1),
     ((1, 5, 3, 3), 1),
 ]
-LARGER = [((65, 259), 0), ((33, 70, 1, 1), 0), ((70, 33, 4, 4), 1), ((512, 512, 3, 3), 0), ((512, 256, 4, 4), 1)]
+# Shapes for one dtype; `run` computes no gradient for every third.
+FURTHER: Shapes = [
+    ((3, 4, 5), 2),
+    ((137, 5), 0),  # more than a group of blocks
+    ((15, 273), 0),  # one element less than a block
+    ((2, 3, 4, 5), 2),
+    ((16, 256), 0),
+    ((17, 241), 0),
+    ((4, 2, 1, 1, 1), 0),
+    ((2, 3, 4, 5), 3),
+    ((9, 3, 2, 1, 2), 0),
+    ((3, 4, 5), 1),
+    ((4, 5, 3), 2),
+    ((6, 9, 2, 3, 2), 1),
+]
+MEMORY_FORMATS: Any = {4: torch.channels_last, 5: torch.channels_last_3d}
+LARGER: Shapes = [
+    ((65, 259), 0),
+    ((33, 70, 1, 1), 0),
+    ((70, 33, 4, 4), 1),
+    ((512, 512, 3, 3), 0),
+    ((512, 256, 4, 4), 1),
+]
 
 
-def problem(on: Implementation, dtype: torch.dtype, channels_last: bool) -> Any:
-    shapes = SHAPES if on.interpreted else [*SHAPES, *LARGER]
+def problem(on: Implementation, dtype: torch.dtype, channels_last: bool, shapes: Shapes | None = None) -> Any:
+    """Return dims, weights, u and v."""
+    if shapes is None:
+        shapes = SHAPES if on.interpreted else [*SHAPES, *LARGER]
     weights = [on.randn(*shape, seed=i, dtype=dtype) for i, (shape, _) in enumerate(shapes)]
+    dims = [dim for _, dim in shapes]
     if channels_last:
-        weights = [w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
-    matrices = [reference.as_matrix(w, dim) for w, (_, dim) in zip(weights, shapes, strict=True)]
-    us, vs = (
-        [torch.nn.functional.normalize(on.randn(m.shape[i], seed=9, dtype=dtype), dim=0) for m in matrices]
-        for i in (0, 1)
-    )
-    return [dim for _, dim in shapes], weights, us, vs
+        weights = [
+            w.contiguous(memory_format=MEMORY_FORMATS[w.ndim]) if w.ndim in MEMORY_FORMATS and dim < 2 else w
+            for w, dim in zip(weights, dims, strict=True)
+        ]
+    return dims, weights, *vectors(on, weights, dims)
 
 
-def run(on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any) -> list[Tensor]:
+def vectors(on: Implementation, weights: list[Tensor], dims: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return random u and v."""
+    matrices = [reference.as_matrix(w, dim) for w, dim in zip(weights, dims, strict=True)]
+    us, vs = ([F.normalize(on.randn(m.shape[i], seed=9, dtype=m.dtype), dim=0) for m in matrices] for i in (0, 1))
+    return us, vs
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """Return ‖x − exact‖/‖exact‖ in float64."""
+    x, exact = (y / exact.abs().max() for y in (x.double(), exact.double()))  # squares of small numbers underflow
+    return ((x - exact).norm() / exact.norm()).item()
+
+
+def run(
+    on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any, *, eps: float = 1e-12
+) -> list[Tensor]:
     """Return W/σ, the gradients, u and v; every third W/σ receives no gradient."""
     weights, us, vs = leaves(*weights), [u.clone() for u in us], [v.clone() for v in vs]
     normalized = spectral_norm_autograd.normalized_weights(
-        reference.Layers(weights, us, vs, dims), iterations, 1e-12, on.impl
+        reference.Layers(weights, us, vs, dims), iterations, eps, on.impl
     )
     used = [i for i in range(len(weights)) if i % 3]
     grad_output = [on.randn(*normalized[i].shape, seed=20 + i, dtype=weights[i].dtype) for i in used]
@@ -113,6 +154,145 @@ def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_l
         assert x.stride() == w.stride()
 
 
+@pytest.fixture
+def groups_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the number of blocks that a group has, and of groups that are added at once, to 2."""
+    monkeypatch.setattr(kernels, "GROUP", 2)
+    for cache in ("_PLANS", "_LAYOUTS"):
+        monkeypatch.setattr(kernels, cache, {})
+
+
+def assert_accurate(
+    on: Implementation, iterations: int, dims: Any, weights: Any, us: Any, vs: Any, *, eps: float = 1e-12
+) -> list[Tensor]:
+    """Compare with the PyTorch implementation in float64. Return the results of `run`."""
+    ours = run(on, iterations, dims, weights, us, vs, eps=eps)
+    in_fp64 = [[x.double() for x in tensors] for tensors in (weights, us, vs)]
+    exact = run(Implementation("torch", on.device), iterations, dims, *in_fp64, eps=eps)
+    errors = [relative_error(x, y) for x, y in zip(ours, exact, strict=True)]
+    assert all(error <= 1e-5 for error in errors), errors  # False if an error is NaN
+    return ours
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_further_shapes(on: Implementation, channels_last: bool):
+    arguments = problem(on, torch.float32, channels_last, FURTHER)
+    ours = assert_accurate(on, 1, *arguments)
+    for x, w in zip(ours, arguments[1], strict=False):
+        assert x.stride() == w.stride()
+
+
+@pytest.mark.usefixtures("groups_of_two")
+def test_more_groups_than_are_added_at_once(triton_on: Implementation):
+    shapes: Shapes = [((3, 2), 0), ((35, 2), 0), ((8, 3), 0), ((33, 1), 0), ((17, 7), 0)]
+    assert_accurate(triton_on, 2, *problem(triton_on, torch.float32, False, shapes))
+
+
+def first_rows_small(weight: Tensor) -> Tensor:
+    return torch.cat([1e-25 * weight[:12], weight[12:]])
+
+
+def last_columns_large(weight: Tensor) -> Tensor:
+    return torch.cat([weight[:, :-2], 1e18 * weight[:, -2:]], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "eps"),
+    [
+        (lambda weight: 1e-14 * weight, 1e-12),  # below eps
+        (lambda weight: 1e-19 * weight, 1e-38),
+        (lambda weight: 1e-30 * weight, 1e-38),
+        (lambda weight: 1e18 * weight, 1e-12),
+        (lambda weight: 1e36 * weight, 1e-12),
+        (first_rows_small, 1e-38),
+        (last_columns_large, 1e-12),
+    ],
+    ids=["1e-14", "1e-19", "1e-30", "1e18", "1e36", "rows", "columns"],
+)
+@pytest.mark.usefixtures("groups_of_two")
+def test_magnitudes(triton_on: Implementation, change: Callable[[Tensor], Tensor], eps: float):
+    """Squares of the weights, or products with small weights, are not representable in float32."""
+    dims, weights, us, vs = problem(triton_on, torch.float32, False, [((3, 4), 0), ((13, 7), 0), ((35, 5), 0)])
+    assert_accurate(triton_on, 2, dims, [change(weight) for weight in weights], us, vs, eps=eps)
+
+
+@pytest.mark.usefixtures("groups_of_two")
+@pytest.mark.parametrize("zero_rows", [slice(None), slice(8, 16), slice(16, 32)], ids=["all", "block", "group"])
+def test_weight_times_v_is_zero(on: Implementation, zero_rows: slice):
+    """v is in the null space of some rows or of all; in the latter case u remains."""
+    dims, weights, us, _ = problem(on, torch.float32, False, [((3, 4), 0), ((19, 300), 0), ((35, 5), 0)])
+    vs = [F.one_hot(torch.tensor(1), weight.shape[1]).to(weight) for weight in weights]
+    for weight in weights:
+        weight[zero_rows, 1] = 0
+    *_, u0, u1, u2, v0, v1, v2 = assert_accurate(on, 1, dims, weights, us, vs)
+    if zero_rows == slice(None):
+        assert all(map(torch.equal, (u0, u1, u2), us))
+        expected = tuple(F.normalize(w.T @ u, dim=0) for w, u in zip(weights, us, strict=True))
+        torch.testing.assert_close((v0, v1, v2), expected)
+
+
+@pytest.mark.usefixtures("groups_of_two")
+@pytest.mark.parametrize(
+    ("value", "shape"), [(torch.nan, (1, 3)), (torch.nan, (35, 5)), (torch.inf, (35, 5)), (-torch.inf, (1, 3))], ids=str
+)
+def test_nan_and_infinite_weights(triton_on: Implementation, value: float, shape: tuple[int, int]):
+    """W/σ of the layer is NaN; its u and v, and the other layers, do not change."""
+    arguments = problem(triton_on, torch.float32, False, [((3, 4), 0), (shape, 0), ((9, 5), 0)])
+    _, weights, us, vs = arguments
+    expected = run(triton_on, 2, *arguments)
+    weights[1][-1, 2] = value
+    actual = run(triton_on, 2, *arguments)
+    # 3 normalised weights, the gradients of the last two, 3 u and 3 v.
+    expected[6], expected[9] = us[1], vs[1]
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        assert x.isnan().any() if i in (1, 3) else torch.equal(x, y), i
+
+
+FEW: Shapes = [((9, 5), 0), ((7, 3, 3, 3), 0), ((6, 4, 2, 2), 1), ((5, 8, 1, 7), 0)]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_addresses_of_weights(triton_on: Implementation, offset: int):
+    """The addresses of the weights are not multiples of 16 unless the offset is one of 4."""
+    dims, weights, us, vs = problem(triton_on, torch.float32, True, FEW)
+    views = [x.new_empty(x.numel() + offset)[offset:].as_strided(x.shape, x.stride()) for x in weights]
+    torch._foreach_copy_(views, weights)
+    results = []
+    for tensors in (weights, views):
+        layers = reference.Layers(tensors, [x.clone() for x in us], [x.clone() for x in vs], dims)
+        plan = kernels.find_plan(layers)
+        assert plan is not None and plan.aligned is (tensors is weights or offset % 4 == 0)
+        normalized = spectral_norm_autograd.normalized_weights(layers, 1, 1e-12, triton_on.impl)
+        results.append([*normalized, *layers.us, *layers.vs])
+    assert all(map(torch.equal, *results))
+
+
+def unaligned(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1, :1].expand_as(x)
+
+
+@pytest.mark.parametrize("change", [unaligned, transposed, expanded])
+def test_layouts_of_gradients(triton_on: Implementation, change: Callable[[Tensor], Tensor]):
+    dims, weights, us, vs = problem(triton_on, torch.float32, True, FEW)
+    weights = leaves(*weights)
+    layers = reference.Layers(weights, us, vs, dims)
+    normalized = spectral_norm_autograd.normalized_weights(layers, 1, 1e-12, triton_on.impl)
+    grad_output = [change(triton_on.randn(*weight.shape)) for weight in weights]
+    same_layout = [torch.empty_like(w).copy_(x) for w, x in zip(weights, grad_output, strict=True)]
+    actual, expected = (
+        torch.autograd.grad(normalized, weights, x, retain_graph=True) for x in (grad_output, same_layout)
+    )
+    assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize(("layers", "supported"), [(256, True), (257, False)])
 def test_number_of_layers_that_the_kernels_support(layers: int, supported: bool):
     weights, vectors = [torch.ones(1, 1)] * layers, [torch.ones(1)] * layers
@@ -123,12 +303,13 @@ def test_number_of_layers_that_the_kernels_support(layers: int, supported: bool)
 def test_bitwise_reproducible(on: Implementation):
     arguments = problem(on, torch.float32, True)
     first = run(on, 1, *arguments)
-    for _ in range(1 if on.interpreted else 20):
+    for _ in range(20 if on.device == "cuda" else 1):
         assert all(map(torch.equal, first, run(on, 1, *arguments)))
 
 
-def test_no_out_of_bounds_accesses(triton_on: Implementation):
-    dims, weights, us, vs = problem(triton_on, torch.float32, False)
+@pytest.mark.parametrize("shapes", [None, FURTHER[1:6]], ids=["blocks of rows", "blocks of elements"])
+def test_no_out_of_bounds_accesses(triton_on: Implementation, shapes: Shapes | None):
+    dims, weights, us, vs = problem(triton_on, torch.float32, False, shapes)
     expected = run(triton_on, 2, dims, weights, us, vs)
     with poison_allocations() as intact:
         weights, us, vs = ([x.new_empty(x.shape).copy_(x) for x in tensors] for tensors in (weights, us, vs))
