@@ -17,7 +17,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 Impl = Literal["auto", "triton", "torch"]
 F = TypeVar("F", bound=Callable)
 
-PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -88,4 +88,4 @@ def is_batched(grad_output: Tensor) -> bool:
 def needs_reference(*tensors: Tensor) -> bool:
     """Whether the op must consist of ordinary PyTorch operations: under torch.func transforms and for tensor
     subclasses."""
-    return torch._C._are_functorch_transforms_active() or any(type(x) not in PLAIN_TENSORS for x in tensors)
+    return torch._C._are_functorch_transforms_active() or not PLAIN_TENSORS.issuperset(map(type, tensors))

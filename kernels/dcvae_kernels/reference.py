@@ -149,7 +149,8 @@ def accurate_matrix(weight: Tensor, dim: int) -> Tensor:
 
 
 def _set_direction(direction: Tensor, x: Tensor, eps: float) -> None:
-    """direction ← x/‖x‖, unless x is 0 or NaN, because a zero u would stay zero forever."""
+    """direction ← x/‖x‖, unless x is 0 or not finite, because a zero u would stay zero forever."""
     norm = torch.linalg.vector_norm(x)
+    valid = (norm > 0) & (norm < torch.inf)
     # In a transform of torch.func, this can be written to a tensor of outside as `out`, but not by copy_.
-    torch.where(norm > 0, (x / norm.clamp_min(eps)).to(direction.dtype), direction, out=direction)
+    torch.where(valid, (x / norm.clamp_min(eps)).to(direction.dtype), direction, out=direction)

@@ -30,7 +30,7 @@ def spectral_norm(
     """Divide the weight of every layer in `module` by its largest singular value σ.
 
     Layers are convolutions and transposed convolutions with 1 to 3 dimensions, Linear, Bilinear and Embedding, and
-    `module` itself, whatever its type.
+    `module` itself, whatever its type, if it has such a parameter.
 
     σ = uᵀWv comes from power iterations on the weight as a matrix [output channels, rest]: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖.
     Each forward pass of `module` starts with one update of all layers in training mode, and the layers use the same
@@ -146,7 +146,7 @@ class _SpectralNorm(nn.Module):
 
     Attributes:
         forward_pass: shared by all layers of the wrapped module.
-        index: of the layer.
+        index: of this layer among them.
     """
 
     _u: Tensor
@@ -223,8 +223,8 @@ def _shorten_reads(layer_class: type, name: str) -> None:
     parametrized: Any = vars(layer_class)[name]
     read_parametrized = parametrized.fget
 
-    def read(layer: nn.Module) -> Tensor:
-        parametrizations = cast(Any, layer)._modules["parametrizations"]._modules[name]._modules
+    def read(layer: Any) -> Tensor:
+        parametrizations = layer._modules["parametrizations"]._modules[name]._modules
         norm = parametrizations["0"]
         normalized = norm.forward_pass.normalized.get(norm.index)
         if normalized is None or len(parametrizations) > 1:

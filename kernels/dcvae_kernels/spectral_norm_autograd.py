@@ -128,20 +128,20 @@ class GroupedSpectralNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[-len(grad_output) :]
-        grad_outputs = [_strided(x) if needed else None for x, needed in zip(grad_output, needs_grad, strict=True)]
+        # Embedding(sparse=True) has a sparse gradient.
+        grad_outputs = [
+            None if x is None or not needed else x.to_dense() if x.is_sparse else x
+            for x, needed in zip(grad_output, needs_grad, strict=True)
+        ]
         normalized, vectors = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, vectors, grad_outputs)
-        elif ctx.layout is None or any(x is not None and is_batched(x) for x in grad_outputs):
+        elif ctx.layout is None or any(map(is_batched, [x for x in grad_outputs if x is not None])):
             gradients = _gradients(ctx.weights, ctx.dims, normalized, vectors, grad_outputs)
         else:
             gradients = split(_triton().gradients(ctx.layout, normalized, vectors, grad_outputs), ctx.views)
         gradients = [None if x is None else gradient for x, gradient in zip(grad_outputs, gradients, strict=True)]
         return *(None,) * 4, *gradients
-
-
-def _strided(x: Tensor | None) -> Tensor | None:
-    return x.to_dense() if x is not None and x.layout != torch.strided else x  # Embedding(sparse=True)
 
 
 def _versions(ctx: Any, weights: Sequence[Tensor]) -> list[int]:
@@ -230,12 +230,12 @@ def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Tensor
 def _directions(vectors: list[Tensor], previous: list[Tensor], eps: float) -> tuple[list[Tensor], Tensor]:
     """Return each vector divided by its norm, and the norms, [len(vectors)].
 
-    If a vector is 0 or NaN, its direction is the previous one, because a zero u would stay zero forever.
+    If a vector is 0 or not finite, its direction is the previous one, because a zero u would stay zero forever.
     """
     norms = torch.stack(torch._foreach_norm(vectors))
     directions = torch._foreach_div(vectors, norms.clamp_min(eps).unbind())
-    nonzero = norms > 0
-    return [torch.where(*args) for args in zip(nonzero.unbind(), directions, previous, strict=True)], norms
+    valid = (norms > 0) & (norms < torch.inf)
+    return [torch.where(*args) for args in zip(valid.unbind(), directions, previous, strict=True)], norms
 
 
 def _gradients(

@@ -17,9 +17,9 @@ LIMITS = {
     "info_nce: forward without gradient": 32,
     "info_nce: forward": 36,
     "info_nce: forward and backward": 40,
-    "spectral_norm: forward without gradient": 140,
-    "spectral_norm: forward": 140,
-    "spectral_norm: forward and backward": 240,
+    "spectral_norm: forward without gradient": 90,
+    "spectral_norm: forward": 90,
+    "spectral_norm: forward and backward": 175,
 }
 LAUNCHES = {
     "spectral_norm: forward without gradient": 2,

@@ -333,10 +333,11 @@ def test_zero_weights_stay_zero_until_they_change():
     torch.testing.assert_close(net.weight, original / 5)
 
 
-def test_nan_weights_reach_the_output_but_not_u_and_v():
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite_reach_the_output_but_not_u_and_v(value: str):
     net: Any = spectral_norm(nn.Linear(3, 2))
     with torch.no_grad():
-        net.parametrizations.weight.original[0, 0] = float("nan")
+        net.parametrizations.weight.original[0, 0] = float(value)
     assert net(torch.ones(1, 3)).isnan().any()
     assert all(x.isfinite().all() for x in vectors(net))
 

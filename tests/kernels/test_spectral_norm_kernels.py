@@ -279,7 +279,11 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1, :1].expand_as(x)
 
 
-@pytest.mark.parametrize("change", [unaligned, transposed, expanded])
+def negative(x: Tensor) -> Tensor:
+    return x.contiguous()._neg_view()
+
+
+@pytest.mark.parametrize("change", [unaligned, transposed, expanded, negative])
 def test_layouts_of_gradients(triton_on: Implementation, change: Callable[[Tensor], Tensor]):
     dims, weights, us, vs = problem(triton_on, torch.float32, True, FEW)
     weights = leaves(*weights)

@@ -19,7 +19,7 @@ class Launch:
     """A kernel with its grid, integer arguments, constants and options.
 
     Calls pass tensors and floats. The tensors of all calls must have the same dtypes, alignment and device. A tuple of
-    integers can take the place of a tensor; the kernel must not specialise it.
+    addresses can take the place of a tensor; all of them must be multiples of 16.
 
     Args:
         kernel: its parameters are tensors, integers, floats and constants, in this order.

@@ -254,9 +254,8 @@ def _new_counters(plan: Plan) -> Tensor:
 
 def gradients(layout: Layout, normalized: Tensor, vectors: Tensor, grad_output: Sequence[Tensor | None]) -> Tensor:
     """Return dW of all layers; the values are undefined if the incoming gradient is None."""
-    # Copies of gradients with other strides than the weight, or that cannot be loaded 16 bytes at a time.
     grads = [
-        x if x is None or (x.stride() == stride and x.data_ptr() % 16 == 0) else _copy(x, size, stride)
+        x if x is None or _can_be_read(x, stride) else x.new_empty_strided(size, stride).copy_(x)
         for x, (size, stride, _) in zip(grad_output, layout.views, strict=True)
     ]
     addresses = tuple([NO_GRADIENT.value if x is None else x.data_ptr() for x in grads])
@@ -268,5 +267,7 @@ def gradients(layout: Layout, normalized: Tensor, vectors: Tensor, grad_output: 
     return result
 
 
-def _copy(x: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    return x.new_empty_strided(size, stride).copy_(x)
+def _can_be_read(grad_output: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether the kernels can read a gradient: 16 bytes at a time, in the order of the weight's elements."""
+    address = grad_output.data_ptr()
+    return grad_output.stride() == stride and address % 16 == 0 and address != 0 and not grad_output.is_neg()

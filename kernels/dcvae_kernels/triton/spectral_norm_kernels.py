@@ -238,7 +238,7 @@ def _select(addresses, layer, COUNT: tl.constexpr):
     return address
 
 
-@triton.jit(do_not_specialize=["grad_outputs"])
+@triton.jit
 def inner_kernel(layers, blocks, grad_outputs, normalized, partials, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """⟨G, Ŵ⟩ over BLOCK consecutive elements.
 
@@ -262,7 +262,7 @@ def inner_kernel(layers, blocks, grad_outputs, normalized, partials, COUNT: tl.c
         tl.store(partials + _field(layers, layer, PARTIALS) + block, tl.sum(products, 0))
 
 
-@triton.jit(do_not_specialize=["grad_outputs"])
+@triton.jit
 def gradient_kernel(
     layers, blocks, grad_outputs, vectors, partials, gradients,
     COUNT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
