@@ -169,10 +169,11 @@ class DCVAE(nn.Module):
 def standard_normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Draw noise from N(0, I), float32, on the generator's device, and move it to `device`.
 
-    The values that a generator gives depend on the dtype and device of the draw: half precision would draw other noise.
+    The values that a generator gives depend on the dtype and device of the draw, so half precision would give different
+    noise.
     """
     source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=torch.float32).to(device)
+    return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

@@ -125,11 +125,11 @@ def spectral_norm_update(layers: Layers, n_power_iterations: int, eps: float) ->
     normalized = []
     for weight, u, v, dim in zip(*layers, strict=True):
         with without_autocast(weight.device):
-            matrix = accurate_matrix(weight, dim)
+            matrix = upcast_matrix(weight, dim)
             with torch.no_grad():
                 for _ in range(n_power_iterations):
-                    _set_direction(u, matrix @ v.to(matrix.dtype), eps)
-                    _set_direction(v, matrix.mH @ u.to(matrix.dtype), eps)
+                    _set_direction(u, matrix.detach() @ v.to(matrix.dtype), eps)
+                    _set_direction(v, matrix.detach().mH @ u.to(matrix.dtype), eps)
             # Copies, because the next forward pass can precede this one's backward pass.
             u, v = (x.to(matrix.dtype, copy=True) for x in (u, v))
             sigma = torch.vdot(u, matrix @ v)
@@ -142,8 +142,8 @@ def as_matrix(weight: Tensor, dim: int) -> Tensor:
     return weight.movedim(dim, 0).flatten(1)
 
 
-def accurate_matrix(weight: Tensor, dim: int) -> Tensor:
-    """Return the weight as a matrix, in float32 instead of half precision."""
+def upcast_matrix(weight: Tensor, dim: int) -> Tensor:
+    """Return the weight as a matrix, converted from half precision to float32."""
     matrix = as_matrix(weight, dim)
     return matrix if weight.is_complex() else matrix.to(accumulate_dtype(weight))
 
@@ -152,5 +152,5 @@ def _set_direction(direction: Tensor, x: Tensor, eps: float) -> None:
     """direction ← x/‖x‖, unless x is 0 or not finite, because a zero u would stay zero forever."""
     norm = torch.linalg.vector_norm(x)
     valid = (norm > 0) & (norm < torch.inf)
-    # In a transform of torch.func, this can be written to a tensor of outside as `out`, but not by copy_.
+    # Transforms of torch.func allow writing to an outer tensor with out=, but not with copy_.
     torch.where(valid, (x / norm.clamp_min(eps)).to(direction.dtype), direction, out=direction)

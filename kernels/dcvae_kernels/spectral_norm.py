@@ -29,8 +29,8 @@ def spectral_norm(
 ) -> M:
     """Divide the weight of every layer in `module` by its largest singular value σ.
 
-    Layers are convolutions and transposed convolutions with 1 to 3 dimensions, Linear, Bilinear and Embedding, and
-    `module` itself, whatever its type, if it has such a parameter.
+    Layers are convolutions and transposed convolutions with 1 to 3 dimensions, Linear, Bilinear and Embedding. `module`
+    itself is normalised too if it has such a parameter, also if it has another type.
 
     σ = uᵀWv comes from power iterations on the weight as a matrix [output channels, rest]: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖.
     Each forward pass of `module` starts with one update of all layers in training mode, and the layers use the same
@@ -60,9 +60,10 @@ def spectral_norm(
 
     Raises:
         TypeError: a weight is neither floating point nor complex.
-        ValueError: module has no layer to normalise, a layer is normalised already, a weight has fewer than two
-            dimensions, no dimension `dim` or no elements, or is sharded by FSDP, n_power_iterations is below 1, eps is
-            not positive, or impl is unknown or cannot run on the device of the weights. `module` is then unchanged.
+        ValueError: module has no layer to normalise, a layer is normalised already or has `max_norm`, a weight has
+            fewer than two dimensions, no dimension `dim` or no elements, is not initialised, or is sharded by FSDP,
+            n_power_iterations is below 1, eps is not positive, or impl is unknown or cannot run on the device of the
+            weights. `module` is then unchanged.
     """
     check_impl(impl)
     if n_power_iterations < 1:
@@ -81,7 +82,7 @@ def spectral_norm(
     forward_pass = _Pass()
     normalized = [_normalize(layer, name, dim, eps, forward_pass, i) for i, layer in enumerate(layers.values())]
     groups = vars(module).setdefault("_spectral_norms", {})
-    if name in groups:  # torch removed its parametrizations
+    if name in groups:  # left over from layers whose parametrizations torch removed
         groups[name].remove(module)
     groups[name] = _Group(module, name, normalized, n_power_iterations, eps, impl, forward_pass)
     return module
@@ -112,7 +113,14 @@ def _has_parameter(layer: nn.Module, name: str, is_root: bool) -> bool:
 def _check(path: str, layer: nn.Module, name: str, dim: int | None) -> None:
     weight = layer._parameters.get(name)
     if weight is None:
-        raise ValueError(f"layer {path!r}: its {name} is normalised or parametrized already")
+        raise ValueError(
+            f"layer {path!r}: its {name} is normalised or parametrized already; remove that first, or call "
+            "spectral_norm once with the outermost module"
+        )
+    if nn.parameter.is_lazy(weight):
+        raise ValueError(f"layer {path!r}: its {name} is not initialised; run a forward pass before spectral_norm")
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(f"layer {path!r}: max_norm would change W/σ in place; use max_norm=None")
     if not (weight.is_floating_point() or weight.is_complex()):
         raise TypeError(f"layer {path!r}: its {name} must be floating point or complex; it is {weight.dtype}")
     if type(weight).__name__ == "DTensor":
@@ -146,7 +154,7 @@ class _SpectralNorm(nn.Module):
 
     Attributes:
         forward_pass: shared by all layers of the wrapped module.
-        index: of this layer among them.
+        index: position of this layer among them.
     """
 
     _u: Tensor
@@ -162,7 +170,7 @@ class _SpectralNorm(nn.Module):
         rows, columns = as_matrix(weight, dim).shape
         for name, size in (("_u", rows), ("_v", columns)):
             self.register_buffer(name, nn.functional.normalize(weight.new_empty(size).normal_(), dim=0, eps=eps))
-        if not weight.is_meta:  # a meta tensor, on which models are often built first, has no values to iterate on
+        if not weight.is_meta:  # a meta tensor has no values
             self.update(weight, 15)
 
     def update(self, weight: Tensor, n_power_iterations: int) -> Tensor:
@@ -185,12 +193,12 @@ class _SpectralNorm(nn.Module):
 
 
 class _Layer(NamedTuple):
-    """A normalised layer. Its dictionaries are faster to read than its attributes.
+    """A normalised layer, with the dictionaries that hold its tensors; they are faster to read than attributes.
 
     Attributes:
-        parametrizations: of the module, by parameter name.
-        parametrization: the one that contains this spectral norm.
-        parameters, buffers: hold W, and u and v.
+        parametrizations: parametrizations of the module, by parameter name.
+        parametrization: the entry of `parametrizations` that contains this spectral norm.
+        parameters, buffers: dictionaries with W ("original"), and with u and v.
     """
 
     module: nn.Module
@@ -267,16 +275,22 @@ class _Group:
             return
         self._forget_removed_layers(module)
         self.forward_pass.n_power_iterations = self.n_power_iterations
-        # FSDP gathers the weights of its layers later, and expects their gradients before those of other layers. Each
-        # of these layers is updated when it reads its weight.
+        layers, weights = [], []
         for layer in self.layers:
-            if type(layer.parameters["original"]) not in PLAIN_TENSORS:
+            weight = layer.parameters.get("original")
+            if weight is None:  # FSDP1 replaces the parameter by an attribute
+                weight = cast(Any, layer.parametrization).original
+            if type(weight) not in PLAIN_TENSORS:
+                # FSDP2 gathers this weight later, and expects its gradient before those of other layers. The layer is
+                # updated when it reads its weight.
                 self.sharded.add(layer.index)
-        layers = [layer for layer in self.layers if layer.module.training and layer.index not in self.sharded]
+            if layer.module.training and layer.index not in self.sharded:
+                layers.append(layer)
+                weights.append(weight)
         if not layers:
             return
         group = Layers(
-            weights=[layer.parameters["original"] for layer in layers],
+            weights=weights,
             us=[layer.buffers["_u"] for layer in layers],
             vs=[layer.buffers["_v"] for layer in layers],
             dims=[layer.dim for layer in layers],

@@ -17,8 +17,8 @@ from dcvae_kernels.dispatch import is_batched, needs_reference, obstacle_to_trit
 from dcvae_kernels.reference import (
     Layers,
     accumulate_dtype,
-    accurate_matrix,
     spectral_norm_update,
+    upcast_matrix,
     without_autocast,
 )
 
@@ -30,17 +30,20 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def normalized_weights(layers: Layers, n_power_iterations: int, eps: float, impl: str) -> Sequence[Tensor]:
-    """Same result as `reference.spectral_norm_update` for n_power_iterations ≥ 1. Twice differentiable."""
+    """Return W/σ of all layers like `reference.spectral_norm_update`, for n_power_iterations ≥ 1.
+
+    Twice differentiable.
+    """
     weights = layers.weights
-    if needs_reference(*weights):
+    if needs_reference(*weights) or torch.compiler.is_exporting():
         return spectral_norm_update(layers, n_power_iterations, eps)
     use_triton = _use_triton(weights[0].device, impl)
     if torch.compiler.is_compiling():
-        if not _uniform(weights):
+        if not _real_and_uniform(weights):
             return spectral_norm_update(layers, n_power_iterations, eps)
         return _compiled(layers, n_power_iterations, eps, use_triton and supported(layers))
     plan = _triton().find_plan(layers) if use_triton else None
-    if plan is None and not _uniform(weights):
+    if plan is None and not _real_and_uniform(weights):
         return spectral_norm_update(layers, n_power_iterations, eps)
     with hidden_from_checkpointing():
         return GroupedSpectralNorm.apply(layers, n_power_iterations, eps, plan, *weights)
@@ -52,7 +55,7 @@ def _triton() -> ModuleType:
     return triton_spectral_norm
 
 
-def _uniform(weights: Sequence[Tensor]) -> bool:
+def _real_and_uniform(weights: Sequence[Tensor]) -> bool:
     dtype, device = weights[0].dtype, weights[0].device
     return not dtype.is_complex and all(x.dtype == dtype and x.device == device for x in weights)
 
@@ -67,7 +70,7 @@ def supported(layers: Layers) -> bool:
     return (
         len(weights) <= MAX_LAYERS
         and weights[0].dtype in DTYPES
-        and _uniform((*weights, *us, *vs))
+        and _real_and_uniform((*weights, *us, *vs))
         and all(x.numel() <= MAX_ELEMENTS and _is_dense(x, dim) for x, dim in zip(weights, dims, strict=True))
         and all(x.is_contiguous() for x in (*us, *vs))
     )
@@ -81,10 +84,10 @@ def _is_dense(weight: Tensor, dim: int) -> bool:
 
 
 def hidden_from_checkpointing() -> AbstractContextManager:
-    """Hide operations, and what they save for the backward pass, from activation checkpointing.
+    """Hide operations, and the tensors that they save for the backward pass, from activation checkpointing.
 
-    It requires that the forward pass and its recomputation run and save the same. But only the forward pass normalises
-    the weights of all layers together.
+    Checkpointing requires the forward pass and its recomputation to run the same operations and save the same tensors,
+    but only the forward pass normalises all weights together.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
@@ -169,8 +172,8 @@ def _differentiable_gradients(ctx: Any, vectors: Tensor, grad_outputs: Sequence[
 
 # Buffers --------------------------------------------------------------------------------------------------------------
 
-# W/σ or dW of all layers share a buffer. Another one holds u, v and σ of all layers, in float32, or float64 if the
-# weights are. They are copies, because the next forward pass can precede this one's backward pass.
+# W/σ or dW of all layers share a buffer. Another one holds u, v and σ of all layers, in float32, or in float64 for
+# float64 weights. They are copies, because the next forward pass can precede this one's backward pass.
 
 
 def buffer_views(weights: Sequence[Tensor]) -> list[tuple[torch.Size, tuple[int, ...], int]]:
@@ -208,7 +211,7 @@ def _update(layers: Layers, n_power_iterations: int, eps: float) -> tuple[Tensor
     weights, us, vs, dims = layers
     dtype = accumulate_dtype(*weights)
     with without_autocast(weights[0].device):
-        matrices = [accurate_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
+        matrices = [upcast_matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
         new_us, new_vs = ([x.to(dtype) for x in vectors] for vectors in (us, vs))
         norms = None
         for _ in range(n_power_iterations):

@@ -93,8 +93,7 @@ def replace_device() -> None:
         module: Any = sys.modules[f"dcvae_kernels.{name}"]
         module.obstacle_to_triton = lambda device: None
     for name, value in (("_multiprocessors", MULTIPROCESSORS), ("_capability", CAPABILITY)):
-        if hasattr(triton_info_nce, name):
-            setattr(triton_info_nce, name, lambda device, value=value: value)
+        setattr(triton_info_nce, name, lambda device, value=value: value)
 
 
 def info_nce_calls() -> dict[str, Callable[[], Any]]:
@@ -153,14 +152,14 @@ def compiled_for_unaligned_gradients() -> int:
     Triton compiles different code for such integers, also if they are elements of a tuple.
     """
     net, weights = normalized_network()
-    before = 0
+    loaded = []
     for offset in (0, 1):
-        before = StubUtils.loaded
         for cache in (launch._COMPILED, triton_spectral_norm._LAYOUTS, triton_spectral_norm._PLANS):
             cache.clear()  # so that Triton inspects the arguments again
         grad_outputs = [torch.randn(x.numel() + 1)[offset:][: x.numel()].view_as(x) for x in weights]
         torch.autograd.grad(net(), weights, grad_outputs)
-    return StubUtils.loaded - before
+        loaded.append(StubUtils.loaded)
+    return loaded[1] - loaded[0]
 
 
 def microseconds(call: Callable[[], Any]) -> dict[str, float]:

@@ -434,6 +434,28 @@ def test_compiles_to_one_graph():
     torch.testing.assert_close(compiled.eval()(images()), eager.eval()(images()))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_in_training_mode(strict: bool):
+    net = pair()[1]
+    module = torch.export.export(net, (images(),), strict=strict).module()
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(module(images()), twin(images()))
+    module(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_parameter_that_is_replaced_by_an_attribute():
+    """FullyShardedDataParallel does this unless use_orig_params is True."""
+    net, twin = pair()[1], pair()[1]
+    entry = net.get_submodule("conv.parametrizations.weight")
+    original = entry._parameters.pop("original")
+    entry.original = original * 1  # type: ignore[operator]
+    net(images()).sum().backward()
+    twin(images()).sum().backward()
+    expected = twin.get_submodule("conv.parametrizations.weight").get_parameter("original").grad
+    torch.testing.assert_close(original.grad, expected)
+
+
 # state_dict, removal --------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +554,10 @@ def test_setting_a_weight_sets_the_original():
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
+def with_max_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2, max_norm=1.0))
+
+
 def half_normalised() -> nn.Module:
     net: Any = Net()
     parametrizations.spectral_norm(net.tail[3])
@@ -567,6 +593,7 @@ def without_outputs() -> nn.Module:
         (half_normalised, {}, ValueError, "layer 'tail.3': .* already"),
         (older_normalised, {}, ValueError, "layer 'up': .* already"),
         (integer, {}, TypeError, "layer 'conv': its weight must be floating point or complex; it is torch.int8"),
+        (with_max_norm, {}, ValueError, "layer '1': max_norm would change W/σ in place; use max_norm=None"),
         (without_outputs, {}, ValueError, r"layer 'tail.3': its weight has no elements; it is \[0, 96\]"),
         (Net, {"n_power_iterations": 0}, ValueError, "n_power_iterations must be at least 1; it is 0"),
         (Net, {"eps": 0.0}, ValueError, "eps must be positive; it is 0.0"),

@@ -409,7 +409,7 @@ def test_retained_graph(recomputed: str):
 
 
 def test_optimizer_step_before_the_backward_pass():
-    """torch raises an error; a gradient for the weights of the forward pass would be right too."""
+    """torch raises an error; ours is the gradient for the weights of the forward pass."""
     torch_net, our_net = pair()
     reference = copy.deepcopy(our_net)
     reference(images()).square().sum().backward()
@@ -420,12 +420,8 @@ def test_optimizer_step_before_the_backward_pass():
                 parameter.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         outputs[0].backward()
-    try:
-        outputs[1].backward()
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
-    else:
-        assert_close(gradients(our_net), gradients(reference))
+    outputs[1].backward()
+    assert_close(gradients(our_net), gradients(reference))
 
 
 def test_forward_pass_before_the_backward_pass_of_an_earlier_one():
@@ -506,9 +502,7 @@ def test_functional_call(recomputed: bool, buffers: bool):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_compiled(on: Implementation, whole: bool):
-    if on.impl == "triton":
-        pytest.skip("torch.compile traces the reference implementation")
+def test_compiled(whole: bool):
     torch_net, our_net = pair()
     our_net.call = directly if whole else RECOMPUTED["not-reentrant"]
     compiled = torch.compile(our_net, backend="aot_eager")

@@ -70,7 +70,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_rounded(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Check for the dtype, and for values that are those of float64 up to the rounding of some dozen layers."""
+    """Check the dtype, and that values equal those of float64 up to the rounding errors of a few dozen layers."""
     assert actual.dtype == dtype
     assert relative_error(actual, expected) < 20 * torch.finfo(dtype).eps
 
@@ -163,16 +163,16 @@ def test_fade_by_a_tensor_takes_the_dtype_of_the_networks(config: ModelConfig, d
 @over_architectures
 def test_gradients_of_parameters_are_those_of_float64(config: ModelConfig, training: bool, dtype: torch.dtype):
     images = image_batch(config, 4).to(dtype)
-    pairs = []
+    gradients = []
     for network in (DCVAE(config), discriminator(config)):
         for net in converted(network.train(training), dtype):
             x = images.to(next(net.parameters()).dtype)
             out = net(x) if isinstance(net, DCVAE) else net(x).score
             upcast_out = out.double() if dtype == torch.float64 else out.float()
             upcast_out.square().mean().backward()
-            pairs.append(torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None]))
-    # A share ε of the (leaky) ReLUs has inputs that rounding moves across 0; the norm of the error grows as √ε.
-    for actual, expected in (pairs[:2], pairs[2:]):
+            gradients.append(torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None]))
+    # Rounding moves the inputs of a fraction ε of the (leaky) ReLUs across 0, so the norm of the error grows as √ε.
+    for actual, expected in (gradients[:2], gradients[2:]):
         assert relative_error(actual, expected) < 4 * torch.finfo(dtype).eps ** 0.5
 
 

@@ -24,7 +24,7 @@ class Launch:
     Args:
         kernel: its parameters are tensors, integers, floats and constants, in this order.
         integers: strides and sizes.
-        options: all constants, in the order of the parameters, and options of the launch.
+        options: constants, whose names are upper case, in the order of the parameters, and options of the launch.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], integers: tuple[int, ...], **options: Any) -> None:

@@ -33,7 +33,7 @@ ROWS, COLUMNS, GROUP, VECTOR = 8, 256, 16, 1024  # blocks of iterate_kernel
 ELEMENTS = 4096  # block of divide_kernel and inner_kernel
 GRADIENT_ROWS, GRADIENT_COLUMNS, PARTIALS = 16, 128, 1024  # blocks of gradient_kernel
 
-MAX_PLANS = 4096  # and layouts; networks can have a plan for each layer
+MAX_PLANS = 4096  # maximum number of plans, and of layouts; each layer of a network can have its own plan
 SPARE_COUNTERS = 32
 _LAYOUTS: dict[tuple[Any, ...], "Layout"] = {}
 _PLANS: dict[tuple[Any, ...], "Plan | None"] = {}
@@ -47,9 +47,9 @@ class Layout:
         table: int64 [layers, fields], see `dcvae_kernels.triton.spectral_norm_kernels`.
         row_blocks, element_blocks, gradient_blocks: int32; layer and block of each program.
         views: size, strides and start of each layer in a buffer for one tensor per layer.
-        sizes: heights, widths and number of layers, the sizes of the parts of a buffer for u, v and σ.
-        elements, workspace, partials, counters: sizes of buffers.
-        divide: for weights whose addresses are not all, and are all multiples of 16.
+        sizes: lengths of u, v and σ of all layers, the parts of `vectors`.
+        elements, workspace, partials, counters: numbers of elements of buffers.
+        divide: launches for weights with any address, and for weights whose addresses are all multiples of 16.
     """
 
     table: Tensor
@@ -76,9 +76,9 @@ class Plan:
     Attributes:
         addresses: int64 [layers, 3], of W, u and v.
         aligned: whether the addresses of all W are multiples of 16.
-        counters: by stream, because launches that overlap must not share counters.
-        captured_counters: of launches in CUDA graphs, which can overlap, too.
-        spare_counters: for further captured launches.
+        counters: one tensor per stream, because launches that overlap must not share counters.
+        captured_counters: one tensor per launch captured in a CUDA graph, because replays can overlap.
+        spare_counters: tensors for further captured launches, allocated before the capture.
     """
 
     layout: Layout
@@ -92,8 +92,8 @@ class Plan:
 def find_plan(layers: Layers) -> Plan | None:
     """Return the plan of the layers, or None if the kernels do not support them.
 
-    The first call with the same layers copies tables to the device, which a CUDA graph cannot capture; it takes place
-    during the warm-up.
+    The first call with the same layers copies tables to the device. A CUDA graph cannot capture this, so run one pass
+    before the capture.
     """
     weights, us, vs, dims = layers
     key = (*_layout_key(weights, dims), *[x.data_ptr() for tensors in (weights, us, vs) for x in tensors])
@@ -253,7 +253,7 @@ def _new_counters(plan: Plan) -> Tensor:
 
 
 def gradients(layout: Layout, normalized: Tensor, vectors: Tensor, grad_output: Sequence[Tensor | None]) -> Tensor:
-    """Return dW of all layers; the values are undefined if the incoming gradient is None."""
+    """Return dW of all layers, undefined for a layer whose grad_output is None."""
     grads = [
         x if x is None or _can_be_read(x, stride) else x.new_empty_strided(size, stride).copy_(x)
         for x, (size, stride, _) in zip(grad_output, layout.views, strict=True)

@@ -32,7 +32,7 @@ def _field(layers, layer, FIELD: tl.constexpr):
 
 @triton.jit
 def _size(layers, layer, FIELD: tl.constexpr):
-    return tl.load(layers + layer * FIELDS + FIELD).to(tl.int32)
+    return _field(layers, layer, FIELD).to(tl.int32)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _hypotenuse(a, b):
 
 @triton.jit
 def _direction(vector, norm, previous, eps):
-    """Return vector/norm, or the previous direction if the vector is 0 or NaN."""
+    """Return vector/norm, or the previous direction if norm is 0 or NaN, as for a vector that is not finite."""
     return tl.where(norm > 0, vector / tl.maximum(norm, eps), previous.to(tl.float32))
 
 
@@ -90,9 +90,9 @@ def iterate_kernel(
 ):  # fmt: skip
     """One power iteration: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖ and σ ← uᵀWv, in the buffers and in `vectors`.
 
-    A program owns BLOCK_ROWS rows. It computes their t = Wv and a part of Wᵀu, for which it replaces u by the direction
-    of its own t, because it does not know ‖Wv‖. The last program of GROUP blocks adds their parts, and the last program
-    of the layer adds those of the groups and writes u, v and σ.
+    A program owns BLOCK_ROWS rows. It computes their t = Wv and their part of Wᵀu. ‖Wv‖ of the whole layer is not known
+    yet, so u is replaced by the direction of the program's t, and `_add_parts` weights the parts. The last program of
+    GROUP blocks adds their parts, and the last program of the layer adds those of the groups and writes u, v and σ.
 
     Args:
         FIRST: read v from its buffer, else from `vectors`, which is more accurate.
