@@ -137,9 +137,16 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "iterations"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 2)], ids=str
+    ("dtype", "channels_last", "iterations"),
+    [
+        (torch.float32, False, 2),
+        (torch.float32, True, 1),
+        (torch.bfloat16, False, 1),
+        (torch.bfloat16, True, 2),
+        (torch.float16, True, 1),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("channels_last", [False, True])
 def test_any_shape_and_layout(on: Implementation, dtype: torch.dtype, channels_last: bool, iterations: int):
     dims, weights, us, vs = problem(on, dtype, channels_last)
     ours = run(on, iterations, dims, weights, us, vs)
