@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import dcvae_kernels
 
@@ -47,6 +47,26 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     """Return the same numbers on every device and, up to rounding, in every dtype."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+
+
+class Weights(nn.Module):
+    """Module whose forward pass returns the weights of its layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self) -> list[Any]:
+        return [layer.weight for layer in self.layers]
+
+
+def vectors(net: nn.Module) -> list[Tensor]:
+    """Return copies of u and v of all layers that spectral_norm normalises."""
+    return [b.clone() for name, b in net.named_buffers() if name.endswith(("._u", "._v"))]
+
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -1,10 +1,13 @@
 """Fixtures: the implementations that the tests run with."""
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+import dcvae_kernels
 from checks import Implementation
 
 
@@ -45,3 +48,10 @@ def on_gpu(triton_on: Implementation) -> Implementation:
     if triton_on.interpreted:
         pytest.skip("needs a CUDA device")
     return triton_on
+
+
+@pytest.fixture
+def use_implementation(on: Implementation, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Make `spectral_norm` of the test's module use the implementation."""
+    impl: Any = on.impl
+    monkeypatch.setattr(request.module, "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=impl))

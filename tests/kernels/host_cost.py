@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import dcvae_kernels
+from checks import Weights
 from dcvae_kernels.triton import info_nce as triton_info_nce
 from dcvae_kernels.triton import launch
 from dcvae_kernels.triton import spectral_norm as triton_spectral_norm
@@ -122,21 +123,10 @@ def passes(forward: Callable[[], Any], inputs: Sequence[Tensor], grad_output: An
     }
 
 
-class Weights(nn.Module):
-    """Module whose forward pass returns the weights of its layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        convolutions = [nn.Conv2d(8, 8, 3) for _ in range(CONVOLUTIONS)]
-        self.layers = nn.ModuleList([*convolutions, *(nn.Linear(8, 8) for _ in range(LINEAR))])
-
-    def forward(self) -> list[Any]:
-        return [layer.weight for layer in self.layers]
-
-
 def normalized_network() -> tuple[nn.Module, list[Tensor]]:
     """Return the module and the weights before normalization."""
-    net = dcvae_kernels.spectral_norm(Weights(), impl="triton")
+    convolutions, linear = [nn.Conv2d(8, 8, 3) for _ in range(CONVOLUTIONS)], [nn.Linear(8, 8) for _ in range(LINEAR)]
+    net = dcvae_kernels.spectral_norm(Weights(*convolutions, *linear), impl="triton")
     return net, [p for name, p in net.named_parameters() if name.endswith("original")]
 
 

@@ -4,7 +4,6 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,16 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
-import dcvae_kernels
-from checks import Implementation
+from checks import Implementation, all_equal, vectors
 from dcvae_kernels import reference, remove_spectral_norm, spectral_norm, spectral_norm_autograd
 
-
-@pytest.fixture(autouse=True)
-def use_implementation(on: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test of this file with every implementation."""
-    impl: Any = on.impl
-    monkeypatch.setitem(globals(), "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=impl))
+pytestmark = pytest.mark.usefixtures("use_implementation")
 
 
 class Net(nn.Module):
@@ -140,14 +133,6 @@ def test_hand_computed():
 
 
 # Updates --------------------------------------------------------------------------------------------------------------
-
-
-def vectors(net: nn.Module) -> list[Tensor]:
-    return [b.clone() for name, b in net.named_buffers() if name.endswith(("._u", "._v"))]
-
-
-def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_one_update_for_all_layers_in_a_training_forward(monkeypatch: pytest.MonkeyPatch):

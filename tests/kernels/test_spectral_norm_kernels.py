@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks import Implementation, compiled_ahead, device_kernels, leaves, poison_allocations, record_launches
+from checks import (
+    Implementation,
+    Weights,
+    compiled_ahead,
+    device_kernels,
+    leaves,
+    poison_allocations,
+    record_launches,
+)
 from dcvae_kernels import reference, spectral_norm, spectral_norm_autograd
 
 kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
@@ -17,23 +25,12 @@ kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
 UPDATE, GRADIENT = ["iterate_kernel", "divide_kernel"], ["inner_kernel", "gradient_kernel"]
 
 
-class Weights(nn.Module):
-    """Module whose forward pass returns the weights of its layers."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self) -> list[Any]:
-        return [layer.weight for layer in self.layers]
-
-
 @pytest.mark.parametrize(("layers", "n_power_iterations"), [(1, 1), (1, 3), (100, 1)])
 def test_launches_do_not_depend_on_the_number_of_layers(
     triton_on: Implementation, layers: int, n_power_iterations: int
 ):
     layers = min(layers, 20) if triton_on.interpreted else layers
-    net = Weights([nn.Linear(2 + i % 3, 1 + i % 5) if i % 2 else nn.Conv2d(1, 2, i % 3 + 1) for i in range(layers)])
+    net = Weights(*(nn.Linear(2 + i % 3, 1 + i % 5) if i % 2 else nn.Conv2d(1, 2, i % 3 + 1) for i in range(layers)))
     spectral_norm(net, n_power_iterations, impl="triton")
     launches = []
     with record_launches(kernels, launches):
@@ -44,7 +41,7 @@ def test_launches_do_not_depend_on_the_number_of_layers(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_gpu")
 def test_only_our_kernels_are_launched():
-    net = spectral_norm(Weights([nn.Conv2d(8, 8, 3) for _ in range(10)]), impl="triton")
+    net = spectral_norm(Weights(*(nn.Conv2d(8, 8, 3) for _ in range(10))), impl="triton")
     grad_output = [torch.randn(8, 8, 3, 3) for _ in range(10)]
     parameters = [p for p in net.parameters() if p.ndim == 4]
 
@@ -333,7 +330,7 @@ def test_no_out_of_bounds_accesses(triton_on: Implementation, shapes: Shapes | N
 @pytest.mark.usefixtures("on_gpu")
 def test_cuda_graph():
     layers = [nn.Conv2d(8, 8, 3), nn.Linear(8, 3)]
-    net = spectral_norm(Weights(layers), impl="triton")
+    net = spectral_norm(Weights(*layers), impl="triton")
     parameters = [p for p in net.parameters() if p.ndim > 1]
 
     def step() -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks import Implementation, poison_allocations
+from checks import Implementation, Weights, poison_allocations
 from dcvae_kernels import reference, spectral_norm, spectral_norm_autograd
 
 kernels = pytest.importorskip("dcvae_kernels.triton.spectral_norm")
@@ -182,17 +182,6 @@ def test_rows_of_a_parameter(triton_on: Implementation):
 
 
 # Streams and CUDA graphs ----------------------------------------------------------------------------------------------
-
-
-class Weights(nn.Module):
-    """Module whose forward pass returns the weights of its layers."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self) -> list[Any]:
-        return [layer.weight for layer in self.layers]
 
 
 def converged(rows: int = 1024, columns: int = 256) -> Any:

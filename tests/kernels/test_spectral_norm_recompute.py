@@ -23,8 +23,7 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-import dcvae_kernels
-from checks import Implementation, randn
+from checks import Implementation, all_equal, randn, vectors
 from dcvae_kernels import spectral_norm
 
 Call = Callable[..., Tensor]  # checkpoint(part, *inputs), or the part alone
@@ -32,11 +31,7 @@ Call = Callable[..., Tensor]  # checkpoint(part, *inputs), or the part alone
 LAYERS = ["body.0", "body.2", "head.1"]
 
 
-@pytest.fixture(autouse=True)
-def use_implementation(on: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test of this file with every implementation."""
-    impl: Any = on.impl
-    monkeypatch.setitem(globals(), "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=impl))
+pytestmark = pytest.mark.usefixtures("use_implementation")
 
 
 @pytest.fixture
@@ -126,14 +121,6 @@ def assert_same_steps(torch_net: Any, our_net: Any, call: Call, steps: int = 2) 
         for net in (torch_net, our_net):
             torch.optim.SGD(net.parameters(), lr=0.1).step()
         assert_same_state(our_net, torch_net)
-
-
-def vectors(net: nn.Module) -> list[Tensor]:
-    return [b.clone() for b in net.buffers()]
-
-
-def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # Checkpointing --------------------------------------------------------------------------------------------------------

@@ -13,16 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
-import dcvae_kernels
-from checks import Implementation, randn
+from checks import randn, vectors
 from dcvae_kernels import remove_spectral_norm, spectral_norm
 
-
-@pytest.fixture(autouse=True)
-def use_implementation(on: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test of this file with every implementation."""
-    impl: Any = on.impl
-    monkeypatch.setitem(globals(), "spectral_norm", partial(dcvae_kernels.spectral_norm, impl=impl))
+pytestmark = pytest.mark.usefixtures("use_implementation")
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,10 +68,6 @@ def assert_equal_states(nets: tuple[nn.Module, nn.Module], rtol: float = 1e-5) -
     torch_state, our_state = (net.state_dict() for net in nets)
     assert list(our_state) == list(torch_state)
     torch.testing.assert_close(dict(our_state), dict(torch_state), rtol=rtol, atol=0.1 * rtol)
-
-
-def vectors(net: nn.Module) -> list[Tensor]:
-    return [b.clone() for name, b in net.named_buffers() if name.endswith(("._u", "._v"))]
 
 
 def iterate(matrix: Tensor, v: Tensor, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
