@@ -70,8 +70,7 @@ def assert_same_gradients(our_net: nn.Module, torch_net: nn.Module) -> None:
 # Against torch --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_power_iterations", [1, 2, 5])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("n_power_iterations", "channels_last"), [(1, False), (1, True), (2, True), (5, False)])
 def test_same_as_torch_step_by_step(on: Implementation, n_power_iterations: int, channels_last: bool):
     """Compare weights, u, v, outputs and gradients in every optimizer step, starting from the state of torch's network.
 
@@ -420,7 +419,9 @@ def test_compiles_to_one_graph():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exports_in_training_mode(strict: bool):
+def test_exports_in_training_mode(on: Implementation, strict: bool):
+    if on.impl == "triton":
+        pytest.skip("the reference implementation is exported")
     net = pair()[1]
     module = torch.export.export(net, (images(),), strict=strict).module()
     twin = copy.deepcopy(net)

@@ -559,6 +559,7 @@ def test_normalized_weights_are_freed_by_the_backward_pass(on: Implementation, r
         assert loss.grad_fn is not None and weights.alive() == 0
 
 
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_normalized_weights_are_freed_after_a_pass_without_graph(on: Implementation, context: Any):
     _, our_net = pair()
