@@ -141,7 +141,7 @@ def two_passes(rank: int, impl: Any, each_layer: bool) -> None:
 
 
 def frozen(rank: int, impl: Any, each_layer: bool) -> None:
-    """Frozen layers are iterated, and are not changed by training."""
+    """Power iterations run for frozen layers too, and training does not change these layers."""
     net, single = normalised(impl), normalised_by_torch()
     for module in (net, single):
         module.get_submodule("body.0").requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Plans and counters of the Triton kernels of spectral norm: reuse, streams, CUDA graphs, and weights that change."""
+"""Plans and counters of the Triton kernels of spectral norm: reuse, streams, CUDA graphs, changed weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +56,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def on_cuda(plan: Any) -> Any:
-    """Return the plan with addresses that claim to be on a CUDA device."""
+    """Return a copy of the plan whose addresses report a CUDA device."""
     addresses: Any = SimpleNamespace(device=torch.device("cuda", 0), new_zeros=plan.addresses.new_zeros)
     return replace(plan, addresses=addresses)
 
@@ -202,7 +202,7 @@ def assert_converged(outputs: list[list[Tensor]]) -> None:
 
 
 def test_converged(triton_on: Implementation):
-    """Updates of the module for the next tests do not change its weights."""
+    """Updates of the module that the next tests use do not change its weights."""
     net = converged(16, 8) if triton_on.interpreted else converged()
     assert_converged([[w.detach() for w in net()] for _ in range(3)])
 

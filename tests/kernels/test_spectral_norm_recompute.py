@@ -65,6 +65,13 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.call(self.body, x)))
 
 
+def recompute(net: Net, recomputed: str, whole: bool) -> Call:
+    """Make `net` recompute its body, or return a call that recomputes the whole of it."""
+    call = RECOMPUTED.get(recomputed, directly)
+    net.call = directly if whole else call
+    return call if whole else directly
+
+
 def images(seed: int = 0) -> Tensor:
     return randn(3, 2, 4, 4, seed=seed).to(torch.get_default_device()).requires_grad_()
 
@@ -179,7 +186,7 @@ def test_checkpoint_without_early_stop():
 
 
 def test_selective_checkpoint():
-    """Convolutions are stored, all else is recomputed."""
+    """Convolutions are stored, and all other operations are recomputed."""
     operations = [torch.ops.aten.convolution.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     context = partial(create_selective_checkpoint_contexts, operations)
     torch_net, our_net = pair()
@@ -208,8 +215,7 @@ def test_checkpoint_wrapper(first: bool):
 def test_no_update_in_a_backward_pass(recomputed: str, whole: bool):
     """A backward pass leaves u and v unchanged, and the next forward pass updates them."""
     _, our_net = pair()
-    call = RECOMPUTED[recomputed] if whole else directly
-    our_net.call = directly if whole else RECOMPUTED[recomputed]
+    call = recompute(our_net, recomputed, whole)
     for seed in range(2):
         before = vectors(our_net)
         output = call(our_net, images(seed))
@@ -300,9 +306,9 @@ def test_two_forward_passes_and_two_backward_passes(recomputed: str):
 @pytest.mark.parametrize("whole", [True, False])
 def test_evaluation_mode(recomputed: str, whole: bool):
     torch_net, our_net = (net.eval() for net in pair())
-    our_net.call = directly if whole else RECOMPUTED[recomputed]
+    call = recompute(our_net, recomputed, whole)
     before = vectors(our_net)
-    assert_same_steps(torch_net, our_net, RECOMPUTED[recomputed] if whole else directly)
+    assert_same_steps(torch_net, our_net, call)
     assert all_equal(vectors(our_net), before)
 
 
@@ -339,8 +345,7 @@ def test_part_in_evaluation_mode(recomputed: str, evaluated: str):
 def test_autocast(on: Implementation, recomputed: str, whole: bool):
     """The recomputation sees the autocast state of the forward pass. Compare with the network without it."""
     nets = pair()[1], pair()[1]
-    nets[1].call = directly if whole else RECOMPUTED[recomputed]
-    calls = directly, RECOMPUTED[recomputed] if whole else directly
+    calls = directly, recompute(nets[1], recomputed, whole)
     for step in range(2):
         inputs = images(step), images(step)
         for net, call, x in zip(nets, calls, inputs, strict=True):
@@ -358,10 +363,9 @@ def test_autocast(on: Implementation, recomputed: str, whole: bool):
 @pytest.mark.parametrize("whole", [True, False])
 def test_gradient_penalty(whole: bool):
     torch_net, our_net = pair()
-    recomputed = RECOMPUTED["not-reentrant"]
-    our_net.call = directly if whole else recomputed
+    calls = directly, recompute(our_net, "not-reentrant", whole)
     for step in range(2):
-        for net, call in ((torch_net, directly), (our_net, recomputed if whole else directly)):
+        for net, call in zip((torch_net, our_net), calls, strict=True):
             net.zero_grad()
             x = images(step)
             (slope,) = torch.autograd.grad(call(net, x).square().sum(), x, create_graph=True)
@@ -471,7 +475,7 @@ def test_saved_tensor_hooks_and_checkpoint(recomputed: str):
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("buffers", [False, True])
 def test_functional_call(recomputed: bool, buffers: bool):
-    """Weights, and u and v, given from outside are those that are used and updated."""
+    """The given weights are used, and the given u and v are updated."""
     torch_net, our_net = pair()
     results = []
     for net in (torch_net, our_net):
@@ -491,9 +495,8 @@ def test_functional_call(recomputed: bool, buffers: bool):
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled(whole: bool):
     torch_net, our_net = pair()
-    our_net.call = directly if whole else RECOMPUTED["not-reentrant"]
+    call = recompute(our_net, "not-reentrant", whole)
     compiled = torch.compile(our_net, backend="aot_eager")
-    call = RECOMPUTED["not-reentrant"] if whole else directly
     assert_same_steps(torch_net, our_net, lambda _, x: call(compiled, x))
 
 
@@ -533,13 +536,12 @@ def without_garbage_collection() -> Iterator[None]:
 @pytest.mark.parametrize("recomputed", ["directly", *RECOMPUTED])
 @pytest.mark.parametrize("whole", [True, False])
 def test_normalized_weights_are_freed_with_the_output(on: Implementation, recomputed: str, whole: bool):
-    """There is no reference cycle: the weights die with the graph, without the garbage collector."""
+    """The weights are freed with the graph, without the garbage collector, because no reference cycle holds them."""
     _, our_net = pair()
-    call = RECOMPUTED.get(recomputed, directly)
-    our_net.call = directly if whole else call
+    call = recompute(our_net, recomputed, whole)
     with without_garbage_collection():
         with Weights(on) as weights:
-            output = (call if whole else directly)(our_net, images())
+            output = call(our_net, images())
         if recomputed == "directly":
             assert weights.alive() == len(weights.storages) == len(LAYERS)
         del output
@@ -551,10 +553,9 @@ def test_normalized_weights_are_freed_with_the_output(on: Implementation, recomp
 def test_normalized_weights_are_freed_by_the_backward_pass(on: Implementation, recomputed: str, whole: bool):
     """A loss that is kept, for example for logging, does not keep the weights."""
     _, our_net = pair()
-    call = RECOMPUTED.get(recomputed, directly)
-    our_net.call = directly if whole else call
+    call = recompute(our_net, recomputed, whole)
     with without_garbage_collection(), Weights(on) as weights:
-        loss = (call if whole else directly)(our_net, images()).square().sum()
+        loss = call(our_net, images()).square().sum()
         loss.backward()
         assert loss.grad_fn is not None and weights.alive() == 0
 

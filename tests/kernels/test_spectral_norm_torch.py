@@ -119,7 +119,7 @@ def test_embedding(options: dict[str, Any]):
 
 
 def test_network_of_all_layer_types():
-    """Every layer type within one network is found, and layers of other types stay as they are."""
+    """Layers of all supported types in a network are normalised, and layers of other types are unchanged."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -219,7 +219,7 @@ def test_multihead_attention(name: str, options: dict[str, int] | None):
 
 @pytest.mark.parametrize("make", [partial(nn.LSTM, 3, 4), partial(nn.GRU, 3, 4), partial(nn.RNN, 3, 4, 2)])
 def test_recurrent_layer(make: Callable[[], nn.Module]):
-    """A recurrent layer keeps references to its weights, which have to be those of the current pass."""
+    """A recurrent layer keeps references to its weights, which must be those of the current pass."""
     _, our_net = pair(make, name="weight_hh_l0")
     weight = our_net.parametrizations.weight_hh_l0
     plain = make()
@@ -447,7 +447,7 @@ def test_no_grad_in_training_mode_updates():
 
 
 def test_inference_mode():
-    """In inference mode the update happens too, and the next training pass works."""
+    """A pass in inference mode updates u and v, and the next training pass works."""
     nets = pair(lambda: nn.Linear(3, 4))
     with torch.inference_mode():
         outputs = [net(noise(2, 3)) for net in nets]
@@ -499,7 +499,7 @@ def gradcheck_layer(dtype: torch.dtype = torch.float64) -> Any:
 
 
 def with_constant_vectors(layer: Any, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `call` with u and v set to their present values before each call."""
+    """Return a function that resets u and v to their current values and then calls `call`."""
     saved = [b.clone() for b in layer.buffers()]
 
     def repeatable(*args: Tensor) -> Tensor:
@@ -584,7 +584,7 @@ def test_state_dict_keys_and_strictness(passes: int):
 
 @pytest.mark.parametrize("name", ["weight", "cube"])
 def test_state_dict_interchange(name: str):
-    """States pass both ways between the implementations, and into a module that is wrapped again."""
+    """Load states of each implementation into the other, and into a module that is wrapped again."""
     make: Any = Product if name == "cube" else partial(nn.ConvTranspose1d, 3, 2, 2)
     x = [noise(2, 3, *([] if name == "cube" else [4]), seed=seed) for seed in range(3)]
     torch_net, our_net = pair(make, 2, name=name)
@@ -621,7 +621,7 @@ def test_assigned_and_swapped_tensors(swap: bool):
 
 @pytest.mark.parametrize("name", ["weight", "cube"])
 def test_loads_the_older_keys(name: str):
-    """`<name>_orig`, `<name>_u` and `<name>_v` are those of torch.nn.utils.spectral_norm."""
+    """torch.nn.utils.spectral_norm names its tensors `<name>_orig`, `<name>_u` and `<name>_v`."""
     make: Any = Product if name == "cube" else partial(nn.Conv3d, 2, 3, 2)
     older = make()
     with warnings.catch_warnings():
@@ -666,7 +666,7 @@ def test_shared_layer_is_updated_once():
 
 
 class Scaled(nn.Module):
-    """Parametrization with a parameter of its own."""
+    """Parametrization that has a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -712,7 +712,7 @@ def hooks(net: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("leave_parametrized", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_layers_removed_individually(leave_parametrized: bool, training: bool):
-    """The other layers remain normalised, and nothing of ours is left after the last one."""
+    """The other layers remain normalised. After the removal from the last one, no hooks remain."""
     nets = pair(three_layers, layers=["0", "2", "4"])
     for index in (2, 0, 4):
         for net in nets:

@@ -47,8 +47,7 @@ class Layout:
         table: int64 [layers, fields], see `dcvae_kernels.triton.spectral_norm_kernels`.
         row_blocks, element_blocks, gradient_blocks: int32; layer and block of each program.
         views: size, strides and start of each layer in a buffer for one tensor per layer.
-        sizes: lengths of u, v and σ of all layers, the parts of `vectors`.
-        elements, workspace, partials, counters: numbers of elements of buffers.
+        elements, vectors, workspace, partials, counters: numbers of elements of buffers.
         divide: launches for weights with any address, and for weights whose addresses are all multiples of 16.
     """
 
@@ -57,8 +56,8 @@ class Layout:
     element_blocks: Tensor
     gradient_blocks: Tensor
     views: Sequence[tuple[torch.Size, tuple[int, ...], int]]
-    sizes: tuple[int, ...]
     elements: int
+    vectors: int
     workspace: int
     partials: int
     counters: int
@@ -197,8 +196,8 @@ def _make_layout(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
         element_blocks=table_on_device(element_blocks),
         gradient_blocks=table_on_device(gradient_blocks),
         views=views,
-        sizes=(us[-1], vs[-1] - us[-1], number),
         elements=buffer_size(weights),
+        vectors=sigmas[-1],
         workspace=norms[-1],
         partials=partials[-1],
         counters=cdiv(groups[-1], 4) * 4,  # a multiple of 16 bytes
@@ -220,7 +219,7 @@ def update(plan: Plan, like: Tensor, n_power_iterations: int, eps: float) -> tup
     """Update u and v in place. Return W/σ, and u, v and σ, of all layers."""
     layout = plan.layout
     normalized = like.new_empty(layout.elements)
-    vectors = like.new_empty(sum(layout.sizes), dtype=torch.float32)
+    vectors = like.new_empty(layout.vectors, dtype=torch.float32)
     workspace = like.new_empty(layout.workspace, dtype=torch.float32)
     counters = _counters(plan)
     tables = plan.addresses, layout.table
