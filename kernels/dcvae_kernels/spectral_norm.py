@@ -275,22 +275,16 @@ class _Group:
             return
         self._forget_removed_layers(module)
         self.forward_pass.n_power_iterations = self.n_power_iterations
-        layers, weights = [], []
+        # FSDP2 gathers the weights of its layers later, and expects their gradients before those of other layers. FSDP1
+        # can replace a parameter by an attribute. Each of these layers is updated when it reads its weight.
         for layer in self.layers:
-            weight = layer.parameters.get("original")
-            if weight is None:  # FSDP1 replaces the parameter by an attribute
-                weight = cast(Any, layer.parametrization).original
-            if type(weight) not in PLAIN_TENSORS:
-                # FSDP2 gathers this weight later, and expects its gradient before those of other layers. The layer is
-                # updated when it reads its weight.
+            if type(layer.parameters.get("original")) not in PLAIN_TENSORS:
                 self.sharded.add(layer.index)
-            if layer.module.training and layer.index not in self.sharded:
-                layers.append(layer)
-                weights.append(weight)
+        layers = [layer for layer in self.layers if layer.module.training and layer.index not in self.sharded]
         if not layers:
             return
         group = Layers(
-            weights=weights,
+            weights=[layer.parameters["original"] for layer in layers],
             us=[layer.buffers["_u"] for layer in layers],
             vs=[layer.buffers["_v"] for layer in layers],
             dims=[layer.dim for layer in layers],

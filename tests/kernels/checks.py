@@ -65,6 +65,13 @@ def vectors(net: nn.Module) -> list[Tensor]:
     return [b.clone() for name, b in net.named_buffers() if name.endswith(("._u", "._v"))]
 
 
+def reset_vectors(net: nn.Module) -> None:
+    """Set all elements of each u and v to the same value, so that an update changes them, also if they had converged."""
+    for name, buffer in net.named_buffers():
+        if name.endswith(("._u", "._v")):
+            buffer.fill_(len(buffer) ** -0.5)
+
+
 def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

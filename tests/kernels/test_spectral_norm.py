@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
-from checks import Implementation, all_equal, vectors
+from checks import Implementation, all_equal, reset_vectors, vectors
 from dcvae_kernels import reference, remove_spectral_norm, spectral_norm, spectral_norm_autograd
 
 pytestmark = pytest.mark.usefixtures("use_implementation")
@@ -215,12 +215,25 @@ def test_nothing_is_stale_after_an_interrupted_forward_pass():
     net: Any = spectral_norm(Interrupted())
     with pytest.raises(KeyboardInterrupt):
         net(torch.ones(1, 3))
-    twin = copy.deepcopy(net)
+    net.eval().interrupt = False
     with torch.no_grad():
-        net.linear.parametrizations.weight.original.mul_(2)
-    for module in (net.eval(), twin.eval()):
-        module.interrupt = False
-    torch.testing.assert_close(net(torch.ones(1, 3)), twin(torch.ones(1, 3)))  # W/σ does not depend on the scale of W
+        net.linear.parametrizations.weight.original.copy_(torch.diag(torch.arange(1.0, 4)))
+    weight, norm = net.linear.parametrizations.weight.original, net.linear.parametrizations.weight[0]
+    torch.testing.assert_close(net(torch.ones(1, 3)), (weight.sum(1) / (norm._u @ weight @ norm._v))[None])
+
+
+def test_deepcopy_after_an_interrupted_forward_pass():
+    net: Any = spectral_norm(nn.Sequential(nn.Linear(3, 3, bias=False)))
+    hook = net[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net(torch.ones(1, 3))
+    hook.remove()
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(twin(torch.ones(1, 3)), net(torch.ones(1, 3)))
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_deepcopy_within_a_forward_pass():
@@ -516,11 +529,24 @@ def test_removal_leaves_outputs_and_copies_unchanged(copied: bool):
 def test_weight_is_normalised_again_after_torch_removed_the_parametrization():
     net: Any = spectral_norm(nn.Linear(3, 3))
     parametrize.remove_parametrizations(net, "weight")
-    spectral_norm(net)
+    reset_vectors(spectral_norm(net))
     before = vectors(net)
     net(torch.ones(1, 3))
     assert before and not all_equal(vectors(net), before)
     assert len(net._forward_pre_hooks) == len(net._forward_hooks) == 1
+
+
+def test_one_of_two_parameters_is_normalised_again():
+    net: Any = nn.Bilinear(3, 3, 2)
+    net.second = nn.Parameter(torch.randn(3, 2))
+    spectral_norm(net)
+    spectral_norm(net, name="second")
+    parametrize.remove_parametrizations(net, "second")
+    reset_vectors(spectral_norm(net, name="second"))
+    before = vectors(net)
+    net(torch.ones(1, 3), torch.ones(1, 3))
+    assert len(before) == 4
+    assert not any(torch.equal(x, y) for x, y in zip(vectors(net), before, strict=True))
 
 
 def test_removal_leaves_a_layer_that_another_call_normalised():
