@@ -66,7 +66,7 @@ def vectors(net: nn.Module) -> list[Tensor]:
 
 
 def reset_vectors(net: nn.Module) -> None:
-    """Set all elements of each u and v to the same value, so that an update changes them, also if they had converged."""
+    """Set all elements of each u and v to the same value, so that an update changes them."""
     for name, buffer in net.named_buffers():
         if name.endswith(("._u", "._v")):
             buffer.fill_(len(buffer) ** -0.5)
