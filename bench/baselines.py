@@ -3,7 +3,8 @@
 Eager, float32, NCHW. Order and economy are the authors': prior samples are detached in the discriminator's step, the
 reconstruction is not, and gradients of networks that are not stepped are cleared before their next use. Each step makes
 its own reconstruction, and each kind of image has its own pass through the discriminator. Given the same seed, the
-baseline draws the same noise as `TrainStep`; with the networks that grow, it computes the same.
+baseline draws the same noise as `TrainStep`. It computes the same with the networks that grow, and at 32×32 if
+`loss.passes` is separate.
 """
 
 from copy import deepcopy
@@ -52,7 +53,7 @@ def with_plain_layers(network: nn.Module) -> nn.Module:
 
 
 def with_plain_spectral_norm(m: ModelConfig, ours: Networks) -> tuple[nn.Module, ...]:
-    """Return copies of encoder, decoder and discriminator at 32×32 whose spectral norms are updated in every call."""
+    """Return copies of E, G, C and C′ at 32×32 whose spectral norms are updated in every call."""
     encoder = autogan.Encoder(m.latent_dim, m.encoder_width, m.image_channels)
     encoder.trunk = autogan.Trunk(m.image_channels, m.encoder_width, 2 * m.latent_dim)
     discriminator = autogan.Discriminator(m.discriminator_width, m.image_channels, m.contrast_dim)
@@ -62,7 +63,10 @@ def with_plain_spectral_norm(m: ModelConfig, ours: Networks) -> tuple[nn.Module,
             parametrizations.spectral_norm(layer)
     encoder.load_state_dict(ours.encoder.state_dict())
     discriminator.load_state_dict(ours.discriminator.state_dict())
-    return encoder, deepcopy(ours.decoder), discriminator
+    momentum = deepcopy(discriminator)
+    assert ours.contrast is not None
+    momentum.load_state_dict(ours.contrast.momentum.state_dict())
+    return encoder, deepcopy(ours.decoder), discriminator, momentum
 
 
 # --- losses ---
@@ -109,11 +113,14 @@ class Baseline:
             )
         self.config, self.device = config, torch.device(device)
         ours = Networks(config)
-        networks: Any = (with_plain_layers(network) for network in (ours.encoder, ours.decoder, ours.discriminator))
-        if not config.model.grows:
+        assert ours.contrast is not None
+        networks: Any = ours.encoder, ours.decoder, ours.discriminator, ours.contrast.momentum
+        if config.model.grows:
+            networks = map(with_plain_layers, networks)
+        else:
             networks = with_plain_spectral_norm(config.model, ours)
-        self.encoder, self.decoder, self.discriminator = (network.to(self.device) for network in networks)
-        self.momentum = deepcopy(self.discriminator).requires_grad_(False)
+        self.encoder, self.decoder, self.discriminator, self.momentum = (n.to(self.device) for n in networks)
+        self.momentum.requires_grad_(False)
         self.decoder_ema = deepcopy(self.decoder).requires_grad_(False)
         critic = self.discriminator.critic
         groups = {"encoder": self.encoder, "decoder": self.decoder, "trunk": critic.trunk, "score": critic.score}
@@ -169,8 +176,8 @@ class Baseline:
 
     def _discriminator_step(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
         loss, losses = self.config.loss, {}
-        rec, _ = self._reconstruct(x, noise)
         fake = self.decoder(self._noise(len(x))).detach()
+        rec, _ = self._reconstruct(x, noise)
         penalises_real = loss.adversarial == "logistic_r1" and self.iterations % loss.penalty_every == 0
         real = x.detach().requires_grad_(penalises_real)
         real_score, fake_score, rec_score = self._score(real), self._score(fake), self._score(rec)
@@ -192,10 +199,11 @@ class Baseline:
         return losses
 
     def _autoencoder_steps(self, x: Tensor, noise: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """Use the noise of the discriminator's step first, because ours reuses that step's reconstruction."""
         loss = self.config.loss
-        rec, kl = self._reconstruct(x, noise)
         fake = self.decoder(self._noise(self.config.train.sampled_batch or len(x)))
+        if loss.passes == "separate":  # otherwise ours reuses the reconstruction of the discriminator's step
+            noise = self._noise(len(x))
+        rec, kl = self._reconstruct(x, noise)
         adversarial = adversarial_loss(self._score(fake), self._score(rec), loss.adversarial)
         if loss.order == "sequential":
             self._step(adversarial + loss.kl_weight * kl, "encoder", "decoder")

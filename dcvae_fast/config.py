@@ -201,6 +201,10 @@ class LossConfig(_Section):
             1e-6 times the sum over 64 images)
         order: sequential (official) updates the autoencoder first for the adversarial loss, then for the instance loss;
             joint makes one update for both (Eq. 9)
+        passes: merged scores all images of a step in one pass through the discriminator, and the discriminator and
+            adversarial losses share one reconstruction, which is faster; separate (official) scores real, sampled and
+            reconstructed images in one pass each, each of which updates spectral norm, and reconstructs with new noise
+            for each loss
     """
 
     objective: Literal["dc_vae", "vae", "vae_gan", "vae_contrastive"] = "dc_vae"
@@ -210,6 +214,7 @@ class LossConfig(_Section):
     drift: float = setting(1e-3, least=0)
     kl_weight: float = setting(6.4e-5, least=0)
     order: Literal["sequential", "joint"] = "sequential"
+    passes: Literal["merged", "separate"] = "merged"
 
     @property
     def has_gan(self) -> bool:
@@ -292,6 +297,10 @@ class TrainConfig(_Section):
         ema_decay: decay of the exponential moving average (EMA) of the decoder's weights, with which a trained model
             samples and reconstructs; in [0, 1)
         seed: seed of all random numbers
+        initialization: initial weights and spectral norm of encoder and discriminator; autogan only. xavier draws all
+            convolutions from Xavier's uniform distribution; official, which is what the authors' code does in effect,
+            draws those with spectral norm from torch's default, which is narrower and makes the first steps larger in
+            proportion, and starts spectral norm from random vectors, other ones for the momentum discriminator
         device: cpu, cuda, cuda:N, or auto (cuda if available); with several processes, each uses the GPU of its local
             rank
         micro_batch: real images per forward and backward pass, to save memory; null for the whole batch; progressive
@@ -317,6 +326,7 @@ class TrainConfig(_Section):
     n_critic: int = setting(5, least=1)
     ema_decay: float = setting(0.999, least=0, below=1)
     seed: int = 0
+    initialization: Literal["xavier", "official"] = "xavier"
     device: str = setting("auto", may_change=True)
     micro_batch: int | None = setting(None, least=1)
     checkpoint_activations: bool = setting(False, may_change=True)
@@ -397,6 +407,8 @@ class Config:
             enabled = train.checkpoint_activations
             _check("train.checkpoint_activations", enabled, not enabled, "false for autogan")
             return
+        initialization = train.initialization
+        _check("train.initialization", initialization, initialization == "xavier", "xavier for progressive")
         # Samples and reconstructions are scored in one batch, which minibatch statistics cut into equal parts.
         _check("train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null for progressive")
         local = contrast.local_start_images

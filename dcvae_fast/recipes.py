@@ -59,7 +59,9 @@ RECIPES = {
                                                      "model.sample_clamp": 1.0, "model.reconstruct_from": "sample",
                                                      "contrast.layers": ("b1", "final"), "contrast.negatives": 8192,
                                                      "contrast.queue_start": "noise",
-                                                     "contrast.exclude_same_image": False, "train.seed": 123}),
+                                                     "contrast.exclude_same_image": False,
+                                                     "loss.passes": "separate", "train.initialization": "official",
+                                                     "train.seed": 123}),
 
     # CelebA: the 128×128 pixels around the face (Table 5), or these resized to 64×64.
     "celeba128":              Recipe(None, _LARGE | {"data.name": "celeba", "data.mirror": True,

@@ -1,4 +1,5 @@
-"""Old names of settings, networks and fields, so that files of earlier versions still load. Imports no torch."""
+"""Old names of settings, networks and fields, and values of settings that earlier versions did not have, so that their
+files still load. Imports no torch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +7,8 @@ from typing import Any
 from dcvae_fast.errors import ConfigError
 
 SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementation"}
+# What earlier versions did, by setting that they did not have.
+ADDED = {"loss.passes": "merged", "train.initialization": "xavier"}
 NETWORKS = {"decoder_average": "decoder_ema"}
 MEASUREMENT_FIELDS = {"of": "subject", "spread_is": "spread_kind"}
 
@@ -23,6 +26,16 @@ def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
         values = config.get(section)
         if isinstance(values, dict) and option in values:
             values.setdefault(new.partition(".")[2], values.pop(option))
+    return config
+
+
+def complete_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the current names of settings, and with the settings of `ADDED`."""
+    config = rename_settings(config)
+    for setting, value in ADDED.items():
+        section, option = setting.split(".")
+        if isinstance(values := config.get(section), dict):
+            values.setdefault(option, value)
     return config
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dcvae_fast.config import Config, changes, to_dict
 from dcvae_fast.errors import RunError, reason
-from dcvae_fast.renamed import rename_networks, rename_settings
+from dcvae_fast.renamed import complete_settings, rename_networks
 from dcvae_pipelines.atomic import atomic_write, find_unfinished, replacing
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def prepare_run(folder: Path, config: Config) -> None:
             raise RunError(
                 f"{path} cannot be read ({error}); restore it, or choose another folder with --run."
             ) from error
-        if differences := changes(rename_settings(stored) if isinstance(stored, dict) else {}, config):
+        if differences := changes(complete_settings(stored) if isinstance(stored, dict) else {}, config):
             raise RunError(
                 f"{folder} was created with another configuration (stored → requested):\n  "
                 + "\n  ".join(f"{setting}: {old} → {new}" for setting, old, new in differences)
@@ -134,7 +134,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             state = torch.load(path, map_location="cpu", weights_only=True)
             version, _ = state["format"], (state["config"], state["step"], state["sources"])
             if version == FORMAT:
-                state["config"] = rename_settings(state["config"])
+                state["config"] = complete_settings(state["config"])
                 state["step"]["networks"] = rename_networks(state["step"]["networks"])
         except Exception as error:  # a damaged file can make zip and pickle readers raise anything
             damaged.append(path)

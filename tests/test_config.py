@@ -43,6 +43,8 @@ def test_settings_of_the_official_recipe():
         "contrast.negatives": 8192,
         "contrast.queue_start": "noise",
         "contrast.exclude_same_image": False,
+        "loss.passes": "separate",
+        "train.initialization": "official",
         "train.images": 800 * 781 * 64,
         "train.seed": 123,
     }

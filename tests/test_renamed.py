@@ -10,7 +10,7 @@ from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError, RunError
 from dcvae_fast.evaluation.measurement import Measurement, read
-from dcvae_fast.renamed import MEASUREMENT_FIELDS, NETWORKS, SETTINGS
+from dcvae_fast.renamed import ADDED, MEASUREMENT_FIELDS, NETWORKS, SETTINGS
 from dcvae_fast.run_folder import load_checkpoint, load_weights, prepare_run
 
 
@@ -20,12 +20,15 @@ def old_config() -> dict:
     for old, new in SETTINGS.items():
         section, option = new.split(".")
         config[section][old.partition(".")[2]] = config[section].pop(option)
+    for name in ADDED:
+        section, option = name.split(".")
+        del config[section][option]
     return config
 
 
 def test_every_current_name_is_a_setting():
     config = to_dict(Config())
-    for name in SETTINGS.values():
+    for name in (*SETTINGS.values(), *ADDED):
         section, option = name.split(".")
         assert option in config[section]
 

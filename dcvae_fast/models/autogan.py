@@ -4,11 +4,13 @@ Shapes: B batch, C image channels, W width, Z latent dimension, D contrastive di
 Images are [B, C, 32, 32] in [-1, 1].
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dcvae_fast.models.layers import BatchNorm2d, ContrastHead, Critique, init_weights, upsample
 from dcvae_kernels import spectral_norm
@@ -177,3 +179,25 @@ class Discriminator(nn.Module):
         """Return queries or keys [S, B, D] of S layers: block features through their heads, `final` unchanged."""
         f = critique.features
         return torch.stack([f["final"] if name == "final" else self.heads[name](f[name]) for name in layers])
+
+
+def init_normalized_layers(network: nn.Module) -> None:
+    """Initialise the layers with spectral norm as the authors' code does in effect.
+
+    The authors move the networks to the GPU first. Xavier's initialisation then reaches only a copy of a convolution's
+    weight, which keeps torch's default.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and parametrize.is_parametrized(layer, "weight"):
+            nn.init.kaiming_uniform_(layer.parametrizations["weight"].original, a=math.sqrt(5))
+    init_vectors(network)
+
+
+@torch.no_grad()
+def init_vectors(network: nn.Module) -> None:
+    """Set all u and v of spectral norm to random unit vectors, as torch's older spectral norm does: without power
+    iterations."""
+    for layer in network.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            for vector in layer.parametrizations["weight"].buffers():
+                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))

@@ -7,6 +7,7 @@ from torch import nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.contrast import InstanceContrast
+from dcvae_fast.models import autogan
 from dcvae_fast.models.build import build_autoencoder, build_discriminator
 from dcvae_fast.models.progressive import LOW
 from dcvae_fast.training.seeding import derive_seed
@@ -29,6 +30,10 @@ class Networks(nn.Module):
             torch.manual_seed(derive_seed(seed, "networks"))
             self.encoder, self.decoder = build_autoencoder(model)
             self.discriminator = build_discriminator(model)
+            official = config.train.initialization == "official"
+            if official:
+                for network in (self.encoder, self.discriminator):
+                    autogan.init_normalized_layers(network)
             self.contrast = None
             if config.loss.instance == "contrast":
                 self.contrast = InstanceContrast(
@@ -38,6 +43,8 @@ class Networks(nn.Module):
                     model.discriminator_width,
                     derive_seed(seed, "queue"),
                 )
+                if official:
+                    autogan.init_vectors(self.contrast.momentum)
         self.decoder_ema = deepcopy(self.decoder).requires_grad_(False)
         self._config = config
         self.layers = config.contrast.layers

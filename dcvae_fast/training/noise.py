@@ -33,6 +33,8 @@ class Noise(NamedTuple):
         prior: [B, Z], latents of prior samples in the discriminator objective
         interpolation: uniform [B, 2, 1, 1, 1], for WGAN-GP's gradient penalty
         generated: [B', Z], latents of prior samples in the adversarial objective
+        adversarial_posterior: [B, Z], for sampling the posterior in the adversarial objective, if it does not share the
+            reconstruction of the discriminator objective
         second_posterior: [B, Z], for sampling the posterior again after encoder and decoder have been updated
         location: uniform [1], location of local patches
     """
@@ -41,6 +43,7 @@ class Noise(NamedTuple):
     prior: Tensor | None = None
     interpolation: Tensor | None = None
     generated: Tensor | None = None
+    adversarial_posterior: Tensor | None = None
     second_posterior: Tensor | None = None
     location: Tensor | None = None
 
@@ -67,6 +70,7 @@ class NoiseSource:
             prior=self._normal(n) if loss.has_gan else None,
             interpolation=self._interpolation(n) if loss.has_gan and loss.adversarial == "wgan_gp" else None,
             generated=self._normal(samples_per_rank(self._config, self._ranks.world_size) or n) if samples else None,
+            adversarial_posterior=self._normal(n) if samples and loss.passes == "separate" else None,
             second_posterior=self._normal(n) if samples and loss.order == "sequential" else None,
             location=torch.rand(1, device=self._device, generator=self._generator) if variant.local else None,
         )

@@ -6,6 +6,7 @@ contrastive loss, which matches each reconstruction with its own image (instance
 in order and steps the parameters.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,10 +97,9 @@ def discriminator_objective(
     """
     images = inputs.images
     with torch.no_grad():
-        rec = reconstruct(networks, inputs).images.detach()
         fake = upcast(networks.decoder(inputs.prior))
-    scores = upcast(networks.discriminator(torch.cat([images, fake, rec]), stddev_parts=3, layers=()).score)
-    real_score, fake_score, rec_score = scores.chunk(3)
+        rec = reconstruct(networks, inputs).images.detach()
+    real_score, fake_score, rec_score = _scores(networks, (images, fake, rec), loss)
     total = discriminator_loss(real_score, fake_score, rec_score, loss.adversarial, loss.drift)
     metrics = {
         "loss/discriminator": total.detach(),
@@ -122,8 +122,9 @@ def discriminator_objective(
 
 def adversarial_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> tuple[Tensor, Metrics]:
     """Loss of E and G: C should score prior samples and reconstructions as real (Eq. 4), plus KL (Eq. 8)."""
+    fake = upcast(networks.decoder(inputs.prior))
     rec = reconstruct(networks, inputs)
-    adversarial = _adversarial_loss(networks, rec.images, inputs.prior, loss)
+    adversarial = _adversarial_loss(networks, fake, rec.images, loss)
     kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
     return adversarial + loss.kl_weight * kl, {"loss/adversarial": adversarial.detach()}
 
@@ -134,12 +135,13 @@ def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> 
     The instance loss is InfoNCE (Eq. 6), or in the ablations of Table 1 the L2 distance of features (Eq. 3) or pixels
     (Eq. 1). If `inputs.prior` is set, the adversarial loss is added, and the sum is Eq. 9.
     """
+    fake = None if inputs.prior is None else upcast(networks.decoder(inputs.prior))
     rec = reconstruct(networks, inputs)
     kl = kl_divergence(rec.posterior.mean, rec.posterior.logvar)
     metrics = {"loss/kl": kl.detach(), "pixel_mse": pixel_loss(inputs.images, rec.images.detach())}
     total = loss.kl_weight * kl
-    if inputs.prior is not None:
-        adversarial = _adversarial_loss(networks, rec.images, inputs.prior, loss)
+    if fake is not None:
+        adversarial = _adversarial_loss(networks, fake, rec.images, loss)
         metrics["loss/adversarial"] = adversarial.detach()
         total = total + adversarial
     match loss.instance:
@@ -156,13 +158,19 @@ def instance_objective(networks: Networks, inputs: Inputs, loss: LossConfig) -> 
     return total + instance, metrics
 
 
-def _adversarial_loss(networks: Networks, rec: Tensor, prior: Tensor | None, loss: LossConfig) -> Tensor:
+def _adversarial_loss(networks: Networks, fake: Tensor, rec: Tensor, loss: LossConfig) -> Tensor:
     """Adversarial loss of E and G for prior samples and reconstructions. C receives no gradient."""
     with frozen(networks.discriminator):
-        fake = upcast(networks.decoder(prior))
-        scores = upcast(networks.discriminator(torch.cat([fake, rec]), stddev_parts=2, layers=()).score)
-    fake_score, rec_score = scores.split([len(fake), len(rec)])
+        fake_score, rec_score = _scores(networks, (fake, rec), loss)
     return autoencoder_loss(fake_score, rec_score, loss.adversarial)
+
+
+def _scores(networks: Networks, sets: Sequence[Tensor], loss: LossConfig) -> Sequence[Tensor]:
+    """Return C's scores of several sets of images, in one pass or, if `loss.passes` is separate, in one pass each."""
+    if loss.passes == "separate":
+        return [upcast(networks.discriminator(images, layers=()).score) for images in sets]
+    scores = upcast(networks.discriminator(torch.cat(sets), stddev_parts=len(sets), layers=()).score)
+    return scores.split([len(images) for images in sets])
 
 
 def _feature_loss(networks: Networks, images: Tensor, rec: Tensor) -> Tensor:

@@ -188,11 +188,14 @@ class TrainStep:
         loss, metrics = self.config.loss, {}
         inputs = Inputs(batch.images, batch.ids, noise.posterior)
         if loss.has_gan:
-            # The discriminator's step does not change encoder and decoder, so the next objective reuses the result.
-            inputs = self._reconstruct_once(inputs, needs_gradient=variant.autoencoder)
+            if loss.passes == "merged":
+                # The discriminator's step does not change encoder and decoder, so the next objective reuses the result.
+                inputs = self._reconstruct_once(inputs, needs_gradient=variant.autoencoder)
             objective = partial(discriminator_objective, r1=variant.r1)
             d_inputs = inputs._replace(prior=noise.prior, interpolation=noise.interpolation)
             metrics |= self._optimize(objective, d_inputs, "trunk", "score")
+            if noise.adversarial_posterior is not None:
+                inputs = inputs._replace(noise=noise.adversarial_posterior)
             if variant.autoencoder and loss.order == "sequential":
                 g_inputs = inputs._replace(prior=noise.generated)
                 metrics |= self._optimize(adversarial_objective, g_inputs, "encoder", "decoder")

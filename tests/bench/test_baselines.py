@@ -128,6 +128,33 @@ def test_iterations_at_32_agree_if_spectral_norms_converge(order):
         assert_same_state(ours, plain)
 
 
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_separate_passes_at_32_agree(order):
+    """Also the buffers: running statistics of BatchNorm, and u and v of spectral norm after each single pass."""
+    config = replace(
+        SMALL,
+        loss=replace(SMALL.loss, order=order, passes="separate"),
+        train=replace(SMALL.train, initialization="official"),
+    )
+    ours, plain = TrainStep(config), Baseline(config)
+    contrast = ours.networks.contrast
+    assert contrast is not None
+    for i in range(5):  # three autoencoder steps
+        batch = make_batch(i, 4, 32)
+        assert_same_metrics(ours(batch), plain.iterate(batch.images, batch.ids), rtol=1e-8)
+        assert_same_state(ours, plain)
+        for our_network, plain_network in (
+            (ours.networks.encoder, plain.encoder),
+            (ours.networks.decoder, plain.decoder),
+            (ours.networks.discriminator, plain.discriminator),
+            (contrast.momentum, plain.momentum),
+        ):
+            for name, expected in plain_network.named_buffers():
+                torch.testing.assert_close(our_network.get_buffer(name), expected, rtol=1e-8, atol=1e-9, msg=name)
+    decodings = 1 if order == "joint" else 2  # of reconstructions in an autoencoder step, next to one of samples
+    assert ours.networks.decoder.norm.num_batches_tracked == 5 * 2 + 3 * (1 + decodings)
+
+
 def test_flops_of_the_authors_iteration_at_32():
     """20.65 GFLOP an image in the discriminator's step, and 2.00 TFLOP for 64 images with the 1-in-5 steps
     averaged in."""

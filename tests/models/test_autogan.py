@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder
+from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder, init_normalized_layers, init_vectors
 from dcvae_fast.models.layers import copy_buffers, frozen, update_ema
 from dcvae_fast.training.plan import count_parameters, forward_flops
 
@@ -70,6 +70,29 @@ def test_initialisation():
         "trunk.b3.conv1.parametrizations.weight.original"
     ]
     assert original.abs().max() == pytest.approx((6 / (2 * 128 * 9)) ** 0.5, rel=1e-3)
+
+
+def test_official_initialisation_of_normalised_layers():
+    """They keep torch's default; see `init_normalized_layers`. u and v are random, without power iterations."""
+    torch.manual_seed(0)
+    discriminator = Discriminator().requires_grad_(False)
+    unchanged = {name: p.clone() for name, p in discriminator.named_parameters() if "original" not in name}
+    init_normalized_layers(discriminator)
+    for name, weight in discriminator.named_parameters():
+        if "original" not in name:
+            assert torch.equal(weight, unchanged[name]), name
+            continue
+        bound = weight[0].numel() ** -0.5
+        assert weight.abs().max() <= bound, name
+        if weight.numel() > 10_000:
+            assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.02), name
+            norm = discriminator.get_submodule(name.removesuffix(".original") + ".0")
+            assert norm._u.norm() == pytest.approx(1) and norm._v.norm() == pytest.approx(1)
+            matrix = weight.flatten(1)
+            assert abs(norm._u @ matrix @ norm._v) < 0.5 * torch.linalg.matrix_norm(matrix, 2), name
+    vectors = [buffer.clone() for buffer in discriminator.buffers()]
+    init_vectors(discriminator)
+    assert all(abs(old @ new) < 0.9 for old, new in zip(vectors, discriminator.buffers(), strict=True) if len(old) > 16)
 
 
 def test_frozen_passes_gradients_to_the_input_only():

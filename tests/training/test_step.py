@@ -220,6 +220,19 @@ def test_runs_with_the_same_seed_are_bitwise_equal():
     assert not torch.allclose(first, weights(3))
 
 
+def test_the_momentum_discriminator_has_vectors_of_its_own_in_the_official_initialisation():
+    networks = TrainStep(replace(CONFIG, train=replace(CONFIG.train, initialization="official"))).networks
+    assert networks.contrast is not None
+    for (name, ours), momentum in zip(
+        networks.discriminator.named_parameters(), networks.contrast.momentum.parameters(), strict=True
+    ):
+        assert torch.equal(ours, momentum), name
+    for (name, ours), momentum in zip(
+        networks.discriminator.named_buffers(), networks.contrast.momentum.buffers(), strict=True
+    ):
+        assert len(ours) == 1 or (ours - momentum).abs().max() > 0.1, name
+
+
 def test_training_resumes_bitwise():
     uninterrupted, stopped = TrainStep(CONFIG), TrainStep(CONFIG)
     first, second, third = batches(3)
@@ -266,7 +279,8 @@ def test_an_iteration_does_not_wait_for_the_device(objective):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_each_pass_updates_spectral_norm_once(monkeypatch):
+@pytest.mark.parametrize("kind", ["merged", "separate"])
+def test_each_pass_updates_spectral_norm_once(monkeypatch, kind):
     """Power iterations per iteration, by the number of layers: 11 of E, 12 of C or C′."""
     module = import_module("dcvae_kernels.spectral_norm")
     update, passes = module.normalized_weights, []
@@ -276,11 +290,15 @@ def test_each_pass_updates_spectral_norm_once(monkeypatch):
         return update(layers, iterations, *args)
 
     monkeypatch.setattr(module, "normalized_weights", count)
-    step = TrainStep(CONFIG)
+    step = TrainStep(with_loss(passes=kind))
     encoder, discriminator = (11, 1), (12, 1)
     first, second = batches(2)
-    step(first)  # C; E and G, with the same reconstruction; keys by C′; a new reconstruction and its features
-    assert passes == [encoder, discriminator, discriminator, discriminator, encoder, discriminator]
+    step(first)  # C; E and G; keys by C′; a new reconstruction and its features
+    contrast = [discriminator, encoder, discriminator]
+    if kind == "merged":
+        assert passes == [encoder, discriminator, discriminator, *contrast]
+    else:
+        assert passes == [encoder, *[discriminator] * 3, encoder, *[discriminator] * 2, *contrast]
     passes.clear()
     step(second)  # C alone
-    assert passes == [encoder, discriminator]
+    assert passes == [encoder, *[discriminator] * (1 if kind == "merged" else 3)]
