@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from dcvae_fast.models.layers import BatchNorm2d, ContrastHead, Critique, init_weights, upsample
 from dcvae_kernels import spectral_norm
@@ -187,17 +186,17 @@ def init_normalized_layers(network: nn.Module) -> None:
     The authors move the networks to the GPU first. Xavier's initialisation then reaches only a copy of a convolution's
     weight, which keeps torch's default.
     """
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d) and parametrize.is_parametrized(layer, "weight"):
-            nn.init.kaiming_uniform_(layer.parametrizations["weight"].original, a=math.sqrt(5))
+    for name, weight in network.named_parameters():
+        if name.endswith("parametrizations.weight.original") and weight.ndim == 4:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     init_vectors(network)
 
 
 @torch.no_grad()
 def init_vectors(network: nn.Module) -> None:
-    """Set all u and v of spectral norm to random unit vectors, as torch's older spectral norm does: without power
-    iterations."""
-    for layer in network.modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            for vector in layer.parametrizations["weight"].buffers():
-                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
+    """Set u and v of spectral norm, which must be the only buffers, to random unit vectors, without power iterations.
+
+    torch's older spectral norm, which the authors use, starts like this.
+    """
+    for vector in network.buffers():
+        vector.copy_(F.normalize(torch.randn_like(vector), dim=0))

@@ -165,7 +165,7 @@ def _adversarial_loss(networks: Networks, fake: Tensor, rec: Tensor, loss: LossC
     return autoencoder_loss(fake_score, rec_score, loss.adversarial)
 
 
-def _scores(networks: Networks, sets: Sequence[Tensor], loss: LossConfig) -> Sequence[Tensor]:
+def _scores(networks: Networks, sets: tuple[Tensor, ...], loss: LossConfig) -> Sequence[Tensor]:
     """Return C's scores of several sets of images, in one pass or, if `loss.passes` is separate, in one pass each."""
     if loss.passes == "separate":
         return [upcast(networks.discriminator(images, layers=()).score) for images in sets]
