@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from dcvae_fast.errors import ConfigError
 
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
+LocalLayer = Literal["b1", "b2", "b3", "b4", "8x8", "16x16", "32x32"]
 
 _COMPARISONS: dict[str, Callable[[Any, float], bool]] = {
     "least": operator.ge,
@@ -161,6 +162,12 @@ class ModelConfig(_Section):
     def grows(self) -> bool:
         return self.architecture == "progressive"
 
+    def local_width(self, layer: LocalLayer) -> int:
+        """Return the number of channels of a discriminator feature map for local patch contrast."""
+        if not self.grows:
+            return self.discriminator_width
+        return max(1, min(self.base_channels // int(layer.split("x")[0]), self.max_channels))
+
 
 @dataclass(frozen=True)
 class GrowthConfig(_Section):
@@ -241,8 +248,9 @@ class ContrastConfig(_Section):
         momentum: EMA decay of the momentum discriminator, which computes the keys; in [0, 1)
         queue_start: initial queue: empty (only filled slots count), or noise (official; normalised Gaussian keys)
         exclude_same_image: do not count older keys of the same image as negatives (Eq. 6); official counts them
-        local_layers: feature maps for local patch contrast; autogan only
-        local_start_images: images shown before local patch contrast starts; null disables it (official); autogan only
+        local_layers: discriminator feature maps for local patch contrast (§4.2). autogan: b1 to b4; progressive: 8x8,
+            16x16 and 32x32, each from twice its resolution on
+        local_start_images: images shown before local patch contrast starts; null disables it (official)
     """
 
     negatives: int = setting(8096, least=1)
@@ -251,7 +259,7 @@ class ContrastConfig(_Section):
     momentum: float = setting(0.999, least=0, below=1)
     queue_start: Literal["empty", "noise"] = "empty"
     exclude_same_image: bool = True
-    local_layers: tuple[Literal["b1", "b2", "b3", "b4"], ...] = ("b2",)
+    local_layers: tuple[LocalLayer, ...] = ("b2",)
     local_start_images: int | None = setting(None, least=0)
 
     def __post_init__(self):
@@ -401,6 +409,8 @@ class Config:
             layers = ("final",)
         expected = f"a subset of {', '.join(layers)} for {model.architecture} at {model.resolution}×{model.resolution}"
         _check("contrast.layers", contrast.layers, set(contrast.layers) <= set(layers), expected)
+        if contrast.local_start_images is not None:
+            self._check_local_layers()
         train = self.train
         if not model.grows:  # batch normalisation needs the whole batch
             _check("train.micro_batch", train.micro_batch, train.micro_batch is None, "null for autogan")
@@ -411,8 +421,6 @@ class Config:
         _check("train.initialization", initialization, initialization == "xavier", "xavier for progressive")
         # Samples and reconstructions are scored in one batch, which minibatch statistics cut into equal parts.
         _check("train.sampled_batch", train.sampled_batch, train.sampled_batch is None, "null for progressive")
-        local = contrast.local_start_images
-        _check("contrast.local_start_images", local, local is None, "null for progressive")
         starts = [4 * 2**i for i in range(9) if 4 * 2**i <= model.resolution]
         _check("growth.start", growth.start, growth.start in starts, f"one of {starts}")
         if growth.start < 16 and self.loss.instance != "pixel":
@@ -427,6 +435,17 @@ class Config:
                 unchanged = batch <= micro or batch % 4 == micro % 4 == 0
                 expected = f"at least the batch, {batch}, unless both are multiples of 4"
                 _check("train.micro_batch", micro, unchanged, expected)
+
+    def _check_local_layers(self) -> None:
+        """Check that the feature maps for local patch contrast exist, and have the same width, that of the queue."""
+        model, chosen = self.model, self.contrast.local_layers
+        layers = ["b1", "b2", "b3", "b4"]
+        if model.grows:
+            layers = [f"{size}x{size}" for size in (8, 16, 32) if size < model.resolution]
+        at = f"{model.architecture} at {model.resolution}×{model.resolution}"
+        _check("contrast.local_layers", chosen, set(chosen) <= set(layers), f"a subset of {', '.join(layers)} for {at}")
+        widths = {model.local_width(layer) for layer in chosen}
+        _check("contrast.local_layers", chosen, len(widths) == 1, "a list of feature maps with as many channels each")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -43,18 +43,23 @@ class InstanceContrast(nn.Module):
         super().__init__()
         self.config = config
         self.momentum = deepcopy(discriminator).requires_grad_(False)
-        self._dim, self._seed = contrast_dim, seed if config.queue_start == "noise" else None
-        self.restart(config.layers)
-        self.local_queue = None
-        if config.local_start_images is not None:
-            self.local_queue = KeyQueue(config.negatives, width, scales=len(config.local_layers), seed=self._seed)
+        self._dim, self._width, self._seed = contrast_dim, width, seed if config.queue_start == "noise" else None
+        self.restart(config.layers, config.local_layers)
 
-    def restart(self, layers: Sequence[str]) -> None:
-        """Contrast these layers from now on, with a new queue: keys of other resolutions are not comparable."""
+    def restart(self, layers: Sequence[str], local_layers: Sequence[str] = ()) -> None:
+        """Contrast these layers, and local patches of these feature maps if local patch contrast is enabled.
+
+        The queues start again, because keys of other resolutions are not comparable.
+        """
         self.layers = tuple(layers)
+        self.local_layers = () if self.config.local_start_images is None else tuple(local_layers)
+        self.queue = self._new_queue(self._dim, len(self.layers))
+        self.local_queue = self._new_queue(self._width, len(self.local_layers)) if self.local_layers else None
+
+    def _new_queue(self, dim: int, scales: int) -> KeyQueue:
         parameter = next(self.momentum.parameters())
-        queue = KeyQueue(self.config.negatives, self._dim, scales=len(layers), seed=self._seed)
-        self.queue = queue.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+        queue = KeyQueue(self.config.negatives, dim, scales=scales, seed=self._seed)
+        return queue.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
     def update(self, discriminator: Discriminator) -> None:
         """Move C′ towards C."""
@@ -110,7 +115,7 @@ class InstanceContrast(nn.Module):
         self, discriminator: Discriminator, images: Tensor, location: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return embeddings [S, B, D] of the contrasted layers, in float32 or float64, and local patches [L, B, W]."""
-        layers = self.layers if location is None else (*self.layers, *self.config.local_layers)
+        layers = self.layers if location is None else (*self.layers, *self.local_layers)
         critique = discriminator(images, stddev_parts=0, layers=tuple(dict.fromkeys(layers)), scored=False)
         embeddings = upcast(discriminator.embed(critique, self.layers))
         return embeddings, None if location is None else self._patches(critique, location)
@@ -118,7 +123,7 @@ class InstanceContrast(nn.Module):
     def _patches(self, critique: Critique, location: Tensor) -> Tensor:
         """Return the channels [L, B, W] of L feature maps at one location."""
         patches = []
-        for layer in self.config.local_layers:
+        for layer in self.local_layers:
             positions = critique.features[layer].flatten(2)
             index = (location * positions.shape[2]).long()
             patches.append(positions.index_select(2, index).squeeze(2))

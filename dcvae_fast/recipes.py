@@ -49,6 +49,8 @@ _FIGURE7 = {"train.images": 2_500_000, "log.held_out": 10_000, "log.metrics_ever
 RECIPES = {
     # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. All other settings have their defaults, which are the paper's.
     "cifar10":                Recipe(None,          {"data.name": "cifar10", "train.images": 40_000_000}),
+    # Local patch contrast (§4.2) in the second half; the paper does not say when it starts.
+    "cifar10-patch":          Recipe("cifar10",     {"contrast.local_start_images": 20_000_000}),
     # STL-10 resized to 32×32, labelled and unlabelled (Table 2): settings and number of images as for CIFAR-10.
     "stl10":                  Recipe("cifar10",     {"data.name": "stl10"}),
     # MNIST padded to 32×32 (Table 6), 100 epochs. The paper's latent dimensions are 16, 32 and 64.

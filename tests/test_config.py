@@ -105,6 +105,27 @@ def test_overrides(tmp_path):
         ),
         (["--recipe", "digits", "--optim.betas", "[0.5, 1]"], "optim.betas[1] is 1.0; it must be in [0, 1)"),
         (["--recipe", "digits", "--growth.batch", "{16: 0}"], "growth.batch[16] is 0; it must be at least 1"),
+        (
+            ["--recipe", "celeba64", "--train.initialization", "official"],
+            "train.initialization is 'official'; it must be xavier for progressive",
+        ),
+        (
+            ["--recipe", "celeba64", "--contrast.local_start_images", "0"],
+            "contrast.local_layers is ('b2',); it must be a subset of 8x8, 16x16, 32x32 for progressive at 64×64",
+        ),
+        (
+            ["--recipe", "faces-small", "--contrast.local_start_images", "0", "--contrast.local_layers", "[32x32]"],
+            "contrast.local_layers is ('32x32',); it must be a subset of 8x8, 16x16 for progressive at 32×32",
+        ),
+        (
+            ["--recipe", "celeba64", "--contrast.local_start_images", "0", "--contrast.local_layers", "[8x8, 32x32]"]
+            + ["--model.max_channels", "1024"],
+            "contrast.local_layers is ('8x8', '32x32'); it must be a list of feature maps with as many channels each",
+        ),
+        (
+            ["--recipe", "cifar10-patch", "--contrast.local_layers", "[8x8]"],
+            "contrast.local_layers is ('8x8',); it must be a subset of b1, b2, b3, b4 for autogan at 32×32",
+        ),
     ],
 )
 def test_errors_name_the_wrong_setting(argv, message):

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 
 from dcvae_fast.config import ContrastConfig
 from dcvae_fast.contrast import InstanceContrast, Keys
+from dcvae_fast.models import progressive
 from dcvae_fast.models.autogan import Discriminator
 from dcvae_fast.models.layers import Critique
+from dcvae_fast.models.progressive import Widths, act
 
 WIDTH, D = 6, 5
 
@@ -105,6 +107,27 @@ def test_local_patches_are_one_location_of_the_feature_map():
         assert patches is not None
         torch.testing.assert_close(patches[0], features["b1"][:, :, *b1])
         torch.testing.assert_close(patches[1], features["b3"][:, :, *b3])
+
+
+def test_local_patches_of_growing_networks():
+    torch.manual_seed(0)
+    discriminator = progressive.Discriminator(32, Widths(256, 8), 1, D)
+    contrast = ContrastConfig(
+        negatives=12, layers=("low", "final"), local_layers=("16x16", "8x8"), local_start_images=0
+    )
+    instance = InstanceContrast(discriminator, contrast, D, 8, seed=1)
+    images = torch.rand(3, 1, 32, 32)
+    location = torch.tensor([19 / 64])  # row 2, column 3 of 8×8; row 4, column 12 of 16×16
+    patches = instance.keys(images, location).patches
+    assert patches is not None and patches.shape == (2, 3, 8)
+    trunk = discriminator.critic.trunk
+    h32 = act(trunk.from_images["32"](images))
+    h16 = trunk._block(h32, 32)
+    torch.testing.assert_close(patches[0], h16[:, :, 4, 12])
+    torch.testing.assert_close(patches[1], trunk._block(h16, 16)[:, :, 2, 3])
+    with_low = discriminator(images, stddev_parts=0, layers=("low", "8x8"), scored=False).features
+    assert list(with_low) == ["low", "8x8"]
+    torch.testing.assert_close(with_low["low"], h16)
 
 
 def test_the_loss_of_local_patches_is_added():

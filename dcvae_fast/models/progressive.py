@@ -20,6 +20,8 @@ from dcvae_fast.models.layers import ContrastHead, Critique, no_autocast, upcast
 
 BOTTOM = 4  # lowest resolution
 LOW = 16  # resolution of the input of the contrastive head `low`: fixed, so that the head is kept during growth
+# Resolutions of the discriminator's feature maps, by name: for contrast, and for local patch contrast.
+FEATURE_MAPS = {"low": LOW, "8x8": 8, "16x16": 16, "32x32": 32}
 SLOPE = 0.2  # negative slope of the leaky ReLUs
 
 
@@ -218,19 +220,18 @@ class Trunk(nn.Module):
         Args:
             images: [B, C, R, R].
             stddev_parts: number of parts of the batch for the minibatch standard deviation; 0 replaces it by zeros.
-            layers: `low` (from 16×16 on) or `final` or both; later layers are not computed.
+            layers: names in `FEATURE_MAPS`, from their resolution on, or `final`; later layers are not computed.
 
         Returns:
-            Features by layer: `low` [B, W, 16, 16], `final` [B, W].
+            Features by layer: feature maps [B, W, H, H], and `final` [B, W].
         """
         resolution = self.phase.resolution
         x = act(self.from_images[str(resolution)](images))
         features = {}
         for r in reversed(resolutions(resolution)):
-            if r == LOW and "low" in layers:
-                features["low"] = x
-                if "final" not in layers:
-                    return features
+            features |= {name: x for name in layers if FEATURE_MAPS.get(name) == r}
+            if len(features) == len(set(layers)):
+                return features
             if r == BOTTOM:
                 break
             x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
@@ -297,7 +298,8 @@ class Discriminator(nn.Module):
             images: [B, C, R, R].
             stddev_parts: number of parts of the batch for the minibatch standard deviation. 0 replaces it by zeros, for
                 contrast: statistics of the batch would reveal which reconstruction belongs to which image.
-            layers: layers whose features are returned, `low` (from 16×16 on) or `final` or both; None for all.
+            layers: layers whose features are returned: names in `FEATURE_MAPS`, from their resolution on, or `final`;
+                None for `low`, if it exists, and `final`.
             scored: whether to compute the score.
         """
         if layers is None:

@@ -9,7 +9,7 @@ from dcvae_fast.config import Config
 from dcvae_fast.contrast import InstanceContrast
 from dcvae_fast.models import autogan
 from dcvae_fast.models.build import build_autoencoder, build_discriminator
-from dcvae_fast.models.progressive import LOW
+from dcvae_fast.models.progressive import FEATURE_MAPS
 from dcvae_fast.training.seeding import derive_seed
 
 
@@ -36,12 +36,11 @@ class Networks(nn.Module):
                     autogan.init_normalized_layers(network)
             self.contrast = None
             if config.loss.instance == "contrast":
+                contrast = config.contrast
+                patches = contrast.local_start_images is not None
+                width = model.local_width(contrast.local_layers[0]) if patches else 0
                 self.contrast = InstanceContrast(
-                    self.discriminator,
-                    config.contrast,
-                    model.contrast_dim,
-                    model.discriminator_width,
-                    derive_seed(seed, "queue"),
+                    self.discriminator, contrast, model.contrast_dim, width, derive_seed(seed, "queue")
                 )
                 if official:
                     autogan.init_vectors(self.contrast.momentum)
@@ -62,11 +61,15 @@ class Networks(nn.Module):
         return {name: list(network.parameters()) for name, network in groups.items()}
 
     def restart_contrast(self, resolution: int) -> None:
-        """Select the layers that exist at this resolution, and empty the queue."""
-        has_low = not self._config.model.grows or resolution >= LOW
-        self.layers = tuple(layer for layer in self._config.contrast.layers if has_low or layer != "low")
+        """Select the layers that exist at this resolution, and empty the queues."""
+        config = self._config.contrast
+        self.layers, local_layers = config.layers, config.local_layers
+        if self._config.model.grows:
+            self.layers = tuple(layer for layer in self.layers if FEATURE_MAPS.get(layer, 0) <= resolution)
+            # At its own resolution, each position of a feature map depends on a single pixel.
+            local_layers = tuple(layer for layer in local_layers if FEATURE_MAPS.get(layer, 0) < resolution)
         if self.contrast is not None:
-            self.contrast.restart(self.layers)
+            self.contrast.restart(self.layers, local_layers)
 
     def compilable(self) -> list[nn.Module]:
         """Return the modules to compile."""

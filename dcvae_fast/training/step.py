@@ -167,11 +167,11 @@ class TrainStep:
         return metrics
 
     def _variant(self) -> StepVariant:
-        loss, local_start = self.config.loss, self.config.contrast.local_start_images
+        loss, contrast, local_start = self.config.loss, self.networks.contrast, self.config.contrast.local_start_images
         autoencoder = not loss.has_gan or self.iterations % self.config.train.n_critic == 0
         r1 = loss.has_gan and loss.adversarial == "logistic_r1" and self.iterations % loss.penalty_every == 0
-        contrasts = autoencoder and loss.instance == "contrast"
-        return StepVariant(autoencoder, r1, contrasts and local_start is not None and self.images >= local_start)
+        local = autoencoder and contrast is not None and contrast.local_queue is not None
+        return StepVariant(autoencoder, r1, local and local_start is not None and self.images >= local_start)
 
     def _replay(self, graphs: Graphs, batch: Batch, noise: Noise, variant: StepVariant) -> Metrics:
         """Run `_iterate` as a CUDA graph, one for each variant."""

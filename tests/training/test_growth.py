@@ -114,6 +114,34 @@ def test_a_step_resumes_from_its_state_at_any_point_of_growth(
     assert all(torch.equal(x, y) for x, y in zip(weights, expected_weights, strict=True))
 
 
+def test_local_patches_are_contrasted_from_twice_the_resolution_of_their_feature_map_on():
+    model = replace(CONFIG.model, resolution=32)  # 8 channels at 8×8, 4 at 16×16
+    growth = replace(CONFIG.growth, batch={4: 4, 8: 4, 16: 4, 32: 4})
+    contrast = replace(CONFIG.contrast, local_layers=("8x8",), local_start_images=8)
+    config = replace(CONFIG, model=model, growth=growth, contrast=contrast)
+    step, states = TrainStep(config), []
+    history = []
+    for count in (12, 3, 7, 6):  # 12 iterations at 4×4 and 8×8, then 8 at 16×16 and 8 at 32×32
+        history += advance(step, count)
+        states.append(deepcopy(step.state_dict()))
+    assert ["loss/contrast_local" in metrics for metrics in history] == [False] * 12 + [True] * 16
+    assert history[12]["loss/contrast_local"] == 0  # the queue starts empty
+    assert all(metrics["loss/contrast_local"] > 0 for metrics in history[13:20])
+    networks = step.networks
+    assert networks.contrast is not None and networks.contrast.local_queue is not None
+    assert networks.contrast.local_queue.keys.shape == (1, 10, 8) and int(networks.contrast.local_queue.valid) == 10
+
+    resumed = TrainStep(config)
+    resumed.load_state_dict(states[1])
+    assert advance(resumed, 13) == history[15:]
+
+
+def test_local_patches_start_when_configured():
+    contrast = replace(CONFIG.contrast, local_layers=("8x8",), local_start_images=56)
+    history = advance(TrainStep(replace(CONFIG, contrast=contrast)), 16)
+    assert ["loss/contrast_local" in metrics for metrics in history] == [False] * 14 + [True] * 2
+
+
 @pytest.mark.parametrize("objective", ["vae", "vae_gan", "vae_contrastive"])
 def test_other_objectives_grow(objective: str):
     step = TrainStep(replace(CONFIG, loss=replace(CONFIG.loss, objective=objective)))
