@@ -47,10 +47,10 @@ _LARGE = {
 _FIGURE7 = {"train.images": 2_500_000, "log.held_out": 10_000, "log.metrics_every": 50_000}
 
 RECIPES = {
-    # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. All other settings have their defaults: the paper's values, and the
-    # authors' code where the paper leaves a setting open. Where they contradict each other, the number of negatives and
-    # the contrasted layers follow the paper; batch sizes (64 real images and 128 samples; the paper: 128), the hinge loss
-    # (the paper: log loss) and separate optimisation steps (the paper: one sum of losses) follow the code.
+    # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. All other settings have their defaults: the paper's values, and
+    # those of the authors' code where the paper leaves a setting open. Where they contradict each other, the number of
+    # negatives and the contrasted layers follow the paper; batch sizes (64 real images and 128 samples; the paper: 128),
+    # the hinge loss (the paper: log loss) and separate optimisation steps (the paper: one sum) follow the code.
     "cifar10":                Recipe(None,          {"data.name": "cifar10", "train.images": 40_000_000}),
     # Local patch contrast (§4.2) in the second half; the paper does not say when it starts.
     "cifar10-patch":          Recipe("cifar10",     {"contrast.local_start_images": 20_000_000}),
@@ -60,9 +60,9 @@ RECIPES = {
     "mnist":                  Recipe(None,          {"data.name": "mnist", "train.images": 6_000_000,
                                                      "model.image_channels": 1, "model.latent_dim": 16}),
     # The authors' public code, also where it differs from the paper: 800 epochs of 781 batches. Given the same weights
-    # and noise, it computes the same, up to rounding. Remaining differences: a seed gives other random numbers; spectral
-    # norm updates u before v, the authors' version of torch v before u; GPUs that have TF32 use it in convolutions;
-    # several GPUs share BatchNorm's statistics. Gradients that the authors' code discards are not computed.
+    # and noise, it computes the same, up to rounding. Remaining differences: a seed gives other random numbers;
+    # spectral norm updates u before v, the authors' version of torch v before u; GPUs that have TF32 use it in
+    # convolutions; several GPUs share BatchNorm's statistics; gradients that the code discards are not computed.
     "cifar10-official":       Recipe("cifar10",     {"data.drop_last": True, "train.images": 39_987_200,
                                                      "model.sample_clamp": 1.0, "model.reconstruct_from": "sample",
                                                      "contrast.layers": ("b1", "final"), "contrast.negatives": 8192,

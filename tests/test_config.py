@@ -118,8 +118,8 @@ def test_overrides(tmp_path):
             "contrast.local_layers is ('32x32',); it must be a subset of 8x8, 16x16 for progressive at 32×32",
         ),
         (
-            ["--recipe", "celeba64", "--contrast.local_start_images", "0", "--contrast.local_layers", "[8x8, 32x32]"]
-            + ["--model.max_channels", "1024"],
+            "--recipe=celeba64 --contrast.local_start_images=0 --contrast.local_layers=[8x8,32x32]"
+            " --model.max_channels=1024".split(),
             "contrast.local_layers is ('8x8', '32x32'); it must be a list of feature maps with as many channels each",
         ),
         (
