@@ -49,7 +49,7 @@ _FIGURE7 = {"train.images": 2_500_000, "log.held_out": 10_000, "log.metrics_ever
 RECIPES = {
     # CIFAR-10 at 32×32 (Tables 1 and 2): 800 epochs. All other settings have their defaults: the paper's values, and
     # those of the authors' code where the paper leaves a setting open. Where they contradict each other, the number of
-    # negatives and the contrasted layers follow the paper; batch sizes (64 real images and 128 samples; the paper: 128),
+    # negatives and the contrasted layers follow the paper; the batch (64 real images and 128 samples; the paper: 128),
     # the hinge loss (the paper: log loss) and separate optimisation steps (the paper: one sum) follow the code.
     "cifar10":                Recipe(None,          {"data.name": "cifar10", "train.images": 40_000_000}),
     # Local patch contrast (§4.2) in the second half; the paper does not say when it starts.
