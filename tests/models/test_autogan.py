@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder, init_normalized_layers, init_vectors
+from dcvae_fast.models.autogan import Decoder, Discriminator, Encoder, init_normalized_layers
 from dcvae_fast.models.layers import copy_buffers, frozen, update_ema
 from dcvae_fast.training.plan import count_parameters, forward_flops
 
@@ -77,6 +77,7 @@ def test_official_initialisation_of_normalised_layers():
     torch.manual_seed(0)
     discriminator = Discriminator().requires_grad_(False)
     unchanged = {name: p.clone() for name, p in discriminator.named_parameters() if "original" not in name}
+    vectors = [buffer.clone() for buffer in discriminator.buffers()]
     init_normalized_layers(discriminator)
     for name, weight in discriminator.named_parameters():
         if "original" not in name:
@@ -88,11 +89,10 @@ def test_official_initialisation_of_normalised_layers():
             assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.02), name
             norm, matrix = name.removesuffix("original") + "0.", weight.flatten(1)
             u, v = discriminator.get_buffer(f"{norm}_u"), discriminator.get_buffer(f"{norm}_v")
-            assert u.norm() == pytest.approx(1) and v.norm() == pytest.approx(1)
             assert abs(u @ matrix @ v) < 0.5 * torch.linalg.matrix_norm(matrix, 2), name
-    vectors = [buffer.clone() for buffer in discriminator.buffers()]
-    init_vectors(discriminator)
-    assert all(abs(old @ new) < 0.9 for old, new in zip(vectors, discriminator.buffers(), strict=True) if len(old) > 16)
+    for old, new in zip(vectors, discriminator.buffers(), strict=True):
+        assert new.norm() == pytest.approx(1)
+        assert len(new) < 100 or abs(old @ new) < 0.5
 
 
 def test_frozen_passes_gradients_to_the_input_only():
