@@ -122,6 +122,7 @@ CASES = {
     "sequential": (SMALL, 16),
     "joint": (with_loss(order="joint"), 16),
     "log": (with_loss(adversarial="log"), 12),
+    "separate": (with_loss(passes="separate"), 12),
     "r1": (with_loss(adversarial="logistic_r1", penalty_every=3), 26),
     "vae": (with_loss(objective="vae"), 6),
     "vae_gan": (with_loss(objective="vae_gan"), 12),

@@ -142,18 +142,21 @@ def test_vae_gan_compares_features_and_does_not_train_the_discriminator_with_the
 @pytest.mark.parametrize("objective", ["vae", "vae_gan", "dc_vae"])
 def test_mean_over_micro_batches_equals_the_objective_of_the_batch(objective):
     """Uses growing networks, because BatchNorm in the fixed ones depends on the whole batch."""
-    config = replace(GROWING, loss=replace(GROWING.loss, objective=objective, order="joint"))
+    contrast = replace(GROWING.contrast, local_layers=("8x8",), local_start_images=0)
+    config = replace(GROWING, loss=replace(GROWING.loss, objective=objective, order="joint"), contrast=contrast)
     step = TrainStep(config)
     step.grow(ScheduleState(16, 1.0, 8, 1e-3))
     generator = torch.Generator().manual_seed(0)
     images, prior, noise = (torch.randn(8, *shape, generator=generator) for shape in ((1, 16, 16), (6,), (6,)))
     inputs = Inputs(images, torch.arange(8), noise, prior if config.loss.has_gan else None)
     if step.networks.contrast is not None:
-        step.networks.contrast.enqueue(step.networks.contrast.keys(-images), torch.arange(8, 16))
-        inputs = inputs._replace(keys=step.networks.contrast.keys(images))
+        location = torch.tensor([0.3])
+        step.networks.contrast.enqueue(step.networks.contrast.keys(-images, location), torch.arange(8, 16))
+        inputs = inputs._replace(keys=step.networks.contrast.keys(images, location))
     expected, metrics = instance_objective(step.networks, inputs, config.loss)
     results = [instance_objective(step.networks, part, config.loss) for part in inputs.micro_batches(4)]
     torch.testing.assert_close(torch.stack([loss for loss, _ in results]).mean(), expected)
+    assert ("loss/contrast_local" in metrics) == (objective == "dc_vae")
     for name, value in metrics.items():
         torch.testing.assert_close(torch.stack([part_metrics[name] for _, part_metrics in results]).mean(), value)
     assert len(inputs.micro_batches(3)) == 3 and inputs.micro_batches(None) == [inputs] == inputs.micro_batches(8)
