@@ -68,7 +68,7 @@ def evenly_spaced(total: int, count: int) -> Tensor:
 
 
 def repeated(total: int, count: int) -> Tensor:
-    """Return int64 [count]: all indices from 0 to `total` − 1 again and again, at last an evenly spaced part of them."""
+    """Return int64 [count]: whole passes over the indices from 0 to `total` − 1, then evenly spaced ones."""
     passes, remainder = divmod(count, total)
     return torch.cat([torch.arange(total).repeat(passes), evenly_spaced(total, remainder)])
 

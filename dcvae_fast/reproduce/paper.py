@@ -109,7 +109,7 @@ PERCEPTUAL = (
     Column("perceptual, Caffe scaling ↓", "perceptual_caffe", "reconstructions", note=PERCEPTUAL_SCALE),
 )
 ONCE = (
-    "Each test image once, decoded from the posterior mean. These are fewer than the paper's 50,000 reconstructions, and"
+    "Each test image once, decoded from the posterior mean. These are fewer than the paper's 50,000 reconstructions."
     " FID of fewer images is higher even if they are perfect, so no number of the paper is comparable."
 )
 RECONSTRUCTION_ONCE = "reconstruction, each test image once"
