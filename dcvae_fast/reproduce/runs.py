@@ -284,18 +284,18 @@ def _measure(run: Training, data: Splits, shown: int, images: int, measure: Call
         except EvaluationError as error:
             failed = [key for key in run.needed if _metric(key) in metrics and key.protocol == protocol]
             missing |= {key: str(error) for key in failed if key not in measured}
-    return Result(run.remarks(shown, images) + _too_few(measured), measured, missing, head)
+    return Result(run.remarks(shown, images) + _too_few(measured, images), measured, missing, head)
 
 
-def _too_few(measured: dict[Key, Measurement]) -> tuple[str, ...]:
-    """Return a remark for each FID and IS of fewer images than the paper's: both depend on the number of images.
+def _too_few(measured: dict[Key, Measurement], images: int) -> tuple[str, ...]:
+    """Return a remark for each FID and IS of fewer than `images` images, because some could not be decoded.
 
-    Columns of protocol `once`, which uses each test image once, have no number of the paper.
+    Protocol `once` always uses fewer, and has no number of the paper to be compared with.
     """
     remarks = {
         f"FID and IS of {measurement.subject} on {measurement.count:,} images, not {IMAGES:,}"
         for key, measurement in measured.items()
-        if key.metric in ("fid", "is") and key.protocol != "once" and measurement.count < IMAGES
+        if key.metric in ("fid", "is") and key.protocol != "once" and measurement.count < min(images, IMAGES)
     }
     return tuple(sorted(remarks))
 

@@ -326,11 +326,12 @@ def test_table_3_reconstructs_held_out_images_and_the_published_ones(tmp_path):
     assert used == [f"lsun_bedroom: {images} images, 118 training images" for images in ("2 test", "11 validation")]
 
 
-def test_fid_of_few_images_gets_a_remark():
+def test_fid_of_fewer_images_than_asked_for_gets_a_remark():
     many, pixels = replace(FID, subject="samples", count=50_000), replace(FID, metric="pixel_mse")
     once = replace(FID, protocol="once", count=200)  # in columns without a number of the paper
     measurements = {Key(m.metric, m.subject, m.protocol): m for m in (FID, many, pixels, once)}
-    assert runs._too_few(measurements) == ("FID and IS of reconstructions on 300 images, not 50,000",)
+    assert runs._too_few(measurements, 50_000) == ("FID and IS of reconstructions on 300 images, not 50,000",)
+    assert runs._too_few(measurements, 300) == ()  # all have the remark "measured on 300 images"
 
 
 def test_truncated_files_and_files_of_other_versions(tmp_path):
