@@ -222,8 +222,8 @@ TABLE3 = Table(
         Row("StyleALAE, 256×256", ("17.13", "15.92", "")),
         Row("DC-VAE", ("14.3", "10.57", ""), ("table3/dc-vae",) * 3),
     ),
-    note="The second column reconstructs images of the published training split that are held out from training: 50,000,"
-    " or 1 in 60 of a subset. The third reconstructs the published validation images, of which LSUN has 300.",
+    note="The second column reconstructs images of the published training split that are held out from training:"
+    " 50,000, or 1 in 60 of a subset. The third reconstructs the published validation images, of which LSUN has 300.",
 )
 
 TABLE4 = Table(
