@@ -8,7 +8,7 @@ from torch import Tensor
 
 def to_bytes(images: Tensor, *, rounded: bool = True) -> Tensor:
     """Convert images in [-1, 1] to uint8, rounded to nearest or, as in the authors' code, down."""
-    pixels = images.detach().float().add(1).mul(127.5)
+    pixels = images.detach().float().mul(127.5).add(127.5)  # in this order, which decides what is rounded down
     return (pixels.round() if rounded else pixels).clamp(0, 255).to(torch.uint8)
 
 

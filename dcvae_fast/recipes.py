@@ -89,6 +89,7 @@ RECIPES = {
     "table1/vae-gan":         Recipe("cifar10",     {"loss.objective": "vae_gan"}),
     "table1/vae-contrastive": Recipe("cifar10",     {"loss.objective": "vae_contrastive"}),
     "table1/dc-vae":          Recipe("cifar10",     {"loss.objective": "dc_vae"}),
+    "table1/official":        Recipe("cifar10-official", {}),
     "table2/dc-vae":          Recipe("stl10",       {}),
     "table3/dc-vae":          Recipe("lsun128",     {}),
     "table4/dc-vae":          Recipe("celebahq256", {}),

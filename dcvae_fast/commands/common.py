@@ -23,7 +23,10 @@ def add_out(parser: argparse.ArgumentParser, default: str, kind: str = "PNG file
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """Add the options for the number of images and for the folders of weights and features."""
-    text = "number of samples, and maximum number of test images (default: 50,000); ppl draws twice as many pairs"
+    text = (
+        "number of samples and of reconstructions for fid, is, kid and prc, and maximum number of test images for pixel"
+        " and perceptual (default: 50,000); ppl draws twice as many pairs"
+    )
     parser.add_argument("-n", "--images", type=int, default=50_000, help=text)
     text = "folder with the weights of Inception, VGG16 and LPIPS (default: downloaded)"
     parser.add_argument("--weights", type=Path, metavar="DIR", help=text)

@@ -22,7 +22,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     metrics = "fid, is (Inception score), kid, prc (precision, recall), pixel, perceptual, ppl (path length), probe"
     text = f"comma-separated list of {metrics} (default: %(default)s)"
     parser.add_argument("--metrics", default="fid,is,pixel,perceptual", help=text)
-    text = "paper (default), or official (authors' code: clamped latents, reconstructions from posterior samples)"
+    text = (
+        "paper (default: FID and IS of 50,000 samples and 50,000 reconstructions from draws from the posterior); once"
+        " (each published test image once, from the posterior mean, and no samples); or official (authors' code:"
+        " clamped latents, all reconstructions from draws, pixels rounded down). Features come from torch-fidelity's"
+        " Inception and real images from the training split; the authors use pytorch-fid's Inception and stored"
+        " statistics, so values are not exactly comparable"
+    )
     parser.add_argument("--protocol", default="paper", help=text)
     parser.add_argument("--data.name", dest="data_name", metavar="NAME", help="data set (default: the run's)")
     parser.add_argument("--data.root", dest="data_root", metavar="DIR", help="folder of the data (default: the run's)")
@@ -75,6 +81,7 @@ def _data_of(arguments: argparse.Namespace, needed: bool) -> "tuple[Splits | Non
     model is not a run.
     """
     from dcvae_fast.evaluation import Splits
+    from dcvae_fast.evaluation.images import published_images
     from dcvae_fast.run_folder import is_run, load_checkpoint
     from dcvae_pipelines import load_dataset
 
@@ -91,4 +98,5 @@ def _data_of(arguments: argparse.Namespace, needed: bool) -> "tuple[Splits | Non
     if root is not None:
         data = replace(data, root=root)
     train, test = (load_dataset(data.name, data.root, split, data.download) for split in ("train", "test"))
-    return Splits(train, test, data.on_corrupt), images
+    published = published_images(data) if arguments.protocol == "once" else None
+    return Splits(train, test, data.on_corrupt, published), images

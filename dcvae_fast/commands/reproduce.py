@@ -27,6 +27,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     text = "folder for runs and tables (default: %(default)s)"
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help=text)
+    text = "add the row of the authors' public code to table1: recipe cifar10-official, measured by protocol official"
+    parser.add_argument("--official", action="store_true", help=text)
     add_measuring(parser)
     parser.set_defaults(run_command=run, takes_settings=True)
 
@@ -35,11 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
     check_weights(arguments.weights)
     if arguments.budget is not None and arguments.budget < 1:
         raise UserError(f"--budget is {arguments.budget}; it must be at least 1.")
-    from dcvae_fast.reproduce import TABLES, plan, reproduce, trainings
+    from dcvae_fast.reproduce import TABLES, WITH_OFFICIAL, plan, reproduce, trainings
 
     table = TABLES.get(arguments.table)
     if table is None:
         raise UserError(f"{arguments.table!r} is not a table of the paper; choose from {', '.join(TABLES)}.")
+    if arguments.official:
+        if table.name not in WITH_OFFICIAL:
+            names = ", ".join(WITH_OFFICIAL)
+            raise UserError(f"--official is given with {table.name}; only {names} has a row of the authors' code.")
+        table = WITH_OFFICIAL[table.name]
     out: Path = arguments.out
     runs = trainings(table, out, arguments.settings, arguments.budget, lambda argv: parse_config(argv).config)
     if arguments.dry_run:

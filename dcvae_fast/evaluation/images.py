@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dcvae_fast.config import ModelConfig
+from dcvae_fast.config import DataConfig, ModelConfig
 from dcvae_fast.models.dcvae import DCVAE
-from dcvae_pipelines import DataError, EncodedSet, ImageSet, decode_images
+from dcvae_pipelines import DataError, EncodedSet, ImageSet, decode_images, load_dataset
 from dcvae_pipelines.pixels import normalize, resize
 
 # Limits of the images decoded together.
@@ -27,11 +27,22 @@ class Splits:
         train: images that the model was trained on, decoded or as files
         test: images that were held out, decoded or as files
         on_corrupt: whether to stop at an image that cannot be decoded, or to skip it with a warning
+        published: test images as published, for protocol `once`; None if they are `test`
     """
 
     train: ImageSet | EncodedSet
     test: ImageSet | EncodedSet
     on_corrupt: Literal["stop", "skip"] = "stop"
+    published: ImageSet | EncodedSet | None = None
+
+
+def published_images(data: DataConfig) -> ImageSet | EncodedSet | None:
+    """Load LSUN bedroom's published validation images; return None for other data sets, which publish `test`.
+
+    Raises:
+        DataError: the images are missing or damaged.
+    """
+    return load_dataset(data.name, data.root, "valid") if data.name == "lsun_bedroom" else None
 
 
 class Noise:
@@ -54,6 +65,12 @@ def evenly_spaced(total: int, count: int) -> Tensor:
     """Return int64 [min(count, total)]: indices from 0 to `total` − 1, evenly spaced."""
     count = min(count, total)
     return torch.arange(count) * total // max(1, count)
+
+
+def repeated(total: int, count: int) -> Tensor:
+    """Return int64 [count]: whole passes over the indices from 0 to `total` − 1, then evenly spaced ones."""
+    passes, remainder = divmod(count, total)
+    return torch.cat([torch.arange(total).repeat(passes), evenly_spaced(total, remainder)])
 
 
 def parts(

@@ -30,7 +30,7 @@ class Measurement:
             pixel_squares (an image's sum of squares on [0, 1]), pixel_rmse (on 0–255); perceptual_imagenet,
             perceptual_caffe; ppl; probe_error (percent)
         subject: samples, reconstructions or latents
-        protocol: paper or official
+        protocol: paper, once or official
         value: the number
         spread: its uncertainty, or None
         spread_kind: definition of the spread, or None
@@ -38,6 +38,7 @@ class Measurement:
         data: images of the data set that were reconstructed or compared with, or None
         seed: seed of the noise
         extractor: name of the network that extracted features, or None
+        note: difference from the code whose protocol is followed, or None
     """
 
     metric: str
@@ -50,6 +51,7 @@ class Measurement:
     data: str | None = None
     seed: int
     extractor: str | None = None
+    note: str | None = None
 
 
 def describe(model: nn.Module, images: int | None) -> dict[str, Any]:
@@ -99,13 +101,14 @@ def store(path: Path, head: dict[str, Any], measurement: Measurement) -> None:
 
 
 def table(measured: Sequence[Measurement]) -> str:
-    """Format measurements in aligned columns."""
+    """Format measurements in aligned columns, with their notes below."""
     rows = [("metric", "subject", "protocol", "value", "images", "extractor")]
     for m in measured:
         value = f"{m.value:.4g}" + ("" if m.spread is None else f" ± {m.spread:.2g}")
         rows.append((m.metric, m.subject, m.protocol, value, f"{m.count:,}", m.extractor or ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    notes = dict.fromkeys(m.note for m in measured if m.note)
+    return "\n".join([*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), *notes])
 
 
 def hash_weights(module: nn.Module) -> str:

@@ -12,11 +12,12 @@ from torch.backends import cudnn
 
 from dcvae_fast.errors import EvaluationError
 from dcvae_fast.evaluation import fidelity, perceptual, probe
-from dcvae_fast.evaluation.images import Splits, evenly_spaced, parts, reconstructions, samples
+from dcvae_fast.evaluation.images import Splits, evenly_spaced, parts, reconstructions, repeated, samples
 from dcvae_fast.evaluation.measurement import Measurement, Subject
 from dcvae_fast.evaluation.pretrained import Extractor
 from dcvae_fast.images import to_bytes
 from dcvae_fast.models.dcvae import DCVAE
+from dcvae_pipelines import EncodedSet, ImageSet
 
 METRICS = (*fidelity.FEATURE_METRICS, "pixel", "perceptual", "ppl", "probe")
 
@@ -34,24 +35,45 @@ class Protocol:
     """How the images to measure are generated.
 
     Attributes:
+        samples: whether the feature metrics use samples
+        repeat_test_split: whether the feature metrics use as many reconstructions as samples, by decoding the test
+            split again and again, each time from a new draw from the posterior; otherwise each test image once, from
+            the posterior mean
+        posterior_mean: whether pixel and perceptual compare reconstructions from the posterior mean; otherwise from a
+            draw from the posterior
         clamp: clamp latents of samples to [-clamp, clamp]; None for the setting in the model's configuration
-        posterior_mean: whether reconstructions decode the posterior mean; otherwise a draw from the posterior
         batch: the number of images is rounded up to a multiple of this
-        repeat_test_split: whether the feature metrics use as many reconstructions as samples, by repeating the test
-            split; otherwise each test image is reconstructed once
         rounded: whether pixels are rounded to the nearest of 256 values; otherwise down
+        note: difference of the feature metrics from the code that the protocol follows; `{extractor}` stands for the
+            network's name
     """
 
-    clamp: float | None
-    posterior_mean: bool
-    batch: int
-    repeat_test_split: bool
-    rounded: bool
+    samples: bool = True
+    repeat_test_split: bool = True
+    posterior_mean: bool = True
+    clamp: float | None = None
+    batch: int = 1
+    rounded: bool = True
+    note: str | None = None
+
+    def count(self, images: int) -> int:
+        """Return `images`, rounded up to a multiple of `batch`."""
+        return -(-images // self.batch) * self.batch
 
 
 PROTOCOLS = {
-    "paper": Protocol(clamp=None, posterior_mean=True, batch=1, repeat_test_split=False, rounded=True),
-    "official": Protocol(clamp=1.0, posterior_mean=False, batch=64, repeat_test_split=True, rounded=False),
+    "paper": Protocol(),
+    "once": Protocol(samples=False, repeat_test_split=False),
+    "official": Protocol(
+        posterior_mean=False,
+        clamp=1.0,
+        batch=64,
+        rounded=False,
+        note="Not exactly comparable with the authors' code: features are those of {extractor}, and real images are the"
+        " model's training split. The authors measure FID only, with pytorch-fid's Inception (the weights"
+        " pt_inception-2015-12-05; images resized by torch's bilinear interpolation, not TensorFlow 1's) and stored"
+        " statistics of CIFAR-10's training split (fid_stats_cifar10_train.npz).",
+    ),
 }
 
 
@@ -77,24 +99,35 @@ def evaluate(
     | metric | measured | compared with |
     |---|---|---|
     | `fid`, `kid`, `prc` (precision, recall) | samples, and reconstructions of the test split | the training split |
-    | `is` (Inception score) | samples, and reconstructions of the test split | – |
+    | `is` (Inception score) | the same images | – |
     | `pixel`, `perceptual` (VGG16's relu4_3) | reconstructions of the test split | the test split |
     | `ppl` (path length) | 2 · `images` steps on paths between samples | – |
     | `probe` (error of linear classifiers) | posterior means of the test split | those of the training split |
 
-    fid, kid and prc use at most 50,000 images of the training split, evenly spaced.
+    fid, kid and prc use at most 50,000 images of the training split, evenly spaced. All four feature metrics use
+    torch-fidelity's Inception, which resizes images as TensorFlow 1 does.
 
-    Protocol `paper` samples from N(0, I), clamped if the model's configuration says so, and reconstructs each test
-    image once, from the posterior mean. `official` follows the authors' code: samples from N(0, I) clamped to [-1, 1];
-    reconstructions from draws, for the feature metrics with new noise in each repetition of the test split; multiples
-    of 64 images, 50,048 for 50,000; pixels rounded down. ppl and probe always follow `paper`.
+    Protocols:
+
+    - `paper`: `images` samples from N(0, I), clamped if the model's configuration says so. fid, is, kid and prc use as
+      many reconstructions: the test split is decoded again and again, each time from a new draw from the posterior.
+      pixel and perceptual reconstruct each test image once, from the posterior mean.
+    - `once`: no samples. Each published test image is reconstructed once, from the posterior mean. FID of so few images
+      is higher: compare it only with FID of the same images.
+    - `official`: as the authors' code. Latents of samples are clamped to [-1, 1]; all reconstructions are draws; the
+      number of images is a multiple of 64, 50,048 for 50,000; pixels are rounded down. The authors' Inception is
+      pytorch-fid's, which resizes images by torch's bilinear interpolation, and real images are stored statistics of
+      CIFAR-10's training split, so FID is not exactly comparable; measurements have a note that says so.
+
+    ppl and probe always follow `paper`.
 
     Args:
         model: the autoencoder.
         data: its data set; None is allowed for ppl only.
         metrics: a subset of `METRICS`.
-        protocol: paper or official.
-        images: number of samples, and maximum number of test images.
+        protocol: paper, once or official.
+        images: number of samples and of reconstructions for the feature metrics, and maximum number of test images
+            for the others.
         batch: batch size, which changes results only by float32 rounding; None for one that needs little memory.
         seed: seed of all noise.
         weights: folder with the published weights of Inception, VGG16 and LPIPS; None to download them.
@@ -132,14 +165,36 @@ def evaluate(
     return measurements
 
 
-def data_of(metric: str, subject: Subject, data: Splits) -> str | None:
+def reconstructed_images(protocol: str, data: Splits) -> ImageSet | EncodedSet:
+    """Return the images that a protocol reconstructs."""
+    return data.published if protocol == "once" and data.published is not None else data.test
+
+
+def data_of(metric: str, subject: Subject, protocol: str, data: Splits) -> str | None:
     """Describe the images of a data set that a metric of a subject depends on; None if on none."""
-    used = [f"{len(data.test):,} test images"] if subject != "samples" else []
+    images = reconstructed_images(protocol, data)
+    kind = "test" if images is data.test else "validation"
+    used = [f"{len(images):,} {kind} images"] if subject != "samples" else []
     if metric in ("fid", "kid", "precision", "recall", "prc"):
         used.append(f"{min(len(data.train), REAL_IMAGES):,} training images")
     elif subject == "latents":
         used.append(f"{len(data.train):,} training images")
     return f"{data.test.name}: {', '.join(used)}" if used else None
+
+
+def image_count(metric: str, subject: Subject, protocol: str, data: Splits, images: int) -> int | None:
+    """Return the number of images, or of pairs for ppl, that a metric of a subject uses; None if it uses all.
+
+    It is less if images that cannot be decoded are skipped.
+    """
+    if metric == "ppl":
+        return 2 * images
+    if subject == "latents":
+        return None
+    selected, is_feature_metric = PROTOCOLS[protocol], metric in ("fid", "is", "kid", "precision", "recall")
+    if subject == "samples" or (is_feature_metric and selected.repeat_test_split):
+        return selected.count(images)
+    return min(images, len(reconstructed_images(protocol, data)))
 
 
 def _check(work: "_Work", metrics: Collection[str]) -> None:
@@ -148,7 +203,7 @@ def _check(work: "_Work", metrics: Collection[str]) -> None:
     if not metrics:
         raise EvaluationError(f"metrics is empty; known are {', '.join(METRICS)}.")
     if work.protocol_name not in PROTOCOLS:
-        raise EvaluationError(f"protocol is {work.protocol_name!r}; it must be {' or '.join(PROTOCOLS)}.")
+        raise EvaluationError(f"protocol is {work.protocol_name!r}; known are {', '.join(PROTOCOLS)}.")
     if work.images < fidelity.MIN_IMAGES:
         raise EvaluationError(f"images is {work.images}; it must be at least {fidelity.MIN_IMAGES}.")
     if work.batch < 1:
@@ -162,9 +217,10 @@ def _check(work: "_Work", metrics: Collection[str]) -> None:
         if set(metrics) != {"ppl"}:
             raise EvaluationError("data is missing; only ppl can be measured without it.")
         return
-    for split, name in ((data.train, "training"), (data.test, "test")):
-        if len(split) < fidelity.MIN_IMAGES and set(metrics) & set(fidelity.FEATURE_METRICS):
-            needed = f"fid, is, kid and prc need {fidelity.MIN_IMAGES}"
+    least = 1 if work.protocol.repeat_test_split else fidelity.MIN_IMAGES
+    for split, name, needs in ((data.train, "training", fidelity.MIN_IMAGES), (work.held_out, "test", least)):
+        if len(split) < needs and set(metrics) & set(fidelity.FEATURE_METRICS):
+            needed = f"fid, is, kid and prc need {needs}"
             raise EvaluationError(f"{split.name} has {len(split)} {name} images; {needed}.")
         first = next(parts(split, evenly_spaced(len(split), fidelity.MIN_IMAGES), config, data.on_corrupt))
         if "probe" in metrics:
@@ -197,22 +253,26 @@ class _Work:
         assert self.splits is not None  # ensured by `_check`
         return self.splits
 
+    @property
+    def held_out(self) -> ImageSet | EncodedSet:
+        return reconstructed_images(self.protocol_name, self.data)
+
     def measurement(self, metric: str, subject: Subject, value: float, count: int, **more: Any) -> Measurement:
         """Return a measurement with the fields that all measurements of this call share."""
-        data = None if self.splits is None else data_of(metric, subject, self.splits)
-        common = {"protocol": self.protocol_name, "data": data, "seed": self.seed}
-        fields = {"metric": metric, "subject": subject, "value": value, "count": count, **common, **more}
-        return Measurement(**fields)
+        protocol = more.pop("protocol", self.protocol_name)
+        data = None if self.splits is None else data_of(metric, subject, protocol, self.splits)
+        fields = {"metric": metric, "subject": subject, "protocol": protocol, "value": value, "count": count, **more}
+        return Measurement(**fields, data=data, seed=self.seed)
 
-    def test_indices(self) -> Tensor:
-        """Return the indices of at most `images` test images."""
-        return evenly_spaced(len(self.data.test), self.images)
-
-    def pairs(self, indices: Tensor, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield test images and their reconstructions."""
-        images = parts(self.data.test, indices, self.model.config, self.data.on_corrupt)
-        seed = None if self.protocol.posterior_mean else self.seed
-        pairs = reconstructions(self.model, images, self.batch, seed)
+    def pairs(self, name: str, *, repeat: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield test images and their reconstructions, for the feature metrics if `repeat` is set."""
+        if repeat:
+            indices = repeated(len(self.held_out), self.protocol.count(self.images))
+        else:
+            indices = evenly_spaced(len(self.held_out), self.images)
+        images = parts(self.held_out, indices, self.model.config, self.data.on_corrupt)
+        draws = repeat or not self.protocol.posterior_mean
+        pairs = reconstructions(self.model, images, self.batch, self.seed if draws else None)
         return self.counted(pairs, name, len(indices), lambda pair: len(pair[0]))
 
     def counted(self, batches: Iterable[T], name: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
@@ -225,19 +285,22 @@ class _Work:
 
 
 def _fidelity(work: _Work, metrics: Sequence[str], extractor: Extractor, cache: Path | None) -> Iterator[Measurement]:
-    model, protocol = work.model, work.protocol
+    protocol = work.protocol
     real = _real_features(work, extractor, cache) if set(metrics) & set(fidelity.COMPARISON_METRICS) else {}
-    count = -(-work.images // protocol.batch) * protocol.batch
-    clamp = model.config.sample_clamp if protocol.clamp is None else protocol.clamp
-    generated = work.counted(samples(model, count, work.batch, work.seed, clamp), "samples", count, len)
-    indices = torch.arange(count) % len(work.data.test) if protocol.repeat_test_split else work.test_indices()
-    reconstructed = (images for _, images in work.pairs(indices, "reconstructions"))
-    sets: dict[Subject, Iterable[Tensor]] = {"samples": generated, "reconstructions": reconstructed}
+    note = protocol.note and protocol.note.format(extractor=extractor.name)
+    sets: dict[Subject, Iterable[Tensor]] = {}
+    if protocol.samples:
+        count = protocol.count(work.images)
+        clamp = work.model.config.sample_clamp if protocol.clamp is None else protocol.clamp
+        generated = samples(work.model, count, work.batch, work.seed, clamp)
+        sets["samples"] = work.counted(generated, "samples", count, len)
+    pairs = work.pairs("reconstructions", repeat=protocol.repeat_test_split)
+    sets["reconstructions"] = (images for _, images in pairs)
     for subject, batches in sets.items():
         features = fidelity.features_of((to_bytes(batch, rounded=protocol.rounded) for batch in batches), extractor)
         for metric in metrics:
             for name, (value, spread, spread_kind) in fidelity.compare(metric, features, real, extractor).items():
-                more = {"spread": spread, "spread_kind": spread_kind, "extractor": extractor.name}
+                more = {"spread": spread, "spread_kind": spread_kind, "extractor": extractor.name, "note": note}
                 yield work.measurement(name, subject, value, len(next(iter(features.values()))), **more)
 
 
@@ -252,16 +315,14 @@ def _real_features(work: _Work, extractor: Extractor, cache: Path | None) -> dic
 
 def _pixel(work: _Work) -> Iterator[Measurement]:
     config = work.model.config
-    error, count = perceptual.pixel_error(work.pairs(work.test_indices(), "images compared by pixels"))
+    error, count = perceptual.pixel_error(work.pairs("images compared by pixels"))
     values = perceptual.pixel_distances(error, config.image_channels * config.resolution**2)
     for name, value in values.items():
         yield work.measurement(name, "reconstructions", value, count)
 
 
 def _perceptual(work: _Work, vgg16: Extractor) -> Iterator[Measurement]:
-    distances, count = perceptual.perceptual_distances(
-        work.pairs(work.test_indices(), "images compared by VGG-16"), vgg16
-    )
+    distances, count = perceptual.perceptual_distances(work.pairs("images compared by VGG-16"), vgg16)
     for name, value in distances.items():
         yield work.measurement(name, "reconstructions", value, count, extractor=vgg16.name)
 

@@ -15,8 +15,9 @@ from dcvae_fast.distributed import pick_device
 from dcvae_fast.errors import DivergedError, EvaluationError, UserError
 from dcvae_fast.evaluation import Measurement, Splits, evaluate
 from dcvae_fast.evaluation.fidelity import MIN_IMAGES
+from dcvae_fast.evaluation.images import published_images
 from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, store
-from dcvae_fast.evaluation.protocol import Progress, data_of
+from dcvae_fast.evaluation.protocol import Progress, data_of, image_count
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.recipes import RECIPES, recipe_config
 from dcvae_fast.reproduce.paper import Key, Table
@@ -241,7 +242,7 @@ def _open_data(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
     """Open each data set of the runs once."""
     configs = {run.config.data: run.config for run in runs}
     return {
-        data: Splits(open_data(config, "train"), open_data(config, "test"), data.on_corrupt)
+        data: Splits(open_data(config, "train"), open_data(config, "test"), data.on_corrupt, published_images(data))
         for data, config in configs.items()
     }
 
@@ -283,15 +284,18 @@ def _measure(run: Training, data: Splits, shown: int, images: int, measure: Call
         except EvaluationError as error:
             failed = [key for key in run.needed if _metric(key) in metrics and key.protocol == protocol]
             missing |= {key: str(error) for key in failed if key not in measured}
-    return Result(run.remarks(shown, images) + _too_few(measured), measured, missing, head)
+    return Result(run.remarks(shown, images) + _too_few(measured, images), measured, missing, head)
 
 
-def _too_few(measured: dict[Key, Measurement]) -> tuple[str, ...]:
-    """Return a remark for each FID and IS of fewer images than the paper's: both depend on the number of images."""
+def _too_few(measured: dict[Key, Measurement], images: int) -> tuple[str, ...]:
+    """Return a remark for each FID and IS of fewer than `images` images, because some could not be decoded.
+
+    Protocol `once` always uses fewer, and has no number of the paper to be compared with.
+    """
     remarks = {
         f"FID and IS of {measurement.subject} on {measurement.count:,} images, not {IMAGES:,}"
         for key, measurement in measured.items()
-        if key.metric in ("fid", "is") and measurement.count < IMAGES
+        if key.metric in ("fid", "is") and key.protocol != "once" and measurement.count < min(images, IMAGES)
     }
     return tuple(sorted(remarks))
 
@@ -311,25 +315,23 @@ def _group(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _stored(folder: Path) -> dict[Key, Measurement]:
-    """Return a run's stored measurements, except those from versions with other fields."""
-    names = Measurement.__dataclass_fields__
+    """Return a run's stored measurements, except those that lack a field. Earlier versions had no `note`."""
+    names = Measurement.__dataclass_fields__.keys()
     measurements = [
-        Measurement(**{name: stored[name] for name in names})
+        Measurement(**{name: stored[name] for name in names & stored.keys()})
         for stored in read(folder / EVALUATION_FILE).get("measurements", [])
-        if names.keys() <= stored.keys()
+        if names - {"note"} <= stored.keys()
     ]
     return {Key(m.metric, m.subject, m.protocol): m for m in measurements}
 
 
 def _is_current(measurement: Measurement, data: Splits, images: int) -> bool:
     """Return whether a measurement has this data set, this number of images and the default seed."""
-    if measurement.data != data_of(measurement.metric, measurement.subject, data) or measurement.seed != 0:
+    key = (measurement.metric, measurement.subject, measurement.protocol)
+    if measurement.data != data_of(*key, data) or measurement.seed != 0:
         return False
-    if measurement.subject == "latents":  # uses all images that have labels
-        return True
-    if measurement.subject == "reconstructions":
-        return measurement.count == min(images, len(data.test))
-    return measurement.count == (2 * images if measurement.metric == "ppl" else images)
+    count = image_count(*key, data, images)
+    return count is None or measurement.count == count
 
 
 def _curve(run: Training, data: Splits) -> Curve:

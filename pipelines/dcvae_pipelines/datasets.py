@@ -1,6 +1,7 @@
 """The data sets by name: locations of their files, and splits."""
 
 import hashlib
+import heapq
 import json
 import re
 from functools import cache
@@ -58,8 +59,9 @@ def load_dataset(
     |----------------|-----------------------------------------------------|-------------------------------------------|
     | `celeba`       | celeba/img_align_celeba, cropped to 128×128 faces   | celeba/list_eval_partition.txt            |
     | `celebahq`     | anywhere, named by number; any subset               | 29,000 and 1,000, by a hash of the number |
-    | `lsun_bedroom` | bedroom_{train,val}_lmdb, or folders                | as published; a single folder as `folder` |
-    |                | bedroom_{train,val}, or anywhere                    |                                           |
+    | `lsun_bedroom` | bedroom_{train,val}_lmdb, or folders                | 50,000 of bedroom_train by a hash of the  |
+    |                | bedroom_{train,val}, or anywhere                    | key, 1 in 60 of a subset; `valid` is      |
+    |                |                                                     | bedroom_val; a single folder as `folder`  |
     | `folder`       | in folders train and test, or anywhere, or an LMDB  | if anywhere: 1 in 20, at most 1,000, are  |
     |                |                                                     | held out by a hash of their names         |
     | `shards`       | *.tar of WebDataset, as `dcvae prepare` makes them  | train*.tar and test*.tar, or as `folder`  |
@@ -67,7 +69,7 @@ def load_dataset(
     Args:
         name: a name from the tables.
         root: the folder ROOT, in torchvision's layout if torchvision has the data set; `digits` needs none.
-        split: "train" or "test"; "valid" for `celeba`.
+        split: "train" or "test"; "valid" for `celeba` and `lsun_bedroom`, where it equals "test" for a single folder.
         download: whether to download missing files to `root`, for data sets that torchvision can download.
 
     Raises:
@@ -75,7 +77,7 @@ def load_dataset(
     """
     if name not in NAMES:
         raise DataError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
-    splits = ("train", "valid", "test") if name == "celeba" else ("train", "test")
+    splits = ("train", "valid", "test") if name in ("celeba", "lsun_bedroom") else ("train", "test")
     if split not in splits:
         raise DataError(f"{name}: unknown split {split!r}; known are {', '.join(splits)}")
     match name:
@@ -98,7 +100,7 @@ def load_dataset(
         case "folder" if (folder / "data.mdb").is_file():
             return _split_by_key(name, Lmdb(folder), split)
         case "folder":
-            return _images(name, folder, split, {"train": "train", "test": "test"})
+            return _images(folder, split)
         case _:
             return _shards(folder, split)
 
@@ -162,7 +164,11 @@ def _celebahq_held_out() -> frozenset[int]:
 
 
 def _lsun_bedroom(root: Path, split: str) -> EncodedSet:
-    part = "train" if split == "train" else "val"
+    """Load LSUN bedroom with `test` from the published training split, whose 300 validation images are `valid`.
+
+    FID needs more reconstructions of different images than there are published validation images.
+    """
+    part = "val" if split == "valid" else "train"
     if any((root / f"bedroom_{suffix}_lmdb").exists() for suffix in ("train", "val")):
         folder = root / f"bedroom_{part}_lmdb"
         if not (folder / "data.mdb").is_file():
@@ -170,17 +176,31 @@ def _lsun_bedroom(root: Path, split: str) -> EncodedSet:
                 f"lsun_bedroom: looked for {folder / 'data.mdb'} and did not find it; unpack bedroom_{part}_lmdb.zip"
                 f" of LSUN in {root}"
             )
-        store = Lmdb(folder)
+        store: Store = Lmdb(folder)
+    elif all((root / f"bedroom_{suffix}").is_dir() for suffix in ("train", "val")):
+        folder = root / f"bedroom_{part}"
+        store = Files(folder, _image_names("lsun_bedroom", folder))
+    else:
+        return _split_by_key("lsun_bedroom", Files(root, _image_names("lsun_bedroom", root)), split)
+    if split == "valid":
         return EncodedSet("lsun_bedroom", store, torch.arange(len(store)))
-    return _images("lsun_bedroom", root, split, {"train": "bedroom_train", "test": "bedroom_val"})
+    # Keys of the LMDB, which are also the file names after an export: both have the same held-out images.
+    keys = [store.key(i).rpartition("/")[2].partition(".")[0] for i in range(len(store))]
+    is_held_out = _hold_out("lsun_bedroom", keys, _lsun_held_out(len(keys)))
+    return EncodedSet("lsun_bedroom", store, _indices(is_held_out, split))
 
 
-def _images(name: str, root: Path, split: str, folders: dict[str, str]) -> EncodedSet:
-    """Load images from one folder per split if these exist, else split all images below `root`."""
-    if all((root / folder).is_dir() for folder in folders.values()):
-        names = _image_names(name, root / folders[split])
-        return EncodedSet(name, Files(root / folders[split], names), torch.arange(len(names)))
-    return _split_by_key(name, Files(root, _image_names(name, root)), split)
+def _lsun_held_out(total: int) -> int:
+    """Return how many of LSUN's training images are held out: 50,000, or 1 in 60 of a subset, at least 1."""
+    return max(1, min(50_000, total // 60))
+
+
+def _images(root: Path, split: str) -> EncodedSet:
+    """Load images from the folders train and test if both exist, else split all images below `root`."""
+    if all((root / part).is_dir() for part in ("train", "test")):
+        names = _image_names("folder", root / split)
+        return EncodedSet("folder", Files(root / split, names), torch.arange(len(names)))
+    return _split_by_key("folder", Files(root, _image_names("folder", root)), split)
 
 
 def _image_names(name: str, folder: Path) -> list[str]:
@@ -228,18 +248,20 @@ def _split_by_key(name: str, store: Store, split: str) -> EncodedSet:
     return EncodedSet(name, store, _indices(_hold_out(name, [store.key(i) for i in range(len(store))]), split))
 
 
-def _hold_out(name: str, names: list[str]) -> Tensor:
-    """Hold out 1 in 20 images, at least 1 and at most 1,000: those whose names have the smallest hashes.
+def _hold_out(name: str, names: list[str], count: int | None = None) -> Tensor:
+    """Hold out the `count` images whose names have the smallest hashes; None for 1 in 20, at least 1 and at most 1,000.
 
     Returns:
         bool [N], true for images that are held out.
     """
     if len(names) < 2:
         raise DataError(f"{name}: there is only one image; at least two are needed, because one is held out")
+    if count is None:
+        count = min(1000, max(1, len(names) // 20))
     hashes = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in names]
-    threshold = sorted(hashes)[min(1000, max(1, len(names) // 20)) - 1]
+    threshold = heapq.nsmallest(count, hashes)[-1]
     return torch.tensor([digest <= threshold for digest in hashes])
 
 
 def _indices(is_held_out: Tensor, split: str) -> Tensor:
-    return (is_held_out if split == "test" else ~is_held_out).nonzero()[:, 0]
+    return (~is_held_out if split == "train" else is_held_out).nonzero()[:, 0]

@@ -107,7 +107,7 @@ def prepare(
     those of which only a part is shown (CelebA), become upright 8-bit RGB in PNG. With a resolution, images are cropped
     to a square and resized as in training; with a lossless format, training sees the same RGB pixels as before. Data
     sets that are decoded when loaded (MNIST…) are of none of the kinds, and packed as PNG; grey images stay grey.
-    CelebA's split "valid" is left out.
+    The split "valid" of CelebA and LSUN bedroom is left out.
 
     The call can be interrupted at any point and repeated: complete shards are kept, and the same images give the same
     bytes. The source is only read.

@@ -54,6 +54,10 @@ def test_a_run_provides_its_data_and_stores_measurements(tmp_path, features, mon
     assert main([*command, "--protocol", "official"]) == 0
     repeated = json.loads((run / "evaluation.json").read_text())["measurements"]
     assert repeated[: len(measurements)] == measurements and len(repeated) == len(measurements) + 4
+    notes = [m["note"] for m in repeated]
+    assert notes[: len(measurements)] == [None] * len(measurements)
+    assert all("not Inception, and real images are the model's training split" in note for note in notes[-4:])
+    assert capsys.readouterr().out.count("Not exactly comparable with the authors' code") == 1
 
 
 def test_data_options_for_a_saved_model(saved, tmp_path, capsys):
@@ -63,6 +67,27 @@ def test_data_options_for_a_saved_model(saved, tmp_path, capsys):
     stored = json.loads(out.read_text())
     assert stored["images"] is None and stored["measurements"][0]["count"] == 11
     assert not (saved / "evaluation.json").exists()
+
+
+def test_once_reconstructs_the_published_validation_images_of_lsun(tmp_path, capsys):
+    DCVAE(ModelConfig(latent_dim=4, decoder_width=4, encoder_width=4)).save_pretrained(tmp_path / "model")
+    for folder, count in (("bedroom_train", 120), ("bedroom_val", 3)):
+        write_noise(tmp_path / folder, count, 32, 32, 3)
+    command = ["evaluate", str(tmp_path / "model"), "--metrics", "pixel", "--data.name", "lsun_bedroom"]
+    command += ["--data.root", str(tmp_path)]
+    assert main(command) == 0
+    assert main([*command, "--protocol", "once"]) == 0
+    stored = json.loads((tmp_path / "model" / "evaluation.json").read_text())["measurements"]
+    described = {(m["protocol"], m["count"], m["data"]) for m in stored}
+    assert described == {("paper", 2, "lsun_bedroom: 2 test images"), ("once", 3, "lsun_bedroom: 3 validation images")}
+
+
+def test_the_help_names_the_network_and_the_real_images_of_each_protocol(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    text = "".join(capsys.readouterr().out.split())  # lines are also broken at hyphens
+    for words in ("torch-fidelity's Inception", "the training split", "pytorch-fid's Inception", "stored statistics"):
+        assert words.replace(" ", "") in text
 
 
 @pytest.mark.parametrize(

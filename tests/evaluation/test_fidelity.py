@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from dcvae_fast.config import ModelConfig
 from dcvae_fast.evaluation import evaluate, images
 from dcvae_fast.evaluation.fidelity import content_key, features_of, frechet_distance
-from dcvae_fast.evaluation.images import evenly_spaced, parts
+from dcvae_fast.evaluation.images import evenly_spaced, parts, repeated
+from dcvae_fast.evaluation.protocol import PROTOCOLS, data_of, image_count
+from dcvae_fast.images import to_bytes
 from dcvae_pipelines import DataError, load_dataset
 from image_files import write_noise
 
@@ -60,13 +62,23 @@ def bytes_of(images, rounded=True):
 def test_feature_metrics_match_torch_fidelity(model, data, features):
     from torch_fidelity import calculate_metrics
 
-    measurements = evaluate(model, data, ALL, images=50, batch=7, seed=4, features=features)
-    assert {m.extractor for m in measurements} == {"random, not Inception"}
+    paper, once = (
+        evaluate(model, data, ALL, protocol=protocol, images=50, batch=7, seed=4, features=features)
+        for protocol in ("paper", "once")
+    )
+    measurements = [*paper, *once]
+    assert {(m.extractor, m.note) for m in measurements} == {("random, not Inception", None)}
     assert {m.metric for m in measurements} == {"fid", "is", "kid", "precision", "recall"}
-    latents = torch.randn(1024, 6, generator=torch.Generator().manual_seed(4))[:50]
+    assert len(measurements) == 15  # no samples by protocol once
+    noise = torch.randn(1024, 6, generator=torch.Generator().manual_seed(4))[:50]
     real = data.test.images.float() / 127.5 - 1
-    images_of = {"samples": model.decode(latents), "reconstructions": model.decode(model.encode(real).mean)}
-    for subject, decoded in images_of.items():
+    indices = [*range(37), *(i * 37 // 13 for i in range(13))]  # the 37 test images, and 13 of them again
+    images_of = {
+        ("samples", "paper"): model.decode(noise),
+        ("reconstructions", "paper"): model.decode(model.encode(real[indices]).at(noise)),
+        ("reconstructions", "once"): model.decode(model.encode(real).mean),
+    }
+    for key, decoded in images_of.items():
         expected = calculate_metrics(
             input1=Images(bytes_of(decoded)),
             input2=Images(data.train.images),
@@ -78,7 +90,7 @@ def test_feature_metrics_match_torch_fidelity(model, data, features):
             cuda=False,
             verbose=False,
         )
-        actual = {m.metric: m for m in measurements if m.subject == subject}
+        actual = {m.metric: m for m in measurements if (m.subject, m.protocol) == key}
         assert actual["fid"].value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
         assert actual["is"].value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
         assert actual["is"].spread == pytest.approx(expected["inception_score_std"], rel=1e-3, abs=1e-7)
@@ -97,12 +109,51 @@ def test_official_follows_the_authors_protocol(model, data, features):
         ("reconstructions", 64, "official"),
     ]
     noise = torch.randn(1024, 6, generator=torch.Generator().manual_seed(4))[:64]
-    real = data.test.images[torch.arange(64) % 37].float() / 127.5 - 1
+    indices = [*range(37), *(i * 37 // 27 for i in range(27))]
+    real = data.test.images[indices].float() / 127.5 - 1
     latents = {"samples": noise.clamp(-1, 1), "reconstructions": model.encode(real).at(noise)}
     reference = features_of([data.train.images], features)["pool"]
     for m in measurements:
         generated = features_of([bytes_of(model.decode(latents[m.subject]), rounded=False)], features)["pool"]
         assert m.value == pytest.approx(by_scipy(generated, reference), rel=1e-4)
+        assert m.note is not None and "features are those of random, not Inception" in m.note
+        assert "pytorch-fid's Inception" in m.note and "fid_stats_cifar10_train.npz" in m.note
+
+
+def test_pixels_are_rounded_down_in_the_order_of_the_authors_code():
+    values = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = values.clone().mul_(127.5).add_(127.5).clamp(0.0, 255.0).to(torch.uint8)
+    assert torch.equal(to_bytes(values, rounded=False), expected)
+
+
+def test_repeated_passes_end_with_evenly_spaced_images():
+    assert repeated(4, 10).tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 2]
+    assert repeated(10, 4).tolist() == [0, 2, 5, 7] and repeated(3, 6).tolist() == [0, 1, 2, 0, 1, 2]
+    assert repeated(10_000, 50_048).bincount().unique(return_counts=True)[1].tolist() == [9_952, 48]
+
+
+def test_published_images_replace_the_test_split_for_once_only(model, data, features):
+    published = replace(data.test, images=data.test.images[:11], labels=data.test.labels[:11])
+    with_published = replace(data, published=published)
+    for protocol, other in (("paper", data), ("official", data), ("once", replace(data, test=published))):
+        measured = [
+            evaluate(model, splits, ["fid", "pixel"], protocol=protocol, images=50, features=features)
+            for splits in (with_published, other)
+        ]
+        assert values(measured[0]) == values(measured[1])
+        assert [m.count for m in measured[0]] == [m.count for m in measured[1]]
+    (fid, pixel, *_) = measured[0]
+    assert (fid.count, fid.data) == (11, "noise: 11 validation images, 60 training images")
+    assert (pixel.count, pixel.data) == (11, "noise: 11 validation images")
+
+
+def test_image_counts_are_those_of_the_measurements(model, data, features):
+    for protocol in PROTOCOLS:
+        for size in (20, 50):
+            for m in evaluate(model, data, (*ALL, "pixel"), protocol=protocol, images=size, features=features):
+                assert m.count == image_count(m.metric, m.subject, protocol, data, size)
+                assert m.data == data_of(m.metric, m.subject, protocol, data)
+    assert image_count("ppl", "samples", "paper", data, 50) == 100
 
 
 def test_the_configuration_can_clamp_samples(model, data, features):
@@ -120,11 +171,13 @@ def test_values_depend_on_the_seed_but_not_on_the_batch_size(model, data, featur
             evaluate(model, data, ALL, images=50, batch=batch, seed=seed, protocol=protocol, features=features)
         )
 
-    for protocol in ("paper", "official"):
+    for protocol in ("paper", "official"):  # with samples
         first = measure(64, protocol=protocol)
         assert measure(64, protocol=protocol) == first
         assert measure(7, protocol=protocol) == pytest.approx(first, rel=1e-4)
-        assert measure(64, 1, protocol)["fid", "samples"] != first["fid", "samples"]
+        other = measure(64, 1, protocol)
+        assert all(other["fid", subject] != first["fid", subject] for subject in ("samples", "reconstructions"))
+    assert measure(64, 1, "once") == measure(64, 0, "once")
 
 
 def test_features_are_cached_by_content(model, data, features, tmp_path):

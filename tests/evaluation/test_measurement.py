@@ -66,6 +66,12 @@ def test_the_table_names_the_extractor():
     assert len({line.index("paper") for line in lines[1:]}) == 1
 
 
+def test_the_table_ends_with_each_note_once():
+    noted = replace(FID, protocol="official", note="Not comparable.")
+    assert table([FID, noted, replace(noted, metric="is")]).splitlines()[4:] == ["Not comparable."]
+    assert "Not" not in table([FID])
+
+
 def test_weights_are_hashed_with_their_names(model):
     before = hash_weights(model)
     assert hash_weights(model) == before
@@ -78,7 +84,7 @@ def test_weights_are_hashed_with_their_names(model):
     [
         ({"metrics": ["fid", "fld"]}, "metrics has fld; known are fid, is, kid"),
         ({"metrics": []}, "metrics is empty"),
-        ({"protocol": "other"}, "protocol is 'other'; it must be paper or official"),
+        ({"protocol": "other"}, "protocol is 'other'; known are paper, once, official"),
         ({"images": 9}, "images is 9; it must be at least 10"),
         ({"batch": 0}, "batch is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -90,11 +96,15 @@ def test_invalid_arguments_are_rejected_before_anything_is_loaded(model, data, a
         evaluate(model, **{"data": data, "metrics": METRICS, **arguments})
 
 
-def test_a_few_images_suffice_for_distances_only(model, data, features):
+def test_a_few_images_suffice_unless_features_of_each_are_compared_once(model, data, features):
     few = replace(data, test=ImageSet("noise", data.test.images[:3], None))
     assert evaluate(model, few, ["pixel"])[0].count == 3
+    assert [m.count for m in evaluate(model, few, ["fid"], images=20, features=features)] == [20, 20]  # repeated
     with pytest.raises(UserError, match="noise has 3 test images; fid, is, kid and prc need 10"):
-        evaluate(model, few, ["fid"], features=features)
+        evaluate(model, few, ["fid"], protocol="once", features=features)
+    few_trained = replace(data, train=ImageSet("noise", data.train.images[:3], None))
+    with pytest.raises(UserError, match="noise has 3 training images; fid, is, kid and prc need 10"):
+        evaluate(model, few_trained, ["fid"], features=features)
 
 
 def test_missing_weights_are_named_with_their_origin_and_hash(tmp_path):

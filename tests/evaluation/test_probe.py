@@ -36,10 +36,10 @@ def test_probe_error_is_in_percent_of_the_images_with_labels(model):
     labels = train.labels.clone()
     labels[::3] = -1
     colour = [ImageSet(split.name, split.images.repeat(1, 3, 1, 1), split.labels) for split in (train, test)]
-    partly_labelled = Splits(ImageSet("digits", colour[0].images, labels), colour[1])
-    (error,) = evaluate(model, partly_labelled, ["probe"])
+    partly_labelled = Splits(ImageSet("digits", colour[0].images, labels), colour[1], published=colour[0])
+    (error,) = evaluate(model, partly_labelled, ["probe"], protocol="once")
     assert 0 < error.value < 80 and error.spread is not None and error.spread_kind is not None
     assert (error.metric, error.subject, error.count) == ("probe_error", "latents", 360)
-    assert error.data == "digits: 360 test images, 1,437 training images"
+    assert (error.protocol, error.data) == ("paper", "digits: 360 test images, 1,437 training images")
     with pytest.raises(UserError, match="a probe needs labels, which digits does not have"):
         evaluate(model, Splits(ImageSet("digits", colour[0].images, None), colour[1]), ["probe"])

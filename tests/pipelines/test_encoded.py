@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dcvae_pipelines import DataError, EncodedSet, datasets, decode_images, decoded, load_dataset
-from dcvae_pipelines.encoded import Lmdb, Shards, find_images
+from dcvae_pipelines.encoded import Files, Lmdb, Shards, find_images
 from image_files import encode, make_lmdb, make_shard
 
 
@@ -185,31 +185,64 @@ def test_a_subset_of_celebahq_without_held_out_images_is_split_like_a_folder(tmp
     assert (len(train), len(test)) == (20, 1)
 
 
-def test_lsun_is_read_from_its_lmdbs(tmp_path: Path):
+LSUN_KEYS = [hashlib.sha1(str(i).encode()).hexdigest() for i in range(600)]
+
+
+def test_lsun_holds_out_training_images_and_keeps_the_validation_images_apart(tmp_path: Path):
     webp = encode(Image.new("RGB", (8, 8), (200, 200, 200)), "WEBP", lossless=True)
     make_lmdb(tmp_path / "bedroom_train_lmdb", {"b": jpeg(2), "a": jpeg(1), "c": webp})
-    make_lmdb(tmp_path / "bedroom_val_lmdb", {"d": jpeg(4)})
-    train = load_dataset("lsun_bedroom", tmp_path)
-    assert values(train) == [1, 2, 200] and values(load_dataset("lsun_bedroom", tmp_path, "test")) == [4]
+    make_lmdb(tmp_path / "bedroom_val_lmdb", {"d": jpeg(4), "e": jpeg(5)})
+    train, valid, test = (load_dataset("lsun_bedroom", tmp_path, split) for split in ("train", "valid", "test"))
+    # SHA-256 of b, c and a begins with 3e, 2e and ca.
+    assert (values(train), values(valid), values(test)) == ([1, 2], [4, 5], [200])
     assert train.image_name(1) == f"{tmp_path / 'bedroom_train_lmdb'}: b"
 
 
+def test_lsun_holds_out_a_fixed_list_without_reading_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An LMDB and its export to nested folders have the same held-out images."""
+    make_lmdb(tmp_path / "lmdb" / "bedroom_train_lmdb", dict.fromkeys(LSUN_KEYS, b"not read"))
+    for key in LSUN_KEYS:
+        folder = tmp_path / "folders" / "bedroom_train" / key[0] / key[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{key}.webp").touch()
+    (tmp_path / "folders" / "bedroom_val").mkdir()
+    for store in (Lmdb, Files):
+        monkeypatch.delattr(store, "read")
+    expected = sorted(LSUN_KEYS, key=lambda key: hashlib.sha256(key.encode()).digest())[:10]
+    digest = hashlib.sha256("".join(f"{key}\n" for key in sorted(expected)).encode()).hexdigest()
+    assert digest == "3ff7bf64294cc3896b717b9eaf259c9fc3c566042222b6e2d1738f457373bb1d"
+    for layout in ("lmdb", "folders"):
+        train, test = (load_dataset("lsun_bedroom", tmp_path / layout, split) for split in ("train", "test"))
+        assert [Path(train.store.key(int(i))).stem for i in test.indices] == sorted(expected)
+        assert sorted([*train.indices.tolist(), *test.indices.tolist()]) == list(range(600))
+
+
+def test_lsun_holds_out_fifty_thousand_images_or_one_in_sixty():
+    totals = {2: 1, 119: 1, 120: 2, 600: 10, 2_999_999: 49_999, 3_000_000: 50_000, 3_033_042: 50_000}
+    assert {total: datasets._lsun_held_out(total) for total in totals} == totals
+
+
 def test_lsun_is_read_from_folders(tmp_path: Path):
-    make_folder(tmp_path, ["bedroom_train/a.jpg", "bedroom_val/b.jpg"])
-    assert values(load_dataset("lsun_bedroom", tmp_path)) == [0]
-    assert values(load_dataset("lsun_bedroom", tmp_path, "test")) == [1]
-    folder = make_folder(tmp_path / "one", [f"{i}.jpg" for i in range(20)])
-    assert len(load_dataset("lsun_bedroom", folder, "test")) == 1
+    make_folder(tmp_path, ["bedroom_train/a.jpg", "bedroom_train/b.jpg", "bedroom_val/c.jpg"])
+    assert [values(load_dataset("lsun_bedroom", tmp_path, split)) for split in ("train", "valid", "test")] == [
+        [0],
+        [2],
+        [1],
+    ]
+    folder = make_folder(tmp_path / "one", [f"{i}.jpg" for i in range(40)])
+    held_out = [len(load_dataset("lsun_bedroom", folder, split)) for split in ("train", "valid", "test")]
+    assert held_out == [38, 2, 2]
 
 
 def test_a_missing_or_broken_lmdb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    make_lmdb(tmp_path / "bedroom_train_lmdb", {"a": jpeg(1)})
+    make_lmdb(tmp_path / "bedroom_train_lmdb", {"a": jpeg(1), "b": jpeg(2)})
+    assert len(load_dataset("lsun_bedroom", tmp_path, "test")) == 1
     with pytest.raises(DataError, match=r"looked for .*bedroom_val_lmdb/data.mdb .*; unpack bedroom_val_lmdb\.zip"):
-        load_dataset("lsun_bedroom", tmp_path, "test")
+        load_dataset("lsun_bedroom", tmp_path, "valid")
     (tmp_path / "bedroom_val_lmdb").mkdir()
     (tmp_path / "bedroom_val_lmdb" / "data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(DataError, match="bedroom_val_lmdb: cannot be read as an LMDB"):
-        load_dataset("lsun_bedroom", tmp_path, "test")
+        load_dataset("lsun_bedroom", tmp_path, "valid")
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(DataError, match=r"lmdb is needed here .*: pip install lmdb"):
         Lmdb(tmp_path / "bedroom_train_lmdb")

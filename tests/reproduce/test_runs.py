@@ -6,7 +6,7 @@ import logging
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of
-from dcvae_fast.recipes import RECIPES
-from dcvae_fast.reproduce import TABLES, report, runs, trainings
+from dcvae_fast.recipes import RECIPES, recipe_config
+from dcvae_fast.reproduce import TABLES, WITH_OFFICIAL, report, runs, trainings
 from dcvae_fast.reproduce.paper import Key
 from dcvae_fast.run_folder import images_shown, read_metrics
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import stage_ranges
 from dcvae_fast.training.schedule import stages
 from dcvae_pipelines import ImageSet
+from image_files import write_noise
 
 NARROW = (
     "--train.device cpu --model.decoder_width 4 --model.encoder_width 4 --model.discriminator_width 4"
@@ -74,9 +75,20 @@ def test_dry_run_plans_every_table_without_data_and_writes_nothing(name, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_plans_the_authors_code_if_asked_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "training_flops", lambda config, shown: 1e15)
+    assert main(["reproduce", "table1", "--official", "--dry-run"]) == 0
+    words = [line.split() for line in capsys.readouterr().out.splitlines()[3:8]]
+    assert [line[0] for line in words] == [*TABLES["table1"].needed(), "table1/official"]
+    assert words[-1][1:7] == ["cifar10-official", "39,987,200", "0", "0", "of", "9"]
+
+
 def test_runs_have_the_settings_of_the_paper():
-    by_name = {run.name: run for name in TABLES for run in trainings(TABLES[name], Path(), [], None, configure)}
-    assert list(by_name) == [name for name in RECIPES if "/" in name]
+    tables = [*TABLES.values(), *WITH_OFFICIAL.values()]
+    by_name = {run.name: run for table in tables for run in trainings(table, Path(), [], None, configure)}
+    assert sorted(by_name) == sorted(name for name in RECIPES if "/" in name)
+    assert by_name["table1/official"].config == recipe_config("cifar10-official")
     objectives = [
         by_name[f"table1/{run}"].config.loss.objective for run in ("vae", "vae-gan", "vae-contrastive", "dc-vae")
     ]
@@ -221,7 +233,7 @@ def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys
     assert main(command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        "dcvae: error: 24 numbers of table1 are missing, all others were saved: --weights: looked for"
+        "dcvae: error: 32 numbers of table1 are missing, all others were saved: --weights: looked for"
     )
     page = (out / "table1.md").read_text()
     assert "\n" + page in messages() and page.count("\n– ") == 2
@@ -231,8 +243,8 @@ def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys
     assert all(remark in page.splitlines()[0] for remark in remarks)
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[2:6] == ["–"] * 4 and cells[9:11] == ["–"] * 2 and "–" not in cells[6:9]
-        squares, rmse, mse = map(float, cells[6:9])
+        assert cells[2:8] == ["–"] * 6 and cells[11:13] == ["–"] * 2 and "–" not in cells[8:11]
+        squares, rmse, mse = map(float, cells[8:11])
         assert squares == pytest.approx(mse / 4 * 32**2, rel=1e-3) and rmse == pytest.approx(mse**0.5 * 127.5, rel=1e-3)
     content = json.loads((out / "table1.json").read_text())
     for row in content["rows"]:
@@ -245,9 +257,9 @@ def test_missing_weights_leave_a_dash_a_reason_and_an_exit_code(tmp_path, capsys
     assert main(command) == 1
     assert "8 numbers of table1 are missing" in capsys.readouterr().err.splitlines()[-1]
     cells = [cell.strip() for cell in lines_with_numbers((out / "table1.md").read_text())[0].strip("|").split("|")]
-    assert all(float(cell) > 0 for cell in cells[2:9]) and cells[9:11] == ["–"] * 2
+    assert all(float(cell) > 0 for cell in cells[2:11]) and cells[11:13] == ["–"] * 2
     stored = json.loads((out / "table1" / "vae" / "evaluation.json").read_text())
-    assert stored["images"] == 8 and len(stored["measurements"]) == 7
+    assert stored["images"] == 8 and len(stored["measurements"]) == 9
 
 
 def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(tmp_path, counted, monkeypatch):
@@ -285,6 +297,11 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(t
         ("fid", "samples", {"count": 9}, False),
         ("is", "samples", {}, True),
         ("is", "reconstructions", {}, True),
+        ("fid", "reconstructions", {"count": 4}, False),  # each test image once, as in earlier versions
+        ("fid", "reconstructions", {"protocol": "once", "count": 4}, True),
+        ("fid", "reconstructions", {"protocol": "once", "count": 10}, False),
+        ("fid", "samples", {"protocol": "official", "count": 64}, True),
+        ("pixel_mse", "reconstructions", {"count": 4}, True),
         ("is", "reconstructions", {"data": "faces: 10 test images"}, False),
         ("probe_error", "latents", {"count": 3}, True),  # only those with labels
         ("probe_error", "latents", {"data": "digits: 10 test images, 5 training images"}, False),
@@ -292,16 +309,29 @@ def test_figure_7_draws_a_curve_for_each_k_and_fewer_images_are_measured_again(t
     ],
 )
 def test_numbers_of_other_images_are_measured_again(metric: Any, subject: Any, stored: dict[str, Any], kept: bool):
-    pixels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
-    data = Splits(ImageSet("digits", pixels.repeat(3, 1, 1, 1), None), ImageSet("digits", pixels, None))
-    measurement = replace(FID, metric=metric, subject=subject, count=10, data=data_of(metric, subject, data))
+    pixels = torch.zeros(30, 1, 8, 8, dtype=torch.uint8)
+    data = Splits(ImageSet("digits", pixels, None), ImageSet("digits", pixels[:4], None))
+    measurement = replace(FID, metric=metric, subject=subject, count=10, data=data_of(metric, subject, "paper", data))
     assert runs._is_current(replace(measurement, **stored), data, 10) is kept
 
 
-def test_fid_of_few_images_gets_a_remark():
+def test_table_3_reconstructs_held_out_images_and_the_published_ones(tmp_path):
+    for folder, count in (("bedroom_train", 120), ("bedroom_val", 11)):
+        write_noise(tmp_path / folder, count, 8, 8, 3)
+    (run,) = trainings(TABLES["table3"], Path(), ["--data.root", str(tmp_path)], None, configure)
+    (data,) = runs._open_data([run]).values()
+    assert data.published is not None
+    assert (len(data.train), len(data.test), len(data.published)) == (118, 2, 11)
+    used = [data_of(*key, data) for key in run.needed if key.subject == "reconstructions"]
+    assert used == [f"lsun_bedroom: {images} images, 118 training images" for images in ("2 test", "11 validation")]
+
+
+def test_fid_of_fewer_images_than_asked_for_gets_a_remark():
     many, pixels = replace(FID, subject="samples", count=50_000), replace(FID, metric="pixel_mse")
-    measurements = {Key(m.metric, m.subject, m.protocol): m for m in (FID, many, pixels)}
-    assert runs._too_few(measurements) == ("FID and IS of reconstructions on 300 images, not 50,000",)
+    once = replace(FID, protocol="once", count=200)  # in columns without a number of the paper
+    measurements = {Key(m.metric, m.subject, m.protocol): m for m in (FID, many, pixels, once)}
+    assert runs._too_few(measurements, 50_000) == ("FID and IS of reconstructions on 300 images, not 50,000",)
+    assert runs._too_few(measurements, 300) == ()  # all have the remark "measured on 300 images"
 
 
 def test_truncated_files_and_files_of_other_versions(tmp_path):
@@ -311,6 +341,9 @@ def test_truncated_files_and_files_of_other_versions(tmp_path):
     entries = {"weights": "w", "measurements": [{"metric": "fid", "of": "samples", "protocol": "paper", "value": 1.0}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(entries))
     assert runs._stored(tmp_path) == {}
+    before = {name: value for name, value in asdict(FID).items() if name != "note"}  # as before notes were stored
+    (tmp_path / "evaluation.json").write_text(json.dumps({"weights": "w", "measurements": [before]}))
+    assert runs._stored(tmp_path) == {Key("fid", "reconstructions", "paper"): FID}
 
 
 # --- mistakes ---
@@ -320,6 +353,8 @@ def test_truncated_files_and_files_of_other_versions(tmp_path):
     ("argv", "message"),
     [
         (["table9"], "'table9' is not a table of the paper; choose from table1, table2"),
+        (["table3", "--official"], "--official is given with table3; only table1 has a row of the authors' code"),
+        (["figure7", "--official", "--dry-run"], "--official is given with figure7; only table1"),
         (["table6", "--budget", "0"], "--budget is 0; it must be at least 1"),
         (["table1", "--loss.objectiv", "vae"], "--loss.objectiv"),
         (["table6", "--train.images", "5"], "use --budget IMAGES to shorten every run"),
