@@ -1,6 +1,7 @@
-"""`dcvae reproduce`: train and measure the models of the paper's tables and Figure 7, and write the pages."""
+"""`dcvae reproduce`: train and measure the models of the paper's tables and figures, and write the pages."""
 
-from dcvae_fast.reproduce.paper import TABLES
+from dcvae_fast.reproduce.figures import reproduce_figure
+from dcvae_fast.reproduce.paper import FIGURES, TABLES
 from dcvae_fast.reproduce.runs import plan, reproduce, trainings
 
-__all__ = ["TABLES", "plan", "reproduce", "trainings"]
+__all__ = ["FIGURES", "TABLES", "plan", "reproduce", "reproduce_figure", "trainings"]
