@@ -14,8 +14,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "reproduce",
         help="Train and measure the models of a table or figure of the paper: see `dcvae reproduce --help`.",
-        description="Train the models of a table or figure of the paper. For a table, measure them and write the results"
-        " next to the paper's numbers; for a figure, draw their images. To resume, run the same command again.",
+        description="Train the models of a table or figure of the paper. For a table, measure them and write the"
+        " results next to the paper's numbers; for a figure, draw their images. To resume, run the same command again.",
         epilog="Also accepts all settings of `dcvae train`, such as --data.root, --train.device, or narrower networks;"
         " the results list how each run differs from the paper's.",
         allow_abbrev=False,

@@ -2,7 +2,6 @@
 
 import logging
 import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,8 +95,7 @@ def reproduce_figure(figure: Figure, runs: Sequence[Training], out: Path) -> int
                 return 128 + outcome.signal
             images[run.name] = _decode(run, splits[run.config.data], counts[run.name], images[run.name], outcome.images)
         _write(figure, images, out)
-    for name in (f"{figure.name}.png", f"{figure.name}.md"):
-        logger.info("; ".join([str(out / name), *_remarks(images)]))
+    logger.info("; ".join([f"{out / figure.name}.png and .md", *_remarks(images)]))
     if reasons := {name: result.missing for name, result in images.items() if result.missing}:
         raise EvaluationError(
             f"{figure.name} lacks the images of {', '.join(reasons)}, all others were drawn: "
@@ -127,14 +125,14 @@ def _check_folders(figure: Figure, runs: Sequence[Training]) -> None:
 
 def _counts(figure: Figure) -> dict[str, Counts]:
     """Return the number of images of each run."""
-    totals: Counter[tuple[str, str]] = Counter()
-    for row in figure.panels:
-        for panel in row:
-            totals[panel.run, panel.kind] += panel.count
-    return {
-        run: Counts(max(totals[run, kind] for kind in ("inputs", "reconstructions", "pairs")), totals[run, "samples"])
-        for run in figure.needed()
-    }
+    counts = dict.fromkeys(figure.needed(), Counts(0, 0))
+    for panel in (panel for row in figure.panels for panel in row):
+        test_images, samples = counts[panel.run]
+        if panel.kind == "samples":
+            counts[panel.run] = Counts(test_images, max(samples, panel.count))
+        else:
+            counts[panel.run] = Counts(max(test_images, panel.count), samples)
+    return counts
 
 
 def _inputs(run: Training, data: Splits, counts: Counts) -> RunImages:
@@ -194,16 +192,18 @@ def _write(figure: Figure, images: Mapping[str, RunImages], out: Path) -> None:
 
 
 def _remarks(images: Mapping[str, RunImages]) -> list[str]:
-    """Return the remarks of all runs, without duplicates, and the runs whose images are missing."""
-    remarks = [remark for result in images.values() for remark in result.remarks]
-    remarks += [f"{name} is missing (grey)" for name, result in images.items() if result.missing]
-    return list(dict.fromkeys(remarks))
+    """Return the remarks of all runs, without duplicates. A remark that is not on all runs names its runs."""
+    runs: dict[str, list[str]] = {}
+    for name, result in images.items():
+        for remark in (*result.remarks, *(["images are missing (grey)"] if result.missing else [])):
+            runs.setdefault(remark, []).append(name)
+    return [remark if len(names) == len(images) else f"{', '.join(names)}: {remark}" for remark, names in runs.items()]
 
 
 def markdown(figure: Figure, images: Mapping[str, RunImages]) -> str:
     """Return the page of a figure: picture, caption, and the training, images and remarks of each run."""
     remarks = _remarks(images)
-    lines = [("run", "images shown", "images in the figure", "remarks")]
+    lines = [("run", "images shown in training", "images in the figure", "remarks")]
     lines += [(name, f"{run.shown:,}", run.selection, "; ".join(run.remarks)) for name, run in images.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [" | ".join(map(str.ljust, line, widths)) for line in lines]
@@ -227,68 +227,70 @@ def draw(figure: Figure, images: Mapping[str, RunImages]) -> "Image":
     """
     from PIL import Image, ImageDraw
 
-    used: Counter[tuple[str, str]] = Counter()
-    grids = []
-    for row in figure.panels:
-        grids.append([])
-        for panel in row:
-            grids[-1].append(_grid(panel, images[panel.run], used[panel.run, panel.kind]))
-            used[panel.run, panel.kind] += panel.count
-    widths = [max(row[column].width for row in grids) for column in range(len(grids[0]))]
-    inner = sum(widths)
-    size = max(16, inner // 60)  # height of the text, and space between panels
-    font = _load_font(size)
-    line, left = size * 3 // 2, size  # height of a line of text, and of a label, which is rotated
-    if any(panel.label for row in figure.panels for panel in row):
-        left += line
-    width = left + inner + size * len(widths)
-    characters = int((width - 2 * size) / font.getlength("n"))
+    grids = [[_grid(panel, images[panel.run]) for panel in row] for row in figure.panels]
+    widths = [max(grid.width for grid in column) for column in zip(*grids, strict=True)]
+    font = _choose_font(figure, grids)
+    line, gap = int(1.5 * font.size), int(font.size / 2)  # height of a line of text; space between panels
+    left = gap + line * any(panel.label for row in figure.panels for panel in row)
+    width = left + sum(widths) + gap * len(widths)
+    characters = int((width - left - gap) / font.getlength("n"))
     title = textwrap.wrap(figure.title, characters)
-    footer = [text for remark in _remarks(images) for text in textwrap.wrap(remark, characters)]
+    remarks = [text for remark in _remarks(images) for text in textwrap.wrap(remark, characters)]
     headings = [line * any(panel.headings for panel in row) for row in figure.panels]
-    heights = [max(grid.height for grid in row) + heading + size for row, heading in zip(grids, headings, strict=True)]
-    canvas = Image.new("RGB", (width, sum(heights) + line * (len(title) + len(footer)) + size * 2), "white")
+    heights = [max(grid.height for grid in row) + heading + gap for row, heading in zip(grids, headings, strict=True)]
+    canvas = Image.new("RGB", (width, sum(heights) + line * (len(title) + len(remarks)) + 4 * gap), "white")
     pen = ImageDraw.Draw(canvas)
 
-    def write(x: float, y: float, text: str, anchor: str) -> None:
-        pen.text((x, y), text, fill="black", font=font, anchor=anchor)
-
-    y = size
+    y = gap
     for text in title:
-        write(width / 2, y + line / 2, text, "mm")
+        pen.text((width / 2, y + line / 2), text, "black", font, "mm")
         y += line
+    y += gap
     for panels, row, heading, height in zip(figure.panels, grids, headings, heights, strict=True):
         x = left
         for panel, grid, column_width in zip(panels, row, widths, strict=True):
             for number, text in enumerate(panel.headings):
                 centre = x + grid.width * (number + 0.5) / len(panel.headings)
-                write(centre, y + heading / 2, text, "mm")
+                pen.text((centre, y + heading / 2), text, "black", font, "mm")
             canvas.paste(grid, (x, y + heading))
             if panel.label:
                 label = Image.new("RGB", (grid.height, line), "white")
                 ImageDraw.Draw(label).text((grid.height / 2, line / 2), panel.label, "black", font, "mm")
                 canvas.paste(label.rotate(90, expand=True), (x - line, y + heading))
-            x += column_width + size
+            x += column_width + gap
         y += height
-    for text in footer:
-        write(left, y + line / 2, text, "lm")
+    y += gap
+    for text in remarks:
+        pen.text((left, y + line / 2), text, "black", font, "lm")
         y += line
     return canvas
 
 
-def _grid(panel: Panel, images: RunImages, start: int) -> "Image":
-    """Arrange the images of a panel, from number `start` on. Tiles without an image are white."""
+def _grid(panel: Panel, images: RunImages) -> "Image":
+    """Arrange the images of a panel. If there are fewer images than tiles, the other tiles are white or left out."""
     from PIL import Image
 
     size = max(panel.size, images.inputs.shape[-1])
-    part = slice(start, start + panel.count)
     if panel.kind == "pairs":
-        pairs = [_enlarge(tiles[part], size) for tiles in (images.inputs, images.reconstructions)]
-        tiles = torch.stack(pairs, dim=1).flatten(0, 1)
+        inputs, outputs = (_enlarge(part, size) for part in (images.inputs, images.reconstructions))
+        gap, margin = (inputs.new_full((*inputs.shape[:3], width), WHITE) for width in (2, size // 16))
+        tiles = torch.cat([inputs, gap, outputs, margin], dim=3)
     else:
-        tiles = _enlarge(getattr(images, panel.kind)[part], size)
-    blank = tiles.new_full((panel.rows * panel.columns - len(tiles), *tiles.shape[1:]), WHITE)
+        tiles = _enlarge(getattr(images, panel.kind), size)
+    blank = tiles.new_full((max(0, panel.columns - len(tiles)), *tiles.shape[1:]), WHITE)
     return Image.fromarray(make_grid(torch.cat([tiles, blank]), panel.columns).permute(1, 2, 0).numpy())
+
+
+def _choose_font(figure: Figure, grids: Sequence[Sequence["Image"]]) -> "FreeTypeFont":
+    """Choose the font in proportion to the width of the figure, but so small that headings and labels have room."""
+    size = max(16, max(sum(grid.width for grid in row) for row in grids) // 60)
+    texts = [("", 1.0)]  # texts, and the space for each
+    for panels, row in zip(figure.panels, grids, strict=True):
+        for panel, grid in zip(panels, row, strict=True):
+            texts += [(heading, 0.9 * grid.width / len(panel.headings)) for heading in panel.headings]
+            texts.append((panel.label, grid.height))
+    font = _load_font(size)
+    return _load_font(int(size * min(1.0, *(space / max(1.0, font.getlength(text)) for text, space in texts))))
 
 
 def _enlarge(images: Tensor, size: int) -> Tensor:

@@ -268,12 +268,12 @@ TABLES = {table.name: table for table in (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5
 
 
 class Panel(NamedTuple):
-    """Grid of images of one run. Panels of a figure with the same run and kind show consecutive images.
+    """Grid of images of one run, filled row by row.
 
     Attributes:
         run: recipe of the run
         kind: inputs (test images), reconstructions, samples, or pairs (an input, its reconstruction to the right)
-        rows, columns: number of images; a pair has two columns
+        rows, columns: number of images, or of pairs
         size: height and width of an image in the figure, in pixels
         headings: texts above the panel, evenly distributed over its width
         label: text to the left of the panel
@@ -289,8 +289,7 @@ class Panel(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Number of test images, or of samples."""
-        return self.rows * self.columns // (2 if self.kind == "pairs" else 1)
+        return self.rows * self.columns
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,6 @@ class Figure:
 
 
 BEDROOM, FACES, STL10 = "table3/dc-vae", "table8/dc-vae", "table2/dc-vae"
-PAIR = ("input", "reconstruction")
 
 FIGURE1 = Figure(
     "figure1",
@@ -369,7 +367,7 @@ FIGURE8 = Figure(
     "figure8",
     "Figure 8: more reconstructions, CelebA-HQ at 512×512",
     "Test images with their reconstructions to the right.",
-    (tuple(Panel(FACES, "pairs", 6, 2, 512, PAIR) for _ in range(3)),),
+    ((Panel(FACES, "pairs", 6, 3, 512, ("input", "reconstruction") * 3),),),
     note="The run is that of Table 8.",
 )
 
@@ -389,7 +387,7 @@ FIGURE14 = Figure(
     "figure14",
     "Figure 14: more reconstructions, LSUN bedroom at 128×128",
     "Test images with their reconstructions to the right.",
-    (tuple(Panel(BEDROOM, "pairs", 8, 2, 128, PAIR) for _ in range(6)),),
+    ((Panel(BEDROOM, "pairs", 8, 4, 256, ("input", "reconstruction") * 4),),),
     note="The run is that of Table 3.",
 )
 
