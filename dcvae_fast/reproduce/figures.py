@@ -1,7 +1,6 @@
 """Figures of images: the runs' inputs, reconstructions and samples, drawn as in the paper, and the page of a figure."""
 
 import logging
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +118,7 @@ def _check_folders(figure: Figure, runs: Sequence[Training]) -> None:
     commands = " and ".join(f"`dcvae reproduce {name} --data.root DIR`" for name in single)
     raise UserError(
         f"{figure.name} needs {' and '.join(roots)} in different folders, but --data.root sets one folder. First run"
-        f" {commands}, then {figure.name} without --data.root: each run keeps its folder."
+        f" {commands}, then {figure.name} without --data.root: each run keeps its folder, data.root in its config.yaml."
     )
 
 
@@ -233,9 +232,8 @@ def draw(figure: Figure, images: Mapping[str, RunImages]) -> "Image":
     line, gap = int(1.5 * font.size), int(font.size / 2)  # height of a line of text; space between panels
     left = gap + line * any(panel.label for row in figure.panels for panel in row)
     width = left + sum(widths) + gap * len(widths)
-    characters = int((width - left - gap) / font.getlength("n"))
-    title = textwrap.wrap(figure.title, characters)
-    remarks = [text for remark in _remarks(images) for text in textwrap.wrap(remark, characters)]
+    title = _wrap(figure.title, font, width - left - gap)
+    remarks = [text for remark in _remarks(images) for text in _wrap(remark, font, width - left - gap)]
     headings = [line * any(panel.headings for panel in row) for row in figure.panels]
     heights = [max(grid.height for grid in row) + heading + gap for row, heading in zip(grids, headings, strict=True)]
     canvas = Image.new("RGB", (width, sum(heights) + line * (len(title) + len(remarks)) + 4 * gap), "white")
@@ -272,11 +270,11 @@ def _grid(panel: Panel, images: RunImages) -> "Image":
 
     size = max(panel.size, images.inputs.shape[-1])
     if panel.kind == "pairs":
-        inputs, outputs = (_enlarge(part, size) for part in (images.inputs, images.reconstructions))
-        gap, margin = (inputs.new_full((*inputs.shape[:3], width), WHITE) for width in (2, size // 16))
-        tiles = torch.cat([inputs, gap, outputs, margin], dim=3)
+        inputs, outputs = (_enlarge(part[: panel.count], size) for part in (images.inputs, images.reconstructions))
+        gap, margin = (inputs.new_full((*inputs.shape[:3], width), WHITE) for width in (2, size // 32))
+        tiles = torch.cat([margin, inputs, gap, outputs, margin], dim=3)
     else:
-        tiles = _enlarge(getattr(images, panel.kind), size)
+        tiles = _enlarge(getattr(images, panel.kind)[: panel.count], size)
     blank = tiles.new_full((max(0, panel.columns - len(tiles)), *tiles.shape[1:]), WHITE)
     return Image.fromarray(make_grid(torch.cat([tiles, blank]), panel.columns).permute(1, 2, 0).numpy())
 
@@ -297,6 +295,18 @@ def _enlarge(images: Tensor, size: int) -> Tensor:
     """Enlarge images [N, C, R, R] by the integer factor size // R, by repeating pixels."""
     factor = size // images.shape[-1]
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def _wrap(text: str, font: "FreeTypeFont", width: float) -> list[str]:
+    """Break a text into lines of at most `width` pixels, between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _load_font(size: int) -> "FreeTypeFont":

@@ -324,11 +324,11 @@ FIGURE1 = Figure(
     " CelebA-HQ.",
     (
         (
-            Panel(BEDROOM, "inputs", 2, 4, 256, ("LSUN bedroom",), "(a) input"),
+            Panel(BEDROOM, "inputs", 2, 4, 256, ("LSUN bedroom",), "(a) inputs"),
             Panel(FACES, "inputs", 1, 2, 512, ("CelebA-HQ",)),
         ),
         (
-            Panel(BEDROOM, "reconstructions", 2, 4, 256, label="(a) reconstruction"),
+            Panel(BEDROOM, "reconstructions", 2, 4, 256, label="(a) reconstructions"),
             Panel(FACES, "reconstructions", 1, 2, 512),
         ),
         (Panel(BEDROOM, "samples", 4, 4, 256, label="(b) samples"), Panel(FACES, "samples", 2, 2, 512)),
@@ -376,8 +376,8 @@ FIGURE10 = Figure(
     "Figure 10: STL-10 at 32×32",
     "(a) Two rows of test images above two rows of their reconstructions, in the same order; (b) samples.",
     (
-        (Panel(STL10, "inputs", 2, 10, 128, label="(a) input"),),
-        (Panel(STL10, "reconstructions", 2, 10, 128, label="(a) reconstruction"),),
+        (Panel(STL10, "inputs", 2, 10, 128, label="(a) inputs"),),
+        (Panel(STL10, "reconstructions", 2, 10, 128, label="(a) reconstructions"),),
         (Panel(STL10, "samples", 4, 10, 128, label="(b) samples"),),
     ),
     note="The run is that of Table 2.",
