@@ -255,7 +255,7 @@ def test_images_of_a_figure_are_in_rows_of_equal_squares(name):
     for edge in (drawn[:4], drawn[-4:], drawn[:, :4], drawn[:, -2:]):
         assert (edge == 255).all()  # no text is cut off
 
-    def check(panel: figures.Panel, kind: int, stride: int, offset: int) -> tuple[int, int]:
+    def check(panel: figures.Panel, kind: int, stride: int) -> tuple[int, int]:
         """Check the grid of one kind of images; return the left and upper edge."""
         squares = boxes(drawn, colours[panel.run][kind], panel.count)
         left, top = squares[0][:2]
@@ -263,20 +263,36 @@ def test_images_of_a_figure_are_in_rows_of_equal_squares(name):
             assert abs(width - panel.size) <= 2 and abs(height - panel.size) <= 2
             assert abs(x - left - stride * (number % panel.columns)) <= 2
             assert abs(y - top - (panel.size + 2) * (number // panel.columns)) <= 2
-        return left + offset, top
+        return left, top
 
-    above = 0
+    def check_middle(text: np.ndarray, axis: int, expected: float) -> None:
+        """Check that a part of the figure has text, in the middle along an axis."""
+        dark = np.nonzero((text < 128).any(axis=(1 - axis, 2)))[0]
+        assert abs((dark.min() + dark.max()) / 2 - expected) < 10
+
+    above, line = 0, max(20, drawn.shape[1] // 45)
     for row in figure.panels:
         tops, before = set(), 0
         for panel in row:
             if panel.kind == "pairs":
                 stride = 2 * panel.size + 4 + panel.size // 16
-                left, top = check(panel, 0, stride, panel.size + 2)
-                right, right_top = check(panel, 1, stride, 0)
-                assert abs(left - right) <= 2 and top == right_top  # each reconstruction to the right of its input
+                left, top = check(panel, 0, stride)
+                right, right_top = check(panel, 1, stride)
+                assert abs(right - left - panel.size - 2) <= 2 and right_top == top
             else:
                 kind = ("inputs", "reconstructions", "samples").index(panel.kind)
-                left, top = check(panel, kind, panel.size + 2, 0)
+                stride = panel.size + 2
+                left, top = check(panel, kind, stride)
+            columns = panel.columns * (2 if panel.kind == "pairs" else 1)
+            width = panel.columns * stride
+            for number in range(len(panel.headings)):
+                start, end = (left + width * edge // len(panel.headings) for edge in (number, number + 1))
+                images_of_heading = columns // len(panel.headings)
+                middle = (images_of_heading * (panel.size + 2) - 2) / 2
+                check_middle(drawn[top - line : top - 3, start:end], 1, middle)
+            if panel.label:
+                height = panel.rows * (panel.size + 2) - 2
+                check_middle(drawn[top : top + height, left - line : left - 3], 0, height / 2)
             assert left > before
             before = left + panel.columns * panel.size
             tops.add(top)
