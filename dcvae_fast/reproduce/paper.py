@@ -333,6 +333,7 @@ FIGURE1 = Figure(
         ),
         (Panel(BEDROOM, "samples", 4, 4, 256, label="(b) samples"), Panel(FACES, "samples", 2, 2, 512)),
     ),
+    note="The runs are those of Tables 3 and 8.",
 )
 
 FIGURE3 = Figure(
