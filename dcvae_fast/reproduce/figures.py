@@ -282,13 +282,14 @@ def _grid(panel: Panel, images: RunImages) -> "Image":
 def _choose_font(figure: Figure, grids: Sequence[Sequence["Image"]]) -> "FreeTypeFont":
     """Choose the font in proportion to the width of the figure, but so small that headings and labels have room."""
     size = max(16, max(sum(grid.width for grid in row) for row in grids) // 60)
-    texts = [("", 1.0)]  # texts, and the space for each
+    texts = []  # and the space for each
     for panels, row in zip(figure.panels, grids, strict=True):
         for panel, grid in zip(panels, row, strict=True):
             texts += [(heading, 0.9 * grid.width / len(panel.headings)) for heading in panel.headings]
             texts.append((panel.label, grid.height))
     font = _load_font(size)
-    return _load_font(int(size * min(1.0, *(space / max(1.0, font.getlength(text)) for text, space in texts))))
+    scales = [space / font.getlength(text) for text, space in texts if text]
+    return _load_font(int(size * min([1.0, *scales])))
 
 
 def _enlarge(images: Tensor, size: int) -> Tensor:
