@@ -77,7 +77,7 @@ RECIPES = {
     "celeba64":               Recipe("celeba128",   {"model.resolution":  64, "train.images": 5_400_000}),
     # LSUN bedroom at 128×128 (Table 3); bedrooms are not mirrored.
     "lsun128":                Recipe("celeba128",   {"data.name": "lsun_bedroom", "data.mirror": False}),
-    # CelebA-HQ at 256×256 (Table 4), and at 512×512 (Tables 7 and 8; Figures 1, 5, 6, 8 and 10 to 14).
+    # CelebA-HQ at 256×256 (Table 4), and at 512×512 (Tables 7 and 8; Figures 1, 4 to 6, 8 and 11 to 13).
     "celebahq256":            Recipe("celeba128",   {"data.name": "celebahq",
                                                      "model.resolution": 256, "train.images": 7_800_000,
                                                      "log.every": 14_000, "log.checkpoint_every": 60_000}),

@@ -42,15 +42,8 @@ def prepare_run(folder: Path, config: Config) -> None:
     """
     import yaml
 
-    path = folder / CONFIG_FILE
-    if path.is_file():
-        try:
-            stored = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunError(
-                f"{path} cannot be read ({error}); restore it, or choose another folder with --run."
-            ) from error
-        if differences := changes(complete_settings(stored) if isinstance(stored, dict) else {}, config):
+    if (stored := read_config(folder)) is not None:
+        if differences := changes(stored, config):
             raise RunError(
                 f"{folder} was created with another configuration (stored → requested):\n  "
                 + "\n  ".join(f"{setting}: {old} → {new}" for setting, old, new in differences)
@@ -65,9 +58,27 @@ def prepare_run(folder: Path, config: Config) -> None:
         )
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        atomic_write(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+        atomic_write(folder / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False))
     except OSError as error:
         raise RunError(f"{folder}: the run folder cannot be created ({error}).") from error
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration stored in a run folder, with the current names and all settings; None if it has none.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    import yaml
+
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        stored = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it, or choose another folder with --run.") from error
+    return complete_settings(stored) if isinstance(stored, dict) else {}
 
 
 @contextmanager

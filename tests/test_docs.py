@@ -20,7 +20,7 @@ from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ModelConfig, to_dict
 from dcvae_fast.evaluation import METRICS
 from dcvae_fast.renamed import SETTINGS
-from dcvae_fast.reproduce import TABLES
+from dcvae_fast.reproduce import FIGURES, TABLES
 from dcvae_kernels import InfoNCE
 from dcvae_pipelines.prepare import KINDS
 
@@ -117,7 +117,7 @@ def test_commands_parse(text):
         arguments = words[start + 1 :]
         if words[start] == "dcvae" and arguments[0] != "train":
             parsed = cli._parse(arguments)
-            assert getattr(parsed, "table", None) in (None, *TABLES)
+            assert getattr(parsed, "table", None) in (None, *TABLES, *FIGURES)
             if "metrics" in parsed:
                 assert set(parsed.metrics.split(",")) <= set(METRICS)
             if "skip" in parsed:

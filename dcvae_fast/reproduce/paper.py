@@ -1,10 +1,11 @@
-"""The paper's tables: its own and its quoted numbers, and the measurements that reproduce them.
+"""The paper's tables and figures.
 
-Columns are metrics and rows are methods. A row that can be reproduced names its recipes.
+Tables have the paper's own and its quoted numbers, and the measurements that reproduce them. Columns are metrics and
+rows are methods. A row that can be reproduced names its recipes. Figures have the layout of their images.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dcvae_fast.evaluation.measurement import Subject
 
@@ -305,3 +306,131 @@ FIGURE7 = Table(
 )
 
 TABLES = {table.name: table for table in (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, TABLE7, TABLE8, FIGURE7)}
+
+
+class Panel(NamedTuple):
+    """Grid of images of one run, filled row by row.
+
+    Attributes:
+        run: recipe of the run
+        kind: inputs (test images), reconstructions, samples, or pairs (an input, its reconstruction to the right)
+        rows, columns: number of images, or of pairs
+        size: height and width of an image in the figure, in pixels
+        headings: texts above the panel, evenly distributed over its width
+        label: text to the left of the panel
+    """
+
+    run: str
+    kind: Literal["inputs", "reconstructions", "samples", "pairs"]
+    rows: int
+    columns: int
+    size: int
+    headings: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Figure of the paper that consists of images.
+
+    Attributes:
+        name: argument of `dcvae reproduce`
+        title: heading, with the data set
+        caption: description of the layout
+        panels: from top to bottom, each row from left to right
+        note: remark on the whole figure
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[tuple[Panel, ...], ...]
+    note: str | None = None
+
+    def needed(self) -> dict[str, list[Key]]:
+        """Return the runs of the figure. They need no measurements."""
+        return {panel.run: [] for row in self.panels for panel in row}
+
+
+BEDROOM, FACES, STL10 = "table3/dc-vae", "table8/dc-vae", "table2/dc-vae"
+
+FIGURE1 = Figure(
+    "figure1",
+    "Figure 1: LSUN bedroom at 128×128 and CelebA-HQ at 512×512",
+    "(a) Test images above their reconstructions, in the same order; (b) samples. Left: LSUN bedroom. Right:"
+    " CelebA-HQ.",
+    (
+        (
+            Panel(BEDROOM, "inputs", 2, 4, 256, ("LSUN bedroom",), "(a) inputs"),
+            Panel(FACES, "inputs", 1, 2, 512, ("CelebA-HQ",)),
+        ),
+        (
+            Panel(BEDROOM, "reconstructions", 2, 4, 256, label="(a) reconstructions"),
+            Panel(FACES, "reconstructions", 1, 2, 512),
+        ),
+        (Panel(BEDROOM, "samples", 4, 4, 256, label="(b) samples"), Panel(FACES, "samples", 2, 2, 512)),
+    ),
+    note="The runs are those of Tables 3 and 8.",
+)
+
+FIGURE3 = Figure(
+    "figure3",
+    "Figures 3 and 9: reconstructions of the ablation, CIFAR-10 at 32×32",
+    "Each row shows a test image and its reconstructions by the four methods of Table 1.",
+    (
+        (
+            Panel("table1/vae", "inputs", 8, 1, 160, ("input",)),
+            Panel("table1/vae", "reconstructions", 8, 1, 160, ("VAE",)),
+            Panel("table1/vae-gan", "reconstructions", 8, 1, 160, ("VAE/GAN",)),
+            Panel("table1/vae-contrastive", "reconstructions", 8, 1, 160, ("VAE-Contrastive",)),
+            Panel("table1/dc-vae", "reconstructions", 8, 1, 160, ("DC-VAE",)),
+        ),
+    ),
+    note="The runs are those of Table 1.",
+)
+
+FIGURE4 = Figure(
+    "figure4",
+    "Figure 4: reconstructions, CelebA-HQ at 512×512",
+    "Test images above their reconstructions.",
+    (
+        (Panel(FACES, "inputs", 1, 4, 512, label="input"),),
+        (Panel(FACES, "reconstructions", 1, 4, 512, label="DC-VAE"),),
+    ),
+    note="The paper's row of IntroVAE at 1024×1024 is quoted from the paper of that method, and not shown here. The run"
+    " is that of Table 8.",
+)
+
+FIGURE8 = Figure(
+    "figure8",
+    "Figure 8: more reconstructions, CelebA-HQ at 512×512",
+    "Test images with their reconstructions to the right.",
+    ((Panel(FACES, "pairs", 6, 3, 512, ("input", "reconstruction") * 3),),),
+    note="The run is that of Table 8.",
+)
+
+FIGURE10 = Figure(
+    "figure10",
+    "Figure 10: STL-10 at 32×32",
+    "(a) Two rows of test images above two rows of their reconstructions, in the same order; (b) samples.",
+    (
+        (Panel(STL10, "inputs", 2, 10, 128, label="(a) inputs"),),
+        (Panel(STL10, "reconstructions", 2, 10, 128, label="(a) reconstructions"),),
+        (Panel(STL10, "samples", 4, 10, 128, label="(b) samples"),),
+    ),
+    note="The run is that of Table 2.",
+)
+
+FIGURE14 = Figure(
+    "figure14",
+    "Figure 14: more reconstructions, LSUN bedroom at 128×128",
+    "Test images with their reconstructions to the right.",
+    ((Panel(BEDROOM, "pairs", 8, 4, 256, ("input", "reconstruction") * 4),),),
+    note="The run is that of Table 3.",
+)
+
+FIGURES = {figure.name: figure for figure in (FIGURE1, FIGURE3, FIGURE4, FIGURE8, FIGURE10, FIGURE14)}

@@ -1,4 +1,4 @@
-"""Runs of a table: budgets, plans, training and measuring. Calling `reproduce` again resumes."""
+"""Runs of a table or figure: budgets, plans, training and measuring. Calling `reproduce` again resumes."""
 
 import gc
 import logging
@@ -20,9 +20,9 @@ from dcvae_fast.evaluation.measurement import EVALUATION_FILE, describe, read, s
 from dcvae_fast.evaluation.protocol import Progress, data_of, image_count
 from dcvae_fast.models.dcvae import DCVAE
 from dcvae_fast.recipes import RECIPES, recipe_config
-from dcvae_fast.reproduce.paper import Key, Table
+from dcvae_fast.reproduce.paper import Figure, Key, Table
 from dcvae_fast.reproduce.report import Curve, Result, all_remarks, markdown, write_pages
-from dcvae_fast.run_folder import images_shown, read_metrics
+from dcvae_fast.run_folder import images_shown, read_config, read_metrics
 from dcvae_fast.training.compiled import forget_compiled
 from dcvae_fast.training.data import open_data
 from dcvae_fast.training.held_out import held_out_images
@@ -44,7 +44,7 @@ SHORT_HELD_OUT = 1000
 
 @dataclass(frozen=True)
 class Training:
-    """Run of a table with the user's settings.
+    """Run of a table or figure with the user's settings.
 
     Attributes:
         name: name of the recipe
@@ -52,7 +52,7 @@ class Training:
         config: recipe with the user's settings, shortened to the budget
         full: images shown in the paper's training
         changed: settings changed by the user, with their values
-        needed: measurements that the table needs
+        needed: measurements that the table needs; empty for a figure
     """
 
     name: str
@@ -76,13 +76,15 @@ class Training:
 
 
 def trainings(
-    table: Table,
+    table: Table | Figure,
     out: Path,
     settings: Sequence[str],
     budget: int | None,
     configure: Callable[[Sequence[str]], Config],
 ) -> list[Training]:
-    """Return the runs that a table needs.
+    """Return the runs that a table or figure needs.
+
+    A run that exists keeps its data set, `data.name` and `data.root`, if the settings do not name another.
 
     Args:
         out: folder of all runs.
@@ -92,7 +94,8 @@ def trainings(
 
     Raises:
         ConfigError: a setting is unknown, or its value is invalid.
-        UserError: a setting defines the rows of the table and cannot be changed, or the budget is too small.
+        UserError: a setting defines the runs of the table and cannot be changed, or the budget is too small.
+        RunError: the configuration of an existing run cannot be read.
     """
     names = {token.split("=")[0].removeprefix("--") for token in settings if token.startswith("--")}
     if unknown := sorted(name for name in names if "." not in name):
@@ -103,13 +106,21 @@ def trainings(
     for name, needed in table.needed().items():
         if fixed := sorted(name for name in names & RECIPES[name].settings.keys() if not name.startswith("log.")):
             raise UserError(f"--{fixed[0]} cannot be changed here; it defines the runs of {table.name}.")
-        base, config = recipe_config(name), configure(["--recipe", name, *settings])
+        base, config = recipe_config(name), configure(["--recipe", name, *_stored_data(out / name), *settings])
         changed = tuple(f"{setting} {now}" for setting, _, now in changes(to_dict(base), config))
         full = base.train.images
         if budget is not None:
             config = _shortened(config, budget, full, keep_points="log.metrics_every" not in names)
         runs.append(Training(name, out / name, config, full, changed, tuple(needed)))
     return runs
+
+
+def _stored_data(folder: Path) -> list[str]:
+    """Return the data set of an existing run as settings; [] for a new run."""
+    data = (read_config(folder) or {}).get("data")
+    if not isinstance(data, dict):
+        return []
+    return [part for name in ("name", "root") if data.get(name) for part in (f"--data.{name}", data[name])]
 
 
 def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Config:
@@ -135,7 +146,7 @@ def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Con
     return replace(config, growth=growth, log=log, train=replace(config.train, images=images))
 
 
-def plan(table: Table, runs: Sequence[Training], images: int) -> str:
+def plan(table: Table | Figure, runs: Sequence[Training], images: int) -> str:
     """Describe progress and remaining cost in images, PFLOP and GPU-hours, one line per run with its remarks."""
     lines = [("run", "recipe", "images", "shown so far", "numbers so far", "PFLOP left", "GPU-hours left", "remarks")]
     total, all_run_remarks = 0.0, {}
@@ -150,6 +161,8 @@ def plan(table: Table, runs: Sequence[Training], images: int) -> str:
         progress = (f"{target:,}", f"{shown:,}", f"{measured} of {len(run.needed)}", *_cost(flops), remarks)
         lines.append((run.name, RECIPES[run.name].base or run.name, *progress))
     lines.append(("total", "", "", "", "", *_cost(total), "; ".join(filter(None, all_run_remarks))))
+    if not any(run.needed for run in runs):
+        lines = [(*line[:4], *line[5:]) for line in lines]  # a figure has no numbers
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     rate = f"{FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s"
@@ -189,20 +202,17 @@ def reproduce(
     _check(table, runs, images)
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-    splits = _open_data(runs)
+    splits = open_splits(runs)
     measure = partial(evaluate, images=images, weights=weights, cache=cache, progress=progress)
     results: dict[str, Result] = {}
     for run in runs:
-        data, target = splits[run.config.data], run.config.train.images
-        logger.info(_line(f"{run.name}: {target:,} images", run.remarks(target, images)))
+        data = splits[run.config.data]
         try:
-            outcome = _train(run)
+            outcome = train_run(run, images)
         except DivergedError as error:
-            result = Result(run.remarks(target, images), missing=dict.fromkeys(run.needed, str(error)))
+            result = Result(run.remarks(run.config.train.images, images), missing=dict.fromkeys(run.needed, str(error)))
         else:
             if outcome.signal:
-                stopped = f"stopped after {outcome.images:,} of {target:,} images, run the same command to resume"
-                logger.info(_line(f"{run.name}: {stopped}", run.remarks(target, images)))
                 return 128 + outcome.signal
             result = _measure(run, data, outcome.images, images, measure)
         if table.name == "figure7":
@@ -238,7 +248,7 @@ def _packages(table: Table) -> list[str]:
     return [*packages, "matplotlib"] if table.name == "figure7" else packages
 
 
-def _open_data(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
+def open_splits(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
     """Open each data set of the runs once."""
     configs = {run.config.data: run.config for run in runs}
     return {
@@ -247,15 +257,29 @@ def _open_data(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
     }
 
 
-def _train(run: Training) -> Outcome:
-    """Train, then free the memory of the networks and their compiled code, which form reference cycles."""
+def train_run(run: Training, images: int = IMAGES) -> Outcome:
+    """Complete the training of a run, and log its start and, if a signal stopped it, its stop.
+
+    Args:
+        images: number of images that will be measured, for the remarks in the log.
+
+    Raises:
+        UserError, DataError: as in `train`.
+    """
+    target = run.config.train.images
+    remarks = run.remarks(target, images)
+    logger.info(_line(f"{run.name}: {target:,} images", remarks))
     try:
-        return train(run.config, run.folder)
-    finally:
+        outcome = train(run.config, run.folder)
+    finally:  # free the memory of the networks and their compiled code, which form reference cycles
         forget_compiled()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if outcome.signal:
+        stopped = f"stopped after {outcome.images:,} of {target:,} images, run the same command to resume"
+        logger.info(_line(f"{run.name}: {stopped}", remarks))
+    return outcome
 
 
 def _line(text: str, remarks: Sequence[str]) -> str:

@@ -352,9 +352,10 @@ def test_truncated_files_and_files_of_other_versions(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["table9"], "'table9' is not a table of the paper; choose from table1, table2"),
+        (["table9"], "'table9' is not a table or figure that can be reproduced; choose from table1, table2"),
         (["table3", "--official"], "--official is given with table3; only table1 has a row of the authors' code"),
         (["figure7", "--official", "--dry-run"], "--official is given with figure7; only table1"),
+        (["figure3", "--official"], "--official is given with figure3; only table1"),
         (["table6", "--budget", "0"], "--budget is 0; it must be at least 1"),
         (["table1", "--loss.objectiv", "vae"], "--loss.objectiv"),
         (["table6", "--train.images", "5"], "use --budget IMAGES to shorten every run"),
