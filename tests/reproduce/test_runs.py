@@ -319,7 +319,7 @@ def test_table_3_reconstructs_held_out_images_and_the_published_ones(tmp_path):
     for folder, count in (("bedroom_train", 120), ("bedroom_val", 11)):
         write_noise(tmp_path / folder, count, 8, 8, 3)
     (run,) = trainings(TABLES["table3"], Path(), ["--data.root", str(tmp_path)], None, configure)
-    (data,) = runs._open_data([run]).values()
+    (data,) = runs.open_splits([run]).values()
     assert data.published is not None
     assert (len(data.train), len(data.test), len(data.published)) == (118, 2, 11)
     used = [data_of(*key, data) for key in run.needed if key.subject == "reconstructions"]
