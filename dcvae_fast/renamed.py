@@ -6,14 +6,27 @@ from typing import Any
 from dcvae_fast.errors import ConfigError
 
 SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementation"}
+# Values of settings that earlier versions did not have.
+ADDED = {
+    "model.variant": "pggan",
+    "model.stddev_group": 4,
+    "growth.first_images": None,
+    "growth.blend_real": True,
+    "growth.reset_adam": True,
+}
 NETWORKS = {"decoder_average": "decoder_ema"}
 MEASUREMENT_FIELDS = {"of": "subject", "spread_is": "spread_kind"}
 
 
-def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration, as read from config.yaml or a YAML recipe, with the current names of settings.
+def rename_settings(config: dict[str, Any], stored: bool = True) -> dict[str, Any]:
+    """Return a configuration with the current names of settings.
 
     Values stored under a current name win over those under its old name.
+
+    Args:
+        config: settings as read from config.yaml, a checkpoint or a YAML recipe.
+        stored: whether a run stored them, so that settings which are missing are added with their earlier values; false
+            for a recipe, where they have their defaults.
     """
     config = {name: dict(values) if isinstance(values, dict) else values for name, values in config.items()}
     for old, new in SETTINGS.items():
@@ -23,6 +36,10 @@ def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
         values = config.get(section)
         if isinstance(values, dict) and option in values:
             values.setdefault(new.partition(".")[2], values.pop(option))
+    for name, value in ADDED.items() if stored else ():
+        section, option = name.split(".")
+        if isinstance(values := config.get(section), dict):
+            values.setdefault(option, value)
     return config
 
 
