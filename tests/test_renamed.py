@@ -10,7 +10,7 @@ from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError, RunError
 from dcvae_fast.evaluation.measurement import Measurement, read
-from dcvae_fast.renamed import MEASUREMENT_FIELDS, NETWORKS, SETTINGS
+from dcvae_fast.renamed import ADDED, MEASUREMENT_FIELDS, NETWORKS, SETTINGS
 from dcvae_fast.run_folder import load_checkpoint, load_weights, prepare_run
 
 
@@ -20,12 +20,24 @@ def old_config() -> dict:
     for old, new in SETTINGS.items():
         section, option = new.split(".")
         config[section][old.partition(".")[2]] = config[section].pop(option)
+    for name in ADDED:
+        section, option = name.split(".")
+        del config[section][option]
+    return config
+
+
+def with_earlier_values() -> dict:
+    """The default configuration with the values that earlier versions had for settings that they did not store."""
+    config = to_dict(Config())
+    for name, value in ADDED.items():
+        section, option = name.split(".")
+        config[section][option] = value
     return config
 
 
 def test_every_current_name_is_a_setting():
     config = to_dict(Config())
-    for name in SETTINGS.values():
+    for name in (*SETTINGS.values(), *ADDED):
         section, option = name.split(".")
         assert option in config[section]
 
@@ -34,11 +46,15 @@ def test_a_run_folder_with_old_names_resumes(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     stored = old_config()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
-    prepare_run(tmp_path, Config())
+    sections = with_earlier_values().items()
+    config = Config(**{name: type(getattr(Config(), name))(**values) for name, values in sections})
+    prepare_run(tmp_path, config)
+    with pytest.raises(RunError, match=r"model\.stddev_group: 4 → 16\n"):
+        prepare_run(tmp_path, Config())
     stored["train"]["average"] = 0.5
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
     with pytest.raises(RunError, match=r"train\.ema_decay: 0\.5 → 0\.999"):
-        prepare_run(tmp_path, Config())
+        prepare_run(tmp_path, config)
 
 
 def test_a_checkpoint_with_old_names_is_loaded(tmp_path):
@@ -49,7 +65,7 @@ def test_a_checkpoint_with_old_names_is_loaded(tmp_path):
     torch.save(state, tmp_path / "checkpoints" / f"{4:012d}.pt")
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
-    assert loaded["config"] == to_dict(Config())
+    assert loaded["config"] == with_earlier_values()
     assert list(loaded["step"]["networks"]) == ["encoder.a", "decoder_ema.a", "decoder.a"]
     assert torch.equal(load_weights(tmp_path)[1]["decoder.a"], torch.ones(2))
     assert NETWORKS == {"decoder_average": "decoder_ema"}
@@ -78,6 +94,7 @@ def test_measurements_with_old_names_are_read(tmp_path):
     [
         "train: {average: 0.5, images: 7}\noptim: {fused: torch}\ndata: {root: 2024-01-01}\n",
         "train.average: 0.5\ntrain.images: 7\noptim.fused: torch\ndata.root: 2024-01-01\n",
+        "model: {latent_dim: 3}\ntrain: {average: 0.5, images: 7}\noptim: {fused: torch}\ndata: {root: 2024-01-01}\n",
         "train: {average: 0.9, ema_decay: 0.5, images: 7}\noptim: {implementation: torch}\ndata.root: 2024-01-01\n",
     ],
 )
@@ -86,6 +103,7 @@ def test_a_recipe_file_with_old_names_is_read(tmp_path, text):
     config = parse_config(["--recipe", str(tmp_path / "mine.yaml")]).config
     assert (config.train.ema_decay, config.train.images, config.optim.implementation) == (0.5, 7, "torch")
     assert config.data.root == "2024-01-01"
+    assert config.model.stddev_group == 16  # a recipe has the defaults, not the values of earlier versions
 
 
 def test_a_recipe_file_may_have_a_folder_like_an_impossible_date(tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from dcvae_fast.losses import (
 )
 from dcvae_fast.models.build import build_discriminator
 from dcvae_fast.models.layers import BatchNorm2d
-from dcvae_fast.models.progressive import Phase, minibatch_stddev, pixel_norm, set_phase
+from dcvae_fast.models.progressive import Phase, image_stddev, minibatch_stddev, pixel_norm, set_phase
 from dcvae_pipelines import ImageSet
 from dcvae_pipelines.pixels import normalize
 
@@ -37,7 +38,7 @@ AUTOGAN = ModelConfig(latent_dim=6, decoder_width=8, encoder_width=8, discrimina
 PROGRESSIVE = ModelConfig(
     architecture="progressive", resolution=16, latent_dim=6, base_channels=512, max_channels=32, contrast_dim=5
 )
-CONFIGS = {"autogan": AUTOGAN, "progressive": PROGRESSIVE}
+CONFIGS = {"autogan": AUTOGAN, "progressive": PROGRESSIVE, "port": replace(PROGRESSIVE, variant="port")}
 HALF = (torch.bfloat16, torch.float16)
 
 over_dtypes = pytest.mark.parametrize("dtype", (*HALF, torch.float64), ids=lambda dtype: str(dtype)[6:])
@@ -266,14 +267,16 @@ def test_a_saved_model_keeps_mixed_dtypes(tmp_path):
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 3e4])
 def test_minibatch_stddev_neither_overflows_nor_underflows(dtype: torch.dtype, scale: float):
     x = (noise(8, 3, 4, 4) * scale).to(dtype)
-    assert_rounded(minibatch_stddev(x, 2), minibatch_stddev(x.double(), 2), dtype)
+    assert_rounded(minibatch_stddev(x, 2, 4), minibatch_stddev(x.double(), 2, 4), dtype)
+    assert_rounded(image_stddev(x, 2), image_stddev(x.double(), 2), dtype)
 
 
 @over_half
 def test_minibatch_stddev_of_equal_images_has_a_finite_gradient(dtype: torch.dtype):
-    x = torch.ones(4, 3, 4, 4, dtype=dtype, requires_grad=True)
-    minibatch_stddev(x, 1).sum().backward()
-    assert x.grad is not None and not x.grad.any()
+    for stddev in (partial(minibatch_stddev, group=4), image_stddev):
+        x = torch.ones(4, 3, 4, 4, dtype=dtype, requires_grad=True)
+        stddev(x, 1).sum().backward()
+        assert x.grad is not None and not x.grad.any()
 
 
 @over_half
