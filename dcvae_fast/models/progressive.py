@@ -166,7 +166,9 @@ def image_stddev(images: Tensor, parts: int) -> Tensor:
 
     The variance is the unbiased one. Computed in at least float32; the result has the dtype of `images`.
     """
-    deviation = upcast(images).unflatten(0, (parts, -1)).std(1).mean((1, 2, 3))
+    variance = upcast(images).unflatten(0, (parts, -1)).var(1)
+    positive = variance > 0  # pixels that are equal in all images have deviation 0 and, unlike with √, gradient 0
+    deviation = (torch.where(positive, variance, 1.0).sqrt() * positive).mean((1, 2, 3))
     return deviation.repeat_interleave(len(images) // parts)[:, None, None, None].to(images.dtype)
 
 
