@@ -127,9 +127,7 @@ def test_minibatch_stddev_matches_progressive_gan(n: int, group: int, expected: 
     torch.testing.assert_close(minibatch_stddev(x, 1, group).expand(-1, -1, 4, 4), plain_stddev(x, expected))
     parts = [x, 3 * x + 1, x.flip(0)]
     together = minibatch_stddev(torch.cat(parts), 3, group)
-    torch.testing.assert_close(
-        together, torch.cat([plain_stddev(part, expected)[..., :1, :1] for part in parts])
-    )
+    torch.testing.assert_close(together, torch.cat([plain_stddev(part, expected)[..., :1, :1] for part in parts]))
 
 
 def test_stddev_of_images_matches_the_port():
@@ -276,8 +274,8 @@ def assert_equal(ours: Any, expected: Any) -> None:
 
 
 def assert_same_gradients(network: nn.Module, inputs: Tensor, ours: Tensor, expected: Tensor) -> None:
-    """Compare the gradients, with respect to parameters and inputs, of a random sum of each output; and the gradients of
-    a penalty on the input's gradient."""
+    """Compare the gradients, for parameters and inputs, of a random sum of each output; and those of a penalty on the
+    input's gradient."""
     weights, leaves = noise(*ours.shape, seed=3, dtype=ours.dtype), [*network.parameters(), inputs]
     gradients = [
         torch.autograd.grad((weights * output).sum(), leaves, create_graph=True, materialize_grads=True)

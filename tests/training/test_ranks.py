@@ -160,10 +160,13 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
         (
             [*growing, "--growth.batch", "{4: 8, 8: 12}", "--model.stddev_group", "4"],
             "growth.batch[8] leaves 6 images for each of 2 ranks, but the minibatch standard deviation covers 4 images;"
-            " set the batch of each rank with --train.batch_per_rank true, or use --model.stddev_group 4 with a multiple"
-            " of 8.",
+            " set the batch of each rank with --train.batch_per_rank true, or use --model.stddev_group 4 with a"
+            " multiple of 8.",
         ),
-        (growing, "growth.batch[4] leaves 8 images for each of 2 ranks, but the minibatch standard deviation covers 16"),
+        (
+            growing,
+            "growth.batch[4] leaves 8 images for each of 2 ranks, but the minibatch standard deviation covers 16",
+        ),
         (
             [*growing, "--model.variant", "port"],
             "covers 16 images; set the batch of each rank with --train.batch_per_rank true.",

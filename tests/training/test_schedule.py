@@ -174,11 +174,17 @@ def test_networks_of_one_resolution_do_not_grow():
         (lambda: Config(train=TrainConfig(checkpoint_activations=True)), "train.checkpoint_activations is True"),
         (
             lambda: replace(config(batch={4: 16, 8: 16, 16: 14}), train=TrainConfig(sampled_batch=None, micro_batch=4)),
-            r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, because the minibatch standard deviation"
-            " covers 16 images; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4",
+            r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, because the minibatch standard"
+            " deviation covers 16 images; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4",
         ),
-        (lambda: in_groups_of_4(14, 4), r"train.micro_batch is 4; it must be at least growth.batch\[16\], 14, .*14 images"),
-        (lambda: in_groups_of_4(16, 6), r"train.micro_batch is 6; it must be at least growth.batch\[4\], 16, .* 4 images"),
+        (
+            lambda: in_groups_of_4(14, 4),
+            r"train.micro_batch is 4; .* growth.batch\[16\], 14, .* covers 14 images",
+        ),
+        (
+            lambda: in_groups_of_4(16, 6),
+            r"train.micro_batch is 6; .* growth.batch\[4\], 16, .* covers 4 images",
+        ),
         (
             lambda: in_groups_of_4(16, 4, variant="port"),
             r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, .* covers 16 images\.$",
