@@ -175,7 +175,8 @@ def test_networks_of_one_resolution_do_not_grow():
         (
             lambda: replace(config(batch={4: 16, 8: 16, 16: 14}), train=TrainConfig(sampled_batch=None, micro_batch=4)),
             r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, because the minibatch standard"
-            " deviation covers 16 images; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4",
+            " deviation covers 16 images; for smaller ones use --model.stddev_group 4 and batches that are multiples"
+            " of 4",
         ),
         (
             lambda: in_groups_of_4(14, 4),
