@@ -95,7 +95,9 @@ def stages(config: ModelConfig) -> Iterator[ModelConfig]:
 
 
 STAGES = [stage for config in CONFIGS.values() for stage in stages(config)]
-over_stages = pytest.mark.parametrize("config", STAGES, ids=lambda c: f"{c.architecture}-{c.resolution}-{c.alpha}")
+over_stages = pytest.mark.parametrize(
+    "config", STAGES, ids=lambda c: f"{c.architecture}-{c.variant}-{c.resolution}-{c.alpha}"
+)
 
 
 def image_batch(config: ModelConfig, count: int) -> Tensor:
@@ -131,7 +133,7 @@ def test_decoded_images_are_those_of_float64(config: ModelConfig, training: bool
 @over_stages
 def test_score_is_that_of_float64(config: ModelConfig, training: bool, dtype: torch.dtype):
     network, exact = converted(discriminator(config).train(training), dtype)
-    for count in (1, 2, 6):
+    for count in (2, 6) if config.variant == "port" else (1, 2, 6):  # the port has no deviation of one image
         images = image_batch(config, count).to(dtype)
         assert_rounded(network(images).score, exact(images.double()).score, dtype)
 
