@@ -84,9 +84,12 @@ def discriminator(config: ModelConfig) -> Any:
 
 
 def stages(config: ModelConfig) -> Iterator[ModelConfig]:
-    """Yield the configurations of all stages of growth."""
+    """Yield the configurations of all stages of growth, and of two of the port's."""
     if not config.grows:
         yield config
+        return
+    if config.variant == "port":
+        yield from (replace(config, resolution=4), replace(config, alpha=0.3))
         return
     yield replace(config, resolution=4)
     for resolution in (8, 16):
