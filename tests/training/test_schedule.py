@@ -1,5 +1,6 @@
 """Growth schedules against a table, and settings that are rejected."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.recipes import recipe_config
-from dcvae_fast.training.schedule import ScheduleState, Stage, schedule_at, stages
+from dcvae_fast.training.schedule import ScheduleState, Stage, check_batches, schedule_at, stages
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,30 @@ def test_learning_rate_by_resolution_defaults_to_optim_lr():
     growing = config(fade_images=30, stable_images=50, lr={8: 2e-3, 16: 3e-3})
     for images, lr in ((0, 1e-3), (49, 1e-3), (50, 2e-3), (80, 2e-3), (129, 2e-3), (130, 3e-3), (10**9, 3e-3)):
         assert schedule_at(growing, images).lr == lr
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "remedy"),
+    [
+        ({}, 16, ", or use --model.stddev_group 4 with a multiple of 8"),
+        ({"stddev_group": 4}, 12, ", or use --model.stddev_group 4 with a multiple of 8"),
+        ({"variant": "port"}, 16, ""),
+        ({"variant": "port", "stddev_group": 4}, 16, ""),
+    ],
+)
+def test_minibatch_statistics_do_not_span_ranks(model: dict, batch: int, remedy: str):
+    base = config(batch={4: batch, 8: batch, 16: batch})
+    base = replace(base, model=replace(base.model, **model))
+    group = base.model.images_per_stddev(batch)
+    message = (
+        f"growth.batch[4] leaves {batch // 2} images for each of 2 ranks, but the minibatch standard deviation covers"
+        f" {group} images; set the batch of each rank with --train.batch_per_rank true{remedy}."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_batches(base, 2)
+    check_batches(base, 1)
+    check_batches(replace(base, train=replace(base.train, batch_per_rank=True)), 2)
+    check_batches(replace(in_groups_of_4(8, 4), train=TrainConfig(sampled_batch=None)), 2)
 
 
 def test_micro_batches_of_whole_groups_are_accepted():
