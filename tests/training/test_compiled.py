@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
@@ -90,11 +91,12 @@ def test_networks_of_the_port_are_compiled_as_whole_graphs():
     set_phase(networks, Phase(8, torch.tensor(0.25)))
     generator = torch.Generator().manual_seed(0)
     images, latents = (torch.randn(6, *shape, generator=generator) for shape in ((1, 8, 8), (PORT.model.latent_dim,)))
-    for module, arguments in (
+    cases: list[tuple[nn.Module, tuple[Any, ...]]] = [
         (networks.decoder, (latents,)),
         (networks.encoder.trunk, (images,)),
         (networks.discriminator.critic, (images, 2, ("final",), True)),
-    ):
+    ]
+    for module, arguments in cases:
         actual = torch.compile(module.forward, backend="eager", fullgraph=True, dynamic=False)(*arguments)
         torch.testing.assert_close(actual, module(*arguments))
     forget_compiled()
