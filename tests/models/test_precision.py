@@ -252,7 +252,7 @@ def test_a_saved_model_keeps_its_dtype(config: ModelConfig, dtype: torch.dtype, 
     model = DCVAE(config).to(dtype).eval()
     model.save_pretrained(tmp_path)
     loaded = DCVAE.from_pretrained(tmp_path)
-    assert loaded.dtype == dtype
+    assert loaded.dtype == dtype and loaded.config == config
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value) and loaded.state_dict()[name].dtype == value.dtype
 
