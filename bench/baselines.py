@@ -128,6 +128,7 @@ class Baseline:
         self.groups = {name: list(group.parameters()) for name, group in groups.items()}
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
         self.images = self.iterations = 0
+        self.phase = Phase(self.schedule.resolution)
         self.grow(self.schedule)
 
     @property
@@ -137,10 +138,8 @@ class Baseline:
     def grow(self, to: ScheduleState) -> None:
         """Start with new Adam moments and a new queue."""
         self._set_phase(to)
-        optim, contrast, seed = self.config.optim, self.config.contrast, self.config.train.seed
-        self.adam = {
-            name: torch.optim.Adam(group, to.lr, optim.betas, optim.eps) for name, group in self.groups.items()
-        }
+        self._reset_adam(to.lr)
+        contrast, seed = self.config.contrast, self.config.train.seed
         low = not self.config.model.grows or to.resolution >= LOW
         self.layers = [layer for layer in contrast.layers if low or layer != "low"]
         shape = (len(self.layers), contrast.negatives, self.config.model.contrast_dim)
@@ -279,8 +278,15 @@ class Baseline:
     def _noise(self, n: int) -> Tensor:
         return torch.randn(n, self.config.model.latent_dim, device=self.device, generator=self.generator)
 
+    def _reset_adam(self, lr: float) -> None:
+        optim = self.config.optim
+        self.adam = {name: torch.optim.Adam(group, lr, optim.betas, optim.eps) for name, group in self.groups.items()}
+
     def _set_phase(self, to: ScheduleState) -> None:
+        faded = self.phase.alpha < 1
         self.phase = Phase(to.resolution, to.alpha)
+        if faded and not self.phase.fades:
+            self._reset_adam(to.lr)
         for network in (self.encoder, self.decoder, self.discriminator, self.momentum):
             set_phase(network, self.phase)
 

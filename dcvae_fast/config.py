@@ -17,6 +17,7 @@ from dcvae_fast.errors import ConfigError
 
 Layer = Literal["b1", "b2", "b3", "b4", "low", "final"]
 LocalLayer = Literal["b1", "b2", "b3", "b4", "8x8", "16x16", "32x32"]
+Variant = Literal["pggan", "port"]
 
 _COMPARISONS: dict[str, Callable[[Any, float], bool]] = {
     "least": operator.ge,
@@ -55,6 +56,11 @@ def _range(least: float = 0, above: float | None = None, most: float | None = No
 def _check(setting: str, value: Any, valid: bool, expected: str) -> None:
     if not valid:
         raise ConfigError(f"{setting} is {value!r}; it must be {expected}.")
+
+
+def stddev_group(batch: int, group: int) -> int:
+    """Return the group size of the minibatch standard deviation: `group` if it divides the batch, else the batch."""
+    return group if batch % group == 0 else batch
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,10 @@ class ModelConfig(_Section):
         discriminator_width: number of channels of the discriminator's feature maps; autogan only
         base_channels: an R×R feature map has min(base_channels / R, max_channels) channels; progressive only
         max_channels: maximum number of channels of a feature map; progressive only
+        variant: pggan (Progressive GAN), or port (the PyTorch port of it that the authors credit, which differs in
+            normalisation, initialisation and minibatch standard deviation); progressive only
+        stddev_group: images per group of the discriminator's minibatch standard deviation; the whole batch if the
+            batch is not a multiple of it, and always for port. progressive only
         contrast_dim: dimension D of queries and keys (paper: 16)
         sample_clamp: clamp latents drawn from the prior to [-sample_clamp, sample_clamp] when sampling from a trained
             model (official for FID: 1); null for no clamping
@@ -145,6 +155,8 @@ class ModelConfig(_Section):
     discriminator_width: int = setting(128, least=1)
     base_channels: int = setting(16384, least=1)
     max_channels: int = setting(512, least=1)
+    variant: Variant = "pggan"
+    stddev_group: int = setting(16, least=1)
     contrast_dim: int = setting(16, least=1)
     sample_clamp: float | None = setting(None, above=0)
     reconstruct_from: Literal["mean", "sample"] = "mean"
@@ -157,6 +169,7 @@ class ModelConfig(_Section):
             _check("model.resolution", self.resolution, self.resolution in known, f"one of {known} for progressive")
         else:
             _check("model.resolution", self.resolution, self.resolution == 32, "32 for autogan")
+            _check("model.variant", self.variant, self.variant == "pggan", "pggan for autogan")
 
     @property
     def grows(self) -> bool:
@@ -168,6 +181,10 @@ class ModelConfig(_Section):
             return self.discriminator_width
         return max(1, min(self.base_channels // int(layer.split("x")[0]), self.max_channels))
 
+    def images_per_stddev(self, batch: int) -> int:
+        """Return the number of images over which the minibatch standard deviation of a batch is computed."""
+        return batch if self.variant == "port" else stddev_group(batch, self.stddev_group)
+
 
 @dataclass(frozen=True)
 class GrowthConfig(_Section):
@@ -175,15 +192,23 @@ class GrowthConfig(_Section):
 
     Attributes:
         start: first resolution in pixels, a power of two from 4 to model.resolution
-        fade_images: images shown while the layers of a resolution are faded in (Progressive GAN: 600,000 or 800,000)
+        fade_images: images shown while the layers of a resolution are faded in (Progressive GAN: 800,000 with its
+            preset v1, 600,000 with v2)
         stable_images: images shown at each resolution, after its fade if it has one
+        first_images: images shown at the first resolution; null for stable_images
+        blend_real: whether real images fade in too: blend each with its half-resolution version
+        reset_adam: whether to restart Adam at each new resolution and at the end of each fade (Progressive GAN), or
+            never
         batch: real images per iteration, by resolution
         lr: learning rate by resolution; optim.lr for resolutions not listed
     """
 
     start: int = 4
-    fade_images: int = setting(600_000, least=0)
-    stable_images: int = setting(600_000, least=1)
+    fade_images: int = setting(800_000, least=0)
+    stable_images: int = setting(800_000, least=1)
+    first_images: int | None = setting(None, least=1)
+    blend_real: bool = True
+    reset_adam: bool = True
     batch: dict[int, int] = setting(  # noqa: RUF009
         {4: 16, 8: 16, 16: 16, 32: 16, 64: 16, 128: 16, 256: 14, 512: 6, 1024: 3}, least=1
     )
@@ -312,8 +337,8 @@ class TrainConfig(_Section):
         device: cpu, cuda, cuda:N, or auto (cuda if available); with several processes, each uses the GPU of its local
             rank
         micro_batch: real images per forward and backward pass, to save memory; null for the whole batch; progressive
-            only. Gradients do not change. If smaller than the batch, both must be multiples of 4, the group size of the
-            minibatch standard deviation
+            only. Gradients do not change. If smaller than the batch, it must be a multiple of the group of the
+            minibatch standard deviation: with model.stddev_group 4, both must be multiples of 4
         checkpoint_activations: save memory by recomputing activations in the backward pass; progressive only
         precision: autocast precision of the networks; weights and losses stay float32. float16 adds loss scaling, for
             GPUs without bfloat16
@@ -430,11 +455,20 @@ class Config:
         missing = [resolution for resolution in reached if resolution not in growth.batch]
         _check("growth.batch", growth.batch, not missing, f"set for {', '.join(map(str, missing))} too")
         _check("growth.lr", growth.lr, set(growth.lr) <= set(reached), f"set for resolutions among {reached} only")
-        if (micro := train.micro_batch) is not None:  # four neighbours share minibatch statistics
-            for batch in (growth.batch[resolution] for resolution in reached):
-                unchanged = batch <= micro or batch % 4 == micro % 4 == 0
-                expected = f"at least the batch, {batch}, unless both are multiples of 4"
-                _check("train.micro_batch", micro, unchanged, expected)
+        if model.variant == "port":  # its minibatch standard deviation is undefined for one image
+            batches = [growth.batch[resolution] for resolution in reached]
+            _check("growth.batch", growth.batch, min(batches) >= 2, "at least 2 at each resolution for port")
+        if train.micro_batch is not None:
+            for resolution in reached:
+                self._check_micro_batch(train.micro_batch, growth.batch[resolution], f"growth.batch[{resolution}]")
+
+    def _check_micro_batch(self, micro: int, batch: int, setting: str) -> None:
+        """Check that micro-batches do not cut the groups of the minibatch standard deviation."""
+        group = self.model.images_per_stddev(batch)
+        expected = f"at least {setting}, {batch}, because the minibatch standard deviation covers {group} images"
+        if self.model.variant != "port":
+            expected += "; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4"
+        _check("train.micro_batch", micro, batch <= micro or micro % group == 0, expected)
 
     def _check_local_layers(self) -> None:
         """Check that the feature maps for local patch contrast exist, and have the same width, that of the queue."""

@@ -28,8 +28,10 @@ class Recipe(NamedTuple):
 
 # fmt: off
 
-# Progressive networks. The paper's experiments grow as Progressive GAN: 600,000 images to fade in each resolution and
-# 600,000 to stabilise it; the batch per GPU is 16, 14 at 256×256 and 6 at 512×512.
+# Progressive networks. The paper's experiments grow as Progressive GAN with its preset v1 (preset-v1-1gpu in its
+# config.py): 800,000 images to fade in each resolution and 800,000 to stabilise it, 19 million in all, the rest of them
+# at the last resolution; the batch per GPU is 16, 14 at 256×256 and 6 at 512×512; the minibatch standard deviation is
+# computed over the whole batch. Preset v2 has shorter stages with other batches; see docs/training.md.
 _PROGRESSIVE = {
     "model.architecture": "progressive",
     "loss.adversarial": "wgan_gp",
@@ -73,16 +75,22 @@ RECIPES = {
 
     # CelebA: the 128×128 pixels around the face (Table 5), or these resized to 64×64.
     "celeba128":              Recipe(None, _LARGE | {"data.name": "celeba", "data.mirror": True,
-                                                     "model.resolution": 128, "train.images": 6_600_000}),
-    "celeba64":               Recipe("celeba128",   {"model.resolution":  64, "train.images": 5_400_000}),
+                                                     "model.resolution": 128, "train.images": 19_000_000}),
+    "celeba64":               Recipe("celeba128",   {"model.resolution":  64}),
     # LSUN bedroom at 128×128 (Table 3); bedrooms are not mirrored.
     "lsun128":                Recipe("celeba128",   {"data.name": "lsun_bedroom", "data.mirror": False}),
+    # The same with the networks and schedule of the PyTorch port that the authors credit: batches of 16; 100,000
+    # iterations at 4×4, then for each resolution 50,000 to fade in and 50,000 to stabilise; Adam is never reset; real
+    # images do not fade in and are not mirrored. The port's label embedding, one constant, is left out.
+    "celeba128-port":         Recipe("celeba128",   {"data.mirror": False, "model.variant": "port",
+                                                     "growth.first_images": 1_600_000, "growth.reset_adam": False,
+                                                     "growth.blend_real": False, "train.images": 9_600_000}),
+    "lsun128-port":           Recipe("celeba128-port", {"data.name": "lsun_bedroom"}),
     # CelebA-HQ at 256×256 (Table 4), and at 512×512 (Tables 7 and 8; Figures 1, 4 to 6, 8 and 11 to 13).
     "celebahq256":            Recipe("celeba128",   {"data.name": "celebahq",
-                                                     "model.resolution": 256, "train.images": 7_800_000,
+                                                     "model.resolution": 256,
                                                      "log.every": 14_000, "log.checkpoint_every": 60_000}),
-    "celebahq512":            Recipe("celebahq256", {"model.resolution": 512, "train.images": 9_000_000,
-                                                     "log.every":  9_000}),
+    "celebahq512":            Recipe("celebahq256", {"model.resolution": 512, "log.every":  9_000}),
 
     # Runs of `dcvae reproduce`.
     "table1/vae":             Recipe("cifar10",     {"loss.objective": "vae"}),

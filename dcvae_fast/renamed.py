@@ -8,7 +8,16 @@ from dcvae_fast.errors import ConfigError
 
 SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementation"}
 # What earlier versions did, by setting that they did not have.
-ADDED = {"loss.passes": "merged", "train.initialization": "xavier"}
+ADDED = {
+    "model.variant": "pggan",
+    "model.stddev_group": 16,
+    "growth.first_images": None,
+    "growth.blend_real": True,
+    "growth.reset_adam": True,
+    "loss.passes": "merged",
+    "train.initialization": "xavier",
+}
+ADDED_IF_GROWING = {"model.stddev_group": 4}
 NETWORKS = {"decoder_average": "decoder_ema"}
 MEASUREMENT_FIELDS = {"of": "subject", "spread_is": "spread_kind"}
 
@@ -30,9 +39,14 @@ def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration with the current names of settings, and with the settings of `ADDED`."""
+    """Return a stored configuration with the current names of settings, and with added settings.
+
+    Without the latter, a run of an earlier version could not be resumed, because its configuration would differ.
+    """
     config = rename_settings(config)
-    for setting, value in ADDED.items():
+    model = config.get("model")
+    grows = isinstance(model, dict) and model.get("architecture") == "progressive"
+    for setting, value in (ADDED | ADDED_IF_GROWING if grows else ADDED).items():
         section, option = setting.split(".")
         if isinstance(values := config.get(section), dict):
             values.setdefault(option, value)

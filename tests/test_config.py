@@ -60,7 +60,7 @@ def test_every_recipe_parses(recipe):
 
 
 def test_known_recipes_list_one_run_of_reproduce_as_an_example():
-    assert known_recipes().startswith("celeba128, celeba64, ") and known_recipes().count("/") == 1
+    assert known_recipes().startswith("celeba128, celeba128-port, celeba64, ") and known_recipes().count("/") == 1
 
 
 def test_overrides(tmp_path):

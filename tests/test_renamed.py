@@ -1,6 +1,7 @@
 """Files of earlier versions load under the current names; the command line requires the current names."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, to_dict
 from dcvae_fast.errors import ConfigError, RunError
 from dcvae_fast.evaluation.measurement import Measurement, read
+from dcvae_fast.recipes import recipe_config
 from dcvae_fast.renamed import ADDED, MEASUREMENT_FIELDS, NETWORKS, SETTINGS
 from dcvae_fast.run_folder import load_checkpoint, load_weights, prepare_run
 
 
-def old_config() -> dict:
-    """The default configuration as an earlier version wrote it."""
-    config = to_dict(Config())
+def old_config(current: Config | None = None) -> dict:
+    """A configuration, by default the default one, as an earlier version wrote it."""
+    config = to_dict(current or Config())
     for old, new in SETTINGS.items():
         section, option = new.split(".")
         config[section][old.partition(".")[2]] = config[section].pop(option)
@@ -42,6 +44,15 @@ def test_a_run_folder_with_old_names_resumes(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
     with pytest.raises(RunError, match=r"train\.ema_decay: 0\.5 → 0\.999"):
         prepare_run(tmp_path, Config())
+
+
+def test_growing_runs_without_a_group_of_the_standard_deviation_had_groups_of_4(tmp_path):
+    current = recipe_config("faces-small")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old_config(current)))
+    prepare_run(tmp_path, replace(current, model=replace(current.model, stddev_group=4)))
+    with pytest.raises(RunError, match=r"model\.stddev_group: 4 → 16\n"):
+        prepare_run(tmp_path, current)
 
 
 def test_a_checkpoint_with_old_names_is_loaded(tmp_path):
@@ -81,6 +92,7 @@ def test_measurements_with_old_names_are_read(tmp_path):
     [
         "train: {average: 0.5, images: 7}\noptim: {fused: torch}\ndata: {root: 2024-01-01}\n",
         "train.average: 0.5\ntrain.images: 7\noptim.fused: torch\ndata.root: 2024-01-01\n",
+        "model: {latent_dim: 3}\ntrain: {average: 0.5, images: 7}\noptim: {fused: torch}\ndata: {root: 2024-01-01}\n",
         "train: {average: 0.9, ema_decay: 0.5, images: 7}\noptim: {implementation: torch}\ndata.root: 2024-01-01\n",
     ],
 )
@@ -89,6 +101,7 @@ def test_a_recipe_file_with_old_names_is_read(tmp_path, text):
     config = parse_config(["--recipe", str(tmp_path / "mine.yaml")]).config
     assert (config.train.ema_decay, config.train.images, config.optim.implementation) == (0.5, 7, "torch")
     assert config.data.root == "2024-01-01"
+    assert config.model.stddev_group == 16  # a recipe has the defaults, not the values of earlier versions
 
 
 def test_a_recipe_file_may_have_a_folder_like_an_impossible_date(tmp_path):

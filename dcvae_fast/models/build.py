@@ -24,8 +24,8 @@ def build_autoencoder(config: ModelConfig) -> Autoencoder:
         )
     widths = Widths(config.base_channels, config.max_channels)
     autoencoder = Autoencoder(
-        progressive.Encoder(config.resolution, latent, widths, channels),
-        progressive.Generator(config.resolution, latent, widths, channels),
+        progressive.Encoder(config.resolution, latent, widths, channels, config.variant),
+        progressive.Generator(config.resolution, latent, widths, channels, config.variant),
     )
     for network in autoencoder:
         set_phase(network, Phase(config.resolution, config.alpha))
@@ -36,7 +36,9 @@ def build_discriminator(config: ModelConfig) -> autogan.Discriminator | progress
     if not config.grows:
         return autogan.Discriminator(config.discriminator_width, config.image_channels, config.contrast_dim)
     widths = Widths(config.base_channels, config.max_channels)
-    return progressive.Discriminator(config.resolution, widths, config.image_channels, config.contrast_dim)
+    return progressive.Discriminator(
+        config.resolution, widths, config.image_channels, config.contrast_dim, config.variant, config.stddev_group
+    )
 
 
 def learning_rate_scales(network: nn.Module) -> dict[Tensor, float]:

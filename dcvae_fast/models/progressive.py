@@ -3,6 +3,15 @@
 All layers up to the final resolution exist from the start. `Phase` sets the current resolution and the fade of its
 layers; layers of higher resolutions are not used and keep their initial values.
 
+The variant `pggan` has the networks of Progressive GAN. The authors of DC-VAE credit a PyTorch port of it,
+https://github.com/rosinality/progressive-gan-pytorch. The variant `port` has its networks, without labels:
+- pixel norm before, not after, the leaky ReLU;
+- layers from and to images, and the last linear layers, without equalised learning rate and with torch's
+  initialisation; no activation after the layers from images;
+- in each block of the trunk, the first convolution changes the number of channels, and average pooling follows the
+  activation of the second;
+- minibatch standard deviation of the images, not of features, over the whole batch.
+
 Shapes: B batch, C image channels, Z latent dimension, D contrastive dimension, R resolution.
 Images are [B, C, R, R]; real images are in [-1, 1].
 """
@@ -16,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dcvae_fast.config import Variant, stddev_group
 from dcvae_fast.models.layers import ContrastHead, Critique, no_autocast, upcast
 
 BOTTOM = 4  # lowest resolution
@@ -78,15 +88,10 @@ class EqualizedConv2d(nn.Conv2d):
 
 
 class EqualizedLinear(nn.Linear):
-    """Linear layer with equalised learning rate.
+    """Linear layer with equalised learning rate."""
 
-    With `float32` it is computed in at least float32, also under autocast, and returns the dtype of its weight.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True, float32: bool = False
-    ):
-        self.scale, self.float32 = gain / math.sqrt(in_features), float32
+    def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2), bias: bool = True):
+        self.scale = gain / math.sqrt(in_features)
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -94,12 +99,17 @@ class EqualizedLinear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+
+class OutputLinear(nn.Linear):
+    """Last linear layer of a network: computed in at least float32, also under autocast, in the dtype of its weight."""
+
     def forward(self, input: Tensor) -> Tensor:
-        if not self.float32:
-            return super().forward(input)
-        bias = None if self.bias is None else upcast(self.bias)
         with no_autocast(input.device):
-            return F.linear(upcast(input), upcast(self.weight), bias).to(self.weight.dtype)
+            return F.linear(upcast(input), upcast(self.weight), upcast(self.bias)).to(self.weight.dtype)
+
+
+class EqualizedOutputLinear(EqualizedLinear, OutputLinear):
+    """`OutputLinear` with equalised learning rate."""
 
 
 class UpConv2d(EqualizedConv2d):
@@ -141,30 +151,57 @@ def pixel_norm(x: Tensor) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-8)).to(x.dtype)
 
 
-def stddev_group(images: int) -> int:
-    """Return the group size of the minibatch standard deviation: the largest of 4, 3, 2, 1 that divides `images`."""
-    return next(n for n in (4, 3, 2, 1) if images % n == 0)
+def minibatch_stddev(x: Tensor, parts: int, group: int) -> Tensor:
+    """Return the mean standard deviation of features over each group of images, [B, C, H, W] → [B, 1, 1, 1].
 
-
-def minibatch_stddev(x: Tensor, parts: int) -> Tensor:
-    """Return the mean standard deviation over each group of images, [B, C, H, W] → [B, 1, H, W].
-
-    The batch is cut into `parts`, and each part into groups of `stddev_group` neighbours. Computed in at least float32,
-    because squares overflow in float16; the result has the dtype of `x`.
+    The batch is cut into `parts`, and each part into groups of neighbours; see `stddev_group`. Computed in at least
+    float32, because squares overflow in float16; the result has the dtype of `x`.
     """
-    size = stddev_group(len(x) // parts)
+    size = stddev_group(len(x) // parts, group)
     groups = upcast(x).unflatten(0, (-1, size))
     deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
-    per_image = deviation.repeat_interleave(size)
-    return per_image[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)
+    return deviation.repeat_interleave(size)[:, None, None, None].to(x.dtype)
+
+
+def image_stddev(images: Tensor, parts: int) -> Tensor:
+    """Return the mean standard deviation of pixels over each part of the batch, [B, C, R, R] → [B, 1, 1, 1]; `port`.
+
+    The variance is the unbiased one. Computed in at least float32; the result has the dtype of `images`.
+    """
+    variance = upcast(images).unflatten(0, (parts, -1)).var(1)
+    positive = variance > 0  # pixels that are equal in all images have deviation 0 and, unlike with √, gradient 0
+    deviation = (torch.where(positive, variance, 1.0).sqrt() * positive).mean((1, 2, 3))
+    return deviation.repeat_interleave(len(images) // parts)[:, None, None, None].to(images.dtype)
+
+
+def image_conv(in_channels: int, out_channels: int, variant: Variant, gain: float = math.sqrt(2)) -> nn.Conv2d:
+    """Return a 1×1 convolution from or to images."""
+    if variant == "port":
+        return nn.Conv2d(in_channels, out_channels, 1)
+    return EqualizedConv2d(in_channels, out_channels, 1, gain)
+
+
+def output_linear(in_features: int, out_features: int, variant: Variant) -> OutputLinear:
+    """Return the last linear layer of a network."""
+    if variant == "port":
+        return OutputLinear(in_features, out_features)
+    return EqualizedOutputLinear(in_features, out_features, gain=1)
 
 
 class Generator(nn.Module):
     """Decoder G: latents [B, Z] → images [B, C, R, R]."""
 
-    def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
+    def __init__(
+        self,
+        resolution: int,
+        latent_dim: int = 512,
+        widths: Widths = PAPER_WIDTHS,
+        image_channels: int = 3,
+        variant: Variant = "pggan",
+    ):
         super().__init__()
         self.phase, self.checkpoints_activations = Phase(resolution), False
+        self.variant = variant
         self.bottom_width = widths.at(BOTTOM)
         # One bias per channel, as after a convolution.
         self.linear = EqualizedLinear(latent_dim, self.bottom_width * BOTTOM**2, gain=math.sqrt(2) / 4, bias=False)
@@ -176,13 +213,13 @@ class Generator(nn.Module):
             if r > BOTTOM:
                 self.ups[str(r)] = UpConv2d(widths.at(r // 2), width, 3)
                 self.convs[str(r)] = EqualizedConv2d(width, width, 3)
-            self.to_images[str(r)] = EqualizedConv2d(width, image_channels, 1, gain=1)
+            self.to_images[str(r)] = image_conv(width, image_channels, variant, gain=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         resolution = self.phase.resolution
         x = self.linear(pixel_norm(latents)).unflatten(1, (self.bottom_width, BOTTOM, BOTTOM))
-        x = pixel_norm(act(x + self.linear_bias[:, None, None]))
-        x = previous = pixel_norm(act(self.conv(x)))
+        x = self._activate(x + self.linear_bias[:, None, None])
+        x = previous = self._activate(self.conv(x))
         for r in resolutions(resolution, first=2 * BOTTOM):
             previous = x
             x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
@@ -193,26 +230,40 @@ class Generator(nn.Module):
         return images
 
     def _block(self, x: Tensor, r: int) -> Tensor:
-        x = pixel_norm(act(self.ups[str(r)](x)))
-        return pixel_norm(act(self.convs[str(r)](x)))
+        x = self._activate(self.ups[str(r)](x))
+        return self._activate(self.convs[str(r)](x))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return act(pixel_norm(x)) if self.variant == "port" else pixel_norm(act(x))
 
 
 class Trunk(nn.Module):
     """Architecture of discriminator and encoder: images [B, C, R, R] → features at 16×16 and of the last layer."""
 
-    def __init__(self, resolution: int, widths: Widths, image_channels: int, stddev: bool):
+    def __init__(
+        self, resolution: int, widths: Widths, image_channels: int, variant: Variant, stddev_group: int | None = None
+    ):
+        """
+        Args:
+            stddev_group: group size of the minibatch standard deviation, see `minibatch_stddev`; None without it.
+        """
         super().__init__()
         self.phase, self.checkpoints_activations = Phase(resolution), False
-        self.stddev = stddev
+        self.variant, self.stddev_group = variant, stddev_group
         self.from_images, self.convs, self.downs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for r in resolutions(resolution):
             width = widths.at(r)
-            self.from_images[str(r)] = EqualizedConv2d(image_channels, width, 1)
+            self.from_images[str(r)] = image_conv(image_channels, width, variant)
             if r > BOTTOM:
-                self.convs[str(r)] = EqualizedConv2d(width, width, 3)
-                self.downs[str(r)] = DownConv2d(width, widths.at(r // 2), 3)
+                coarse_width = widths.at(r // 2)
+                if variant == "port":
+                    self.convs[str(r)] = EqualizedConv2d(width, coarse_width, 3)
+                    self.downs[str(r)] = EqualizedConv2d(coarse_width, coarse_width, 3)
+                else:
+                    self.convs[str(r)] = EqualizedConv2d(width, width, 3)
+                    self.downs[str(r)] = DownConv2d(width, coarse_width, 3)
         width = widths.at(BOTTOM)
-        self.conv = EqualizedConv2d(width + stddev, width, 3)
+        self.conv = EqualizedConv2d(width + (stddev_group is not None), width, 3)
         self.linear = EqualizedLinear(width * BOTTOM**2, width)
 
     def forward(self, images: Tensor, stddev_parts: int = 1, layers: Sequence[str] = ("final",)) -> dict[str, Tensor]:
@@ -226,7 +277,7 @@ class Trunk(nn.Module):
             Features by layer: feature maps [B, W, H, H], and `final` [B, W].
         """
         resolution = self.phase.resolution
-        x = act(self.from_images[str(resolution)](images))
+        x = self._from_images(images, resolution)
         features = {}
         for r in reversed(resolutions(resolution)):
             features |= {name: x for name in layers if FEATURE_MAPS.get(name) == r}
@@ -236,25 +287,42 @@ class Trunk(nn.Module):
                 break
             x = checkpointed(self._block, x, r) if self.checkpoints_activations else self._block(x, r)
             if r == resolution and self.phase.fades:
-                coarse = act(self.from_images[str(r // 2)](F.avg_pool2d(images, 2)))
+                coarse = self._from_images(F.avg_pool2d(images, 2), r // 2)
                 x = blend(coarse, x, self.phase.alpha)
-        if self.stddev:
-            stddev = minibatch_stddev(x, stddev_parts) if stddev_parts else torch.zeros_like(x[:, :1])
-            x = torch.cat([x, stddev], dim=1)
+        if self.stddev_group is not None:
+            if not stddev_parts:
+                stddev = x.new_zeros(())
+            elif self.variant == "port":
+                stddev = image_stddev(images, stddev_parts).to(x.dtype)
+            else:
+                stddev = minibatch_stddev(x, stddev_parts, self.stddev_group)
+            x = torch.cat([x, stddev.expand(len(x), 1, *x.shape[2:])], dim=1)
         features["final"] = act(self.linear(act(self.conv(x)).flatten(1)))
         return features
 
+    def _from_images(self, images: Tensor, r: int) -> Tensor:
+        x = self.from_images[str(r)](images)
+        return x if self.variant == "port" else act(x)
+
     def _block(self, x: Tensor, r: int) -> Tensor:
-        return act(self.downs[str(r)](act(self.convs[str(r)](x))))
+        x = act(self.downs[str(r)](act(self.convs[str(r)](x))))
+        return F.avg_pool2d(x, 2) if self.variant == "port" else x  # pggan: in the convolution
 
 
 class Encoder(nn.Module):
     """Encoder E: images [B, C, R, R] → mean and log-variance of the posterior q(z|x), each [B, Z]."""
 
-    def __init__(self, resolution: int, latent_dim: int = 512, widths: Widths = PAPER_WIDTHS, image_channels: int = 3):
+    def __init__(
+        self,
+        resolution: int,
+        latent_dim: int = 512,
+        widths: Widths = PAPER_WIDTHS,
+        image_channels: int = 3,
+        variant: Variant = "pggan",
+    ):
         super().__init__()
-        self.trunk = Trunk(resolution, widths, image_channels, stddev=False)
-        self.linear = EqualizedLinear(widths.at(BOTTOM), 2 * latent_dim, gain=1, float32=True)
+        self.trunk = Trunk(resolution, widths, image_channels, variant)
+        self.linear = output_linear(widths.at(BOTTOM), 2 * latent_dim, variant)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self.linear(self.trunk(images)["final"]).chunk(2, dim=1)
@@ -264,10 +332,10 @@ class Encoder(nn.Module):
 class Critic(nn.Module):
     """Part of the discriminator that the adversarial loss trains: trunk and score head."""
 
-    def __init__(self, resolution: int, widths: Widths, image_channels: int):
+    def __init__(self, resolution: int, widths: Widths, image_channels: int, variant: Variant, stddev_group: int):
         super().__init__()
-        self.trunk = Trunk(resolution, widths, image_channels, stddev=True)
-        self.score = EqualizedLinear(widths.at(BOTTOM), 1, gain=1, float32=True)
+        self.trunk = Trunk(resolution, widths, image_channels, variant, stddev_group)
+        self.score = output_linear(widths.at(BOTTOM), 1, variant)
 
     def forward(self, images: Tensor, stddev_parts: int, layers: tuple[str, ...], scored: bool) -> Critique:
         features = self.trunk(images, stddev_parts, (*layers, "final") if scored else layers)
@@ -282,10 +350,16 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, resolution: int, widths: Widths = PAPER_WIDTHS, image_channels: int = 3, contrast_dim: int = 16
-    ) -> None:
+        self,
+        resolution: int,
+        widths: Widths = PAPER_WIDTHS,
+        image_channels: int = 3,
+        contrast_dim: int = 16,
+        variant: Variant = "pggan",
+        stddev_group: int = 16,
+    ):
         super().__init__()
-        self.critic = Critic(resolution, widths, image_channels)
+        self.critic = Critic(resolution, widths, image_channels, variant, stddev_group)
         self.heads = nn.ModuleDict({"final": nn.Linear(widths.at(BOTTOM), contrast_dim, bias=False)})
         if resolution >= LOW:
             self.heads["low"] = ContrastHead(widths.at(LOW), LOW**2, contrast_dim)

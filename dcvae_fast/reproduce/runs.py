@@ -136,13 +136,15 @@ def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Con
         held_out = None if log.held_out is None else min(log.held_out, SHORT_HELD_OUT)
         log = replace(log, metrics_every=max(1, log.metrics_every * images // full), held_out=held_out)
     if config.model.grows:
-        least = len(steps) * max(growth.batch[stage.resolution] for stage in steps)
+        # Each stage keeps at least one iteration.
+        least = max(-(-growth.batch[stage.resolution] * full // stage.images) for stage in steps)
         if images < least:
             raise UserError(
                 f"--budget is {budget:,}; to grow to {config.model.resolution}, it must be at least {least:,}."
             )
-        fade, stable = growth.fade_images * images // full, growth.stable_images * images // full
-        growth = replace(growth, fade_images=fade, stable_images=stable)
+        names = ("fade_images", "stable_images", "first_images")
+        lengths = {name: length for name in names if (length := getattr(growth, name)) is not None}
+        growth = replace(growth, **{name: length * images // full for name, length in lengths.items()})
     return replace(config, growth=growth, log=log, train=replace(config.train, images=images))
 
 

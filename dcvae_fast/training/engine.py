@@ -74,6 +74,12 @@ class Engine:
         """Restart Adam with this learning rate. `batch` is the batch per rank, used by DeepSpeed."""
         self.optimizer: torch.optim.Optimizer = adam(self.parameters, self._config, lr, self._scales)
 
+    def change(self, lr: float, batch: int) -> None:
+        """Continue with another learning rate and batch per rank, and with the same moments."""
+        moments = self.moments()
+        self.reset(lr, batch)
+        self._load_moments(moments)
+
     def backward(self, loss: Tensor, groups: Iterable[str]) -> None:
         """Accumulate the gradient of the loss in the parameters of these groups only."""
         self._differentiate(self.scaler.scale(loss), [parameter for name in groups for parameter in self.groups[name]])

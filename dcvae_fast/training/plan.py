@@ -181,8 +181,8 @@ def stage_costs(step: TrainStep) -> list[Cost]:
         batch = _meta_batch(step.config, stage_range.batch, stage.resolution)
         if stage.resolution != resolution:
             step.grow(step.schedule)
-            step(batch)  # creates the moments
-            step.images, resolution = middle, stage.resolution
+        step(batch)  # creates the moments
+        step.images, resolution = middle, stage.resolution
         resident = [*step.networks.parameters(), *step.networks.buffers()]
         moments = [x for m in step.engine.moments().values() for x in (m.exp_avg, m.exp_avg_sq)]
         with PeakMemory(exclude=resident + moments) as peak:

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.models.progressive import stddev_group
 
 
 class ScheduleState(NamedTuple):
@@ -49,8 +48,10 @@ def stages(config: Config) -> list[Stage]:
         return [Stage(last, 0, config.train.images, fades=False)]
     result, begin, resolution = [], 0, growth.start
     while resolution <= last:
-        for fades, images in ((True, growth.fade_images), (False, growth.stable_images)):
-            if images and not (fades and resolution == growth.start):
+        is_first = resolution == growth.start
+        stable_images = growth.first_images if is_first and growth.first_images else growth.stable_images
+        for fades, images in ((True, growth.fade_images), (False, stable_images)):
+            if images and not (fades and is_first):
                 result.append(Stage(resolution, begin, images, fades))
                 begin += images
         resolution *= 2
@@ -87,28 +88,25 @@ def check_batches(config: Config, world_size: int) -> None:
     """Check that all batches can be divided among the ranks without changing minibatch statistics.
 
     Raises:
-        ConfigError: a batch cannot be divided, or a rank's share cannot be split into micro-batches.
+        ConfigError: a batch cannot be divided.
     """
     samples_per_rank(config, world_size)
+    model = config.model
     for stage in stages(config):
-        batch, micro = schedule_at(config, stage.begin, world_size).batch, config.train.micro_batch
-        if not config.model.grows:
+        batch = schedule_at(config, stage.begin, world_size).batch
+        if not model.grows:
             if batch < 2:
                 raise ConfigError(
                     f"train.batch leaves {batch} image for each of {world_size} ranks; each needs at least 2."
                 )
             continue
-        setting = f"growth.batch[{stage.resolution}]"
-        if not config.train.batch_per_rank and stddev_group(batch) != stddev_group(batch * world_size):
+        group = model.images_per_stddev(batch * world_size)
+        if not config.train.batch_per_rank and model.images_per_stddev(batch) != group:
+            smaller = f", or use --model.stddev_group 4 with a multiple of {4 * world_size}"
             raise ConfigError(
-                f"{setting} leaves {batch} images for each of {world_size} ranks, too few for minibatch statistics over"
-                f" {stddev_group(batch * world_size)} images; choose a multiple of {4 * world_size}, or set the batch"
-                " of each rank with --train.batch_per_rank true."
-            )
-        if micro is not None and batch > micro and not batch % 4 == micro % 4 == 0:
-            raise ConfigError(
-                f"train.micro_batch is {micro}, but {setting} leaves {batch} images for each rank; both must be"
-                " multiples of 4."
+                f"growth.batch[{stage.resolution}] leaves {batch} images for each of {world_size} ranks, but the"
+                f" minibatch standard deviation covers {group} images; set the batch of each rank with"
+                f" --train.batch_per_rank true{'' if model.variant == 'port' else smaller}."
             )
 
 

@@ -92,13 +92,19 @@ class TrainStep:
         return schedule_at(self.config, self.images, self.ranks.world_size)
 
     def grow(self, schedule: ScheduleState) -> None:
-        """Continue at another resolution, with new optimizer moments and an empty queue.
+        """Continue at another resolution, with an empty queue and, if `growth.reset_adam` is set, a restarted Adam.
 
         No weights are added: all networks, C′ and the EMA included, have the layers of all resolutions from the start.
         """
+        self._enter(schedule)
+        if self.config.growth.reset_adam:
+            self.engine.reset(schedule.lr, schedule.batch)
+        else:
+            self.engine.change(schedule.lr, schedule.batch)
+
+    def _enter(self, schedule: ScheduleState) -> None:
         self._phase = None
         self._set_phase(schedule)
-        self.engine.reset(schedule.lr, schedule.batch)
         self.networks.restart_contrast(schedule.resolution)
 
     @torch.no_grad()
@@ -124,16 +130,20 @@ class TrainStep:
             set_phase(self.networks, Phase(resolution, self._alpha if alpha < 1 else 1.0))
         if phase == self._phase:
             return
+        fade_ended = self._phase == (resolution, True)
         self._phase = phase  # compiled code and graphs belong to the previous phase
         if self.compiles:
             forget_compiled()
         if self.graphs is not None:
             self.graphs.forget()
+        if fade_ended and self.config.growth.reset_adam:
+            self.engine.reset(schedule.lr, schedule.batch)
 
     def _fade_in(self, batch: Batch) -> Batch:
-        """Return the batch at the current phase: while layers fade in, blended with its half-resolution version."""
-        images = cross_fade(batch.images, self.alpha).contiguous(memory_format=self.memory_format)
-        return Batch(images, batch.ids)
+        """Return the batch at the current phase: while layers fade in, blended with its half-resolution version, unless
+        `growth.blend_real` is false."""
+        images = cross_fade(batch.images, self.alpha if self.config.growth.blend_real else 1.0)
+        return Batch(images.contiguous(memory_format=self.memory_format), batch.ids)
 
     def _autocast(self) -> AbstractContextManager:
         precision = self.config.train.precision
@@ -267,7 +277,8 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         schedule = schedule_at(self.config, state["images"], self.ranks.world_size)
-        self.grow(schedule._replace(resolution=state["resolution"], alpha=state["alpha"]))
+        self._enter(schedule._replace(resolution=state["resolution"], alpha=state["alpha"]))
+        self.engine.reset(schedule.lr, schedule.batch)
         self.images, self.iterations = state["images"], state["iterations"]
         self.networks.load_state_dict(state["networks"])
         self.engine.load_state_dict(state["optimizers"])

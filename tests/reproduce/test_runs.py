@@ -17,6 +17,7 @@ from PIL import Image
 from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config
+from dcvae_fast.errors import UserError
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of
 from dcvae_fast.recipes import RECIPES, recipe_config
@@ -103,20 +104,27 @@ def test_runs_have_the_settings_of_the_paper():
         config = by_name[f"{table}/dc-vae"].config
         assert (config.data.name, config.model.resolution, config.model.grows) == (data, resolution, resolution > 32)
     assert all(not run.changed and not run.remarks(run.full, 50_000) for run in by_name.values())
-    assert by_name["table8/dc-vae"].remarks(9_000_000, 100) == ("measured on 100 images, not 50,000",)
+    assert by_name["table8/dc-vae"].remarks(19_000_000, 100) == ("measured on 100 images, not 50,000",)
     assert by_name["table6/z16"].remarks(6_000_000, 100) == ()  # a probe uses all images
 
 
 def test_a_budget_shortens_growth_in_proportion():
-    (run,) = trainings(TABLES["table8"], Path("runs"), [], 30_000, configure)
+    (run,) = trainings(TABLES["table8"], Path("runs"), [], 38_000, configure)
     assert run.folder == Path("runs/table8/dc-vae")
-    assert (run.config.growth.fade_images, run.config.growth.stable_images) == (2000, 2000)
+    assert (run.config.growth.fade_images, run.config.growth.stable_images) == (1600, 1600)
     assert [stretch.stage.resolution for stretch in stage_ranges(run.config)] == [
         s.resolution for s in stages(run.config)
     ]
-    assert run.remarks(30_000, 50_000) == ("shortened: 30,000 of 9,000,000 images, growth in proportion",)
+    assert stage_ranges(run.config)[-1].first == 22_402  # 11.2 of 19 million, in whole batches
+    assert run.remarks(38_000, 50_000) == ("shortened: 38,000 of 19,000,000 images, growth in proportion",)
     (full_length,) = trainings(TABLES["table8"], Path(), [], 10**9, configure)
-    assert full_length.config.train.images == full_length.full and full_length.config.growth.fade_images == 600_000
+    assert full_length.config.train.images == full_length.full and full_length.config.growth.fade_images == 800_000
+    # The smallest budget leaves one batch to each stage. The port trains the first resolution for longer.
+    port = ["--model.variant", "port", "--growth.first_images", "1600000"]
+    (smallest,) = trainings(TABLES["table5"], Path(), port, 380, configure)
+    assert [stretch.iterations for stretch in stage_ranges(smallest.config)][:-1] == [2, *[1] * 9]
+    with pytest.raises(UserError, match="it must be at least 380"):
+        trainings(TABLES["table5"], Path(), port, 379, configure)
 
 
 def test_figure_7_keeps_fifty_points_of_a_shorter_curve():
@@ -373,7 +381,7 @@ def test_truncated_files_and_files_of_other_versions(tmp_path):
         (["table6", "--images", "9"], "--images is 9; it must be at least 10"),
         (["table6"], "data.root is not set"),
         (["table2", "--data.root", "{tmp}/nowhere"], "cifar10: missing in {tmp}/nowhere"),
-        (["table8", "--budget", "100"], "--budget is 100; to grow to 512, it must be at least 240"),
+        (["table8", "--budget", "100"], "--budget is 100; to grow to 512, it must be at least 380"),
     ],
 )
 def test_a_mistake_gives_one_line_and_exit_code_1(argv, message, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import torch
 
 from dcvae_fast.config import Config
 from dcvae_fast.training.step import TrainStep
-from test_graphs import CASES, GROWING, advance
+from test_graphs import CASES, GROWING, MICRO, advance
 
 
 def with_train(config: Config, **settings: Any) -> Config:
@@ -25,12 +25,9 @@ MORE_CASES = {
     "wgan_gp": (replace(CASES["sequential"][0], loss=replace(GROWING.loss)), 12),
     "vae_gan joint": (replace(CASES["vae_gan"][0], loss=replace(CASES["vae_gan"][0].loss, order="joint")), 12),
     "vae_gan growing": (replace(GROWING, loss=replace(GROWING.loss, objective="vae_gan", adversarial="log")), 44),
-    "joint micro": (
-        replace(with_train(GROWING, micro_batch=4), loss=replace(GROWING.loss, order="joint")),
-        44,
-    ),
+    "joint micro": (replace(MICRO, loss=replace(GROWING.loss, order="joint")), 44),
     "bfloat16": (with_train(CASES["local"][0], precision="bfloat16"), 26),
-    "bfloat16 micro": (with_train(GROWING, precision="bfloat16", micro_batch=4), 44),
+    "bfloat16 micro": (with_train(MICRO, precision="bfloat16"), 44),
     "bfloat16 r1": (with_train(CASES["r1"][0], precision="bfloat16"), 12),
     "float16": (with_train(GROWING, precision="float16"), 24),
     "batch of 3": (with_train(CASES["joint"][0], batch=3, n_critic=1), 6),

@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dcvae_fast.config import Config
 from dcvae_fast.errors import ConfigError
+from dcvae_fast.models.progressive import Phase, set_phase
 from dcvae_fast.training import compiled as compiled_module
+from dcvae_fast.training.compiled import forget_compiled
 from dcvae_fast.training.log import Log
+from dcvae_fast.training.networks import Networks
 from dcvae_fast.training.snapshots import write_grids
 from dcvae_fast.training.step import TrainStep
-from test_graphs import GROWING, GROWING_FAST, SMALL, batch_of, follow, with_graphs
+from test_graphs import GROWING, GROWING_FAST, PORT, SMALL, batch_of, follow, with_graphs
 
 
 @pytest.fixture
@@ -80,6 +84,22 @@ def test_growing_networks_are_compiled_once_per_phase(compiler: Any):
         assert_close(step, eager, iterations)
         graphs.append(compiler["stats"]["unique_graphs"])
     assert graphs[0] < graphs[1] == graphs[2] < graphs[3] == graphs[4] and not compiler["graph_break"]
+
+
+def test_networks_of_the_port_are_compiled_as_whole_graphs():
+    networks = Networks(PORT)
+    set_phase(networks, Phase(8, torch.tensor(0.25)))
+    generator = torch.Generator().manual_seed(0)
+    images, latents = (torch.randn(6, *shape, generator=generator) for shape in ((1, 8, 8), (PORT.model.latent_dim,)))
+    cases: list[tuple[nn.Module, tuple[Any, ...]]] = [
+        (networks.decoder, (latents,)),
+        (networks.encoder.trunk, (images,)),
+        (networks.discriminator.critic, (images, 2, ("final",), True)),
+    ]
+    for module, arguments in cases:
+        actual = torch.compile(module.forward, backend="eager", fullgraph=True, dynamic=False)(*arguments)
+        torch.testing.assert_close(actual, module(*arguments))
+    forget_compiled()
 
 
 def test_missing_compiler_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch):

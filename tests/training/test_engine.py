@@ -59,7 +59,7 @@ def test_units_hold_parameters_that_are_always_stepped_together():
     assert not engine.moments()
 
 
-@pytest.mark.parametrize("case", ["local", "joint", "growing", "float16"])
+@pytest.mark.parametrize("case", ["local", "joint", "growing", "port", "float16"])
 def test_units_are_bitwise_equal_to_one_adam(case):
     config, iterations = CASES.get(case, (GROWING, 12))
     if case == "float16":

@@ -45,6 +45,13 @@ GROWING = Config(
     optim=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
     train=TrainConfig(sampled_batch=None, n_critic=1, ema_decay=0.9),
 )
+# Micro-batches of 4 are possible with minibatch statistics over groups of 4.
+MICRO = replace(GROWING, model=replace(GROWING.model, stddev_group=4), train=replace(GROWING.train, micro_batch=4))
+PORT = replace(
+    GROWING,
+    model=replace(GROWING.model, variant="port"),
+    growth=replace(GROWING.growth, reset_adam=False, blend_real=False, first_images=128),
+)
 # Two iterations in each phase.
 GROWING_FAST = replace(GROWING, growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 8, 16: 8}))
 
@@ -130,7 +137,8 @@ CASES = {
     "no final": (replace(SMALL, contrast=replace(SMALL.contrast, layers=("b1",))), 12),
     "local": (replace(SMALL, contrast=replace(SMALL.contrast, local_start_images=40)), 26),
     "growing": (GROWING, 44),
-    "micro": (replace(GROWING, train=replace(GROWING.train, micro_batch=4, checkpoint_activations=True)), 16),
+    "port": (PORT, 44),
+    "micro": (replace(MICRO, train=replace(MICRO.train, checkpoint_activations=True)), 16),
 }
 
 

@@ -14,6 +14,7 @@ from dcvae_fast import DCVAE
 from dcvae_fast.cli import main
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, DataConfig, GrowthConfig, LossConfig, ModelConfig, TrainConfig
+from dcvae_fast.models.build import learning_rate_scales
 from dcvae_fast.models.progressive import Trunk
 from dcvae_fast.run_folder import load_checkpoint, read_metrics
 from dcvae_fast.training.loop import train
@@ -88,17 +89,23 @@ def test_growth_resets_moments_and_queue_and_keeps_weights():
     assert contrast.layers == ("low", "final") and contrast.queue.keys.shape[0] == 2
 
 
-STOPS = [3, 6, 8, 9, 14, 17]
+# Growth: 4×4 for four iterations; 8×8 fading, 8×8, and 16×16 fading for four each.
+STOPS = [3, 6, 7, 8, 9, 14, 15, 16, 17]  # a fade ends after 8 and after 16 iterations
+PORT = replace(
+    CONFIG,
+    model=replace(CONFIG.model, variant="port"),
+    growth=replace(CONFIG.growth, reset_adam=False, blend_real=False, lr={8: 1e-3}),
+)
 
 
-@pytest.fixture(scope="module")
-def stopped() -> tuple[dict[int, dict], list[dict[str, float]], TrainStep]:
+@pytest.fixture(scope="module", params=[CONFIG, PORT], ids=["pggan", "port"])
+def stopped(request: pytest.FixtureRequest) -> tuple[dict[int, dict], list[dict[str, float]], TrainStep]:
     """States at STOPS, and the metrics and final step of 20 uninterrupted iterations."""
-    step, states = TrainStep(CONFIG), {}
+    step, states = TrainStep(request.param), {}
     for stop in STOPS:
         advance(step, stop - step.iterations)
         states[stop] = deepcopy(step.state_dict())
-    uninterrupted = TrainStep(CONFIG)
+    uninterrupted = TrainStep(request.param)
     return states, advance(uninterrupted, 20), uninterrupted
 
 
@@ -107,11 +114,83 @@ def test_a_step_resumes_from_its_state_at_any_point_of_growth(
     stop: int, stopped: tuple[dict[int, dict], list[dict[str, float]], TrainStep]
 ):
     states, expected, uninterrupted = stopped
-    resumed = TrainStep(CONFIG)
+    resumed = TrainStep(uninterrupted.config)
     resumed.load_state_dict(deepcopy(states[stop]))
     assert advance(resumed, 20 - stop) == expected[stop:]
-    weights, expected_weights = (step.networks.state_dict().values() for step in (resumed, uninterrupted))
-    assert all(torch.equal(x, y) for x, y in zip(weights, expected_weights, strict=True))
+    for actual, plain in zip(
+        (resumed.networks.state_dict(), *resumed.engine.state_dict()["moments"].values()),
+        (uninterrupted.networks.state_dict(), *uninterrupted.engine.state_dict()["moments"].values()),
+        strict=True,
+    ):
+        torch.testing.assert_close(dict(actual), dict(plain), rtol=0, atol=0)
+
+
+def steps_by_group(step: TrainStep) -> dict[str, set[int]]:
+    """Return Adam's step counts of the parameters of each group."""
+    moments = step.engine.moments()
+    return {name: {moments[p].step for p in group if p in moments} for name, group in step.engine.groups.items()}
+
+
+@pytest.mark.parametrize("objective", ["vae", "dc_vae"])
+def test_adam_restarts_at_each_resolution_and_at_the_end_of_each_fade(objective: str):
+    step, restarts = TrainStep(replace(CONFIG, loss=replace(CONFIG.loss, objective=objective))), []
+    for _ in range(20):
+        advance(step, 1)
+        counts, stage = steps_by_group(step), (step.resolution, step.alpha < 1)
+        (iterations,) = counts["score" if objective == "dc_vae" else "encoder"]
+        # An iteration of dc_vae steps three networks twice, one of vae its two networks once.
+        per_iteration = {"encoder": 1, "decoder": 1}
+        if objective == "dc_vae":
+            per_iteration = {"encoder": 2, "decoder": 2, "trunk": 2, "score": 1, "heads": 1}
+        assert counts == {name: {n * iterations} if (n := per_iteration.get(name)) else set() for name in counts}
+        if iterations == 1:
+            restarts.append((step.iterations, stage))
+    stages = [(4, False), (8, True), (8, False), (16, True), (16, False)]
+    assert restarts == list(zip((1, 5, 9, 13, 17), stages, strict=True))
+
+
+def test_without_restarts_moments_are_kept_and_the_learning_rate_changes():
+    step = TrainStep(PORT)
+    advance(step, 4)
+    before = {p: (m.step, m.exp_avg.clone(), m.exp_avg_sq.clone()) for p, m in step.engine.moments().items()}
+    step.grow(step.schedule)
+    assert before and {p: m.step for p, m in step.engine.moments().items()} == {p: m[0] for p, m in before.items()}
+    for parameter, moments in step.engine.moments().items():
+        assert torch.equal(moments.exp_avg, before[parameter][1])
+        assert torch.equal(moments.exp_avg_sq, before[parameter][2])
+    scales = learning_rate_scales(step.networks)
+    for group in step.engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["lr"] == pytest.approx(1e-3 * scales.get(parameter, 1.0))
+    advance(step, 16)
+    assert step.resolution == 16 and step.alpha == 1
+    assert steps_by_group(step)["score"] == {20}
+    moments, critic = step.engine.moments(), step.networks.discriminator.critic
+    assert isinstance(critic.trunk, Trunk)
+    # Layers of a resolution are counted from its first iteration on.
+    layers = [critic.trunk.from_images[r] for r in ("4", "8", "16")]
+    assert [moments[weight].step for layer in layers for weight, _ in [layer.parameters()]] == [16, 24, 16]
+
+
+def test_real_images_fade_in_unless_blend_real_is_false():
+    images = batches(8, 1)[0]
+    for config, blends in ((CONFIG, True), (PORT, False)):
+        step = TrainStep(config)
+        advance(step, 5)
+        assert (step.resolution, step.alpha) == (8, 0.0)
+        coarse = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(images.images, 2), scale_factor=2)
+        torch.testing.assert_close(step._fade_in(images).images, coarse if blends else images.images)
+
+
+@pytest.mark.parametrize("adversarial", ["wgan_gp", "logistic_r1"])
+def test_the_port_trains_on_images_with_equal_pixels(adversarial: str):
+    """The standard deviation of a pixel that is equal in all images is 0, where √ has an infinite derivative."""
+    step = TrainStep(replace(PORT, loss=replace(PORT.loss, adversarial=adversarial, penalty_every=1)))
+    (batch,) = batches(4, 1)
+    batch.images[:, :, 0] = 0.5
+    metrics = step(batch)
+    assert metrics["loss/penalty"] > 0 and all(value.isfinite() for value in metrics.values())
+    assert all(value.isfinite().all() for value in step.networks.state_dict().values())
 
 
 def test_local_patches_are_contrasted_from_twice_the_resolution_of_their_feature_map_on():
@@ -162,9 +241,10 @@ def test_layers_of_later_resolutions_do_not_change():
     assert not any(p in moments for name, p in step.networks.named_parameters() if ".16." in name)
 
 
-def test_activation_checkpointing_keeps_gradients_and_saves_memory():
+@pytest.mark.parametrize("config", [CONFIG, PORT], ids=["pggan", "port"])
+def test_activation_checkpointing_keeps_gradients_and_saves_memory(config: Config):
     plain, checkpointed = (
-        TrainStep(replace(CONFIG, train=replace(CONFIG.train, checkpoint_activations=on))) for on in (False, True)
+        TrainStep(replace(config, train=replace(config.train, checkpoint_activations=on))) for on in (False, True)
     )
     assert advance(checkpointed, 14) == advance(plain, 14)
     for x, y in zip(checkpointed.networks.parameters(), plain.networks.parameters(), strict=True):
@@ -189,9 +269,10 @@ def test_activation_checkpointing_keeps_gradients_and_saves_memory():
 @pytest.mark.parametrize("adversarial", ["wgan_gp", "logistic_r1", "hinge"])
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 def test_micro_batches_give_the_same_gradients(adversarial: str, order: str):
+    model = replace(CONFIG.model, stddev_group=4)
     growth = replace(CONFIG.growth, batch={4: 8, 8: 8, 16: 12}, fade_images=16, stable_images=16)
     loss = replace(CONFIG.loss, adversarial=adversarial, order=order, penalty_every=2)
-    config = replace(CONFIG, growth=growth, loss=loss, optim=replace(CONFIG.optim, eps=1e-3))
+    config = replace(CONFIG, model=model, growth=growth, loss=loss, optim=replace(CONFIG.optim, eps=1e-3))
     torch.set_default_dtype(torch.float64)
     try:
         full = TrainStep(config)
@@ -289,7 +370,7 @@ def test_a_run_resumes_bitwise_at_any_point_of_growth(pictures: Path, tmp_path: 
     uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
     train(parse_config(settings(uninterrupted, pictures, 88))[0], uninterrupted)
     request.getfixturevalue("quick_ends")
-    for images in (12, 16, 24, 40, 48, 60, 88):
+    for images in (12, 16, 24, 32, 48, 60, 88):
         train(parse_config(settings(resumed, pictures, images))[0], resumed)
     assert_same_state(resumed, uninterrupted)
 

@@ -157,8 +157,20 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
         (json_file("clip"), "gradient_clipping is 1; it must be 0 (gradients are not clipped)"),
         (json_file("kind"), "zero_optimization.overlap_comm is 'yes'; it must be true or false"),
         (json_file("half"), "communication_data_type is 'fp16'; it must be 'fp32' (gradients are float32)"),
-        ([*growing, "--growth.batch", "{4: 4, 8: 6}"], "growth.batch[4] leaves 2 images for each of 2 ranks, too few"),
-        ([*growing, "--growth.batch", "{4: 8, 8: 12}", "--train.micro_batch", "4"], "growth.batch[8] leaves 6 images"),
+        (
+            [*growing, "--growth.batch", "{4: 8, 8: 12}", "--model.stddev_group", "4"],
+            "growth.batch[8] leaves 6 images for each of 2 ranks, but the minibatch standard deviation covers 4 images;"
+            " set the batch of each rank with --train.batch_per_rank true, or use --model.stddev_group 4 with a"
+            " multiple of 8.",
+        ),
+        (
+            growing,
+            "growth.batch[4] leaves 8 images for each of 2 ranks, but the minibatch standard deviation covers 16",
+        ),
+        (
+            [*growing, "--model.variant", "port"],
+            "covers 16 images; set the batch of each rank with --train.batch_per_rank true.",
+        ),
         ([*base, "--train.device", "cuda:0"], "the device is 'cuda:0', but each of 2 ranks needs its own"),
     ]
 

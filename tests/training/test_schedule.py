@@ -1,5 +1,6 @@
 """Growth schedules against a table, and settings that are rejected."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import pytest
 from dcvae_fast.commands.train import parse_config
 from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, ModelConfig, OptimConfig, TrainConfig
 from dcvae_fast.errors import ConfigError
-from dcvae_fast.training.schedule import ScheduleState, Stage, schedule_at, stages
+from dcvae_fast.recipes import recipe_config
+from dcvae_fast.training.schedule import ScheduleState, Stage, check_batches, schedule_at, stages
 
 
 @pytest.fixture(scope="module")
@@ -26,37 +28,81 @@ def config(resolution: int = 16, layers: tuple = ("final",), **growth) -> Config
     )
 
 
+def in_groups_of_4(last_batch: int, micro_batch: int, **model) -> Config:
+    return replace(
+        config(batch={4: 16, 8: 16, 16: last_batch}),
+        model=ModelConfig("progressive", 16, stddev_group=4, **model),
+        train=TrainConfig(sampled_batch=None, micro_batch=micro_batch),
+    )
+
+
 @pytest.mark.parametrize(
     ("images", "resolution", "alpha", "batch"),
     [
         (0, 4, 1.0, 16),  # the first resolution does not fade in
-        (599_999, 4, 1.0, 16),
-        (600_000, 8, 0.0, 16),
-        (600_016, 8, 16 / 600_000, 16),
-        (900_000, 8, 0.5, 16),
-        (1_199_999, 8, 599_999 / 600_000, 16),
-        (1_200_000, 8, 1.0, 16),
-        (1_799_999, 8, 1.0, 16),
-        (1_800_000, 16, 0.0, 16),
-        (3_000_000, 32, 0.0, 16),
-        (4_200_000, 64, 0.0, 16),
-        (5_400_000, 128, 0.0, 16),
-        (6_000_000, 128, 1.0, 16),
-        (6_599_999, 128, 1.0, 16),
-        (6_600_000, 256, 0.0, 14),
-        (7_199_999, 256, 599_999 / 600_000, 14),
-        (7_200_000, 256, 1.0, 14),
-        (7_799_999, 256, 1.0, 14),
-        (7_800_000, 512, 0.0, 6),
-        (7_950_000, 512, 0.25, 6),
-        (8_399_999, 512, 599_999 / 600_000, 6),
-        (8_400_000, 512, 1.0, 6),
-        (9_000_000, 512, 1.0, 6),  # the last stage has no end
+        (799_999, 4, 1.0, 16),
+        (800_000, 8, 0.0, 16),
+        (800_016, 8, 16 / 800_000, 16),
+        (1_200_000, 8, 0.5, 16),
+        (1_599_999, 8, 799_999 / 800_000, 16),
+        (1_600_000, 8, 1.0, 16),
+        (2_399_999, 8, 1.0, 16),
+        (2_400_000, 16, 0.0, 16),
+        (4_000_000, 32, 0.0, 16),
+        (5_600_000, 64, 0.0, 16),
+        (7_200_000, 128, 0.0, 16),
+        (8_000_000, 128, 1.0, 16),
+        (8_799_999, 128, 1.0, 16),
+        (8_800_000, 256, 0.0, 14),
+        (9_599_999, 256, 799_999 / 800_000, 14),
+        (9_600_000, 256, 1.0, 14),
+        (10_399_999, 256, 1.0, 14),
+        (10_400_000, 512, 0.0, 6),
+        (10_600_000, 512, 0.25, 6),
+        (11_199_999, 512, 799_999 / 800_000, 6),
+        (11_200_000, 512, 1.0, 6),
+        (19_000_000, 512, 1.0, 6),  # the last stage has no end
         (10**12, 512, 1.0, 6),
     ],
 )
-def test_celebahq512_grows_as_progressive_gan(celebahq512: Config, images, resolution, alpha, batch):
+def test_celebahq512_grows_as_preset_v1_of_progressive_gan(celebahq512: Config, images, resolution, alpha, batch):
     assert schedule_at(celebahq512, images) == ScheduleState(resolution, alpha, batch, 1e-3)
+    assert celebahq512.model.images_per_stddev(batch) == batch
+
+
+@pytest.mark.parametrize("name", ["celeba64", "celeba128", "lsun128", "celebahq256", "celebahq512"])
+def test_recipes_follow_preset_v1_of_progressive_gan(name: str):
+    config = recipe_config(name)
+    assert config.train.images == 19_000_000 and config.growth.reset_adam and config.growth.blend_real
+    assert config.model.variant == "pggan" and config.model.stddev_group == 16
+    last = stages(config)[-1]
+    assert not last.fades and last.begin + last.images < 19_000_000
+
+
+@pytest.mark.parametrize("name", ["celeba128-port", "lsun128-port"])
+def test_port_recipes_follow_the_port(name: str):
+    """Its train.py: batches of 16, 100,000 iterations at each resolution, α = min(1, 0.00002 · iteration)."""
+    config = recipe_config(name)
+    assert config.train.images == 600_000 * 16
+    assert (config.optim.betas, config.optim.eps, config.train.ema_decay) == ((0.0, 0.99), 1e-8, 0.999)
+    assert (config.loss.adversarial, config.loss.penalty, config.loss.drift) == ("wgan_gp", 10, 1e-3)
+    assert not (config.growth.reset_adam or config.growth.blend_real or config.data.mirror)
+    assert config.model.variant == "port" and config.model.images_per_stddev(16) == 16
+    for iteration in range(0, 600_000, 12_345):
+        step, iteration_of_step = divmod(iteration, 100_000)
+        alpha = min(1.0, 0.00002 * iteration_of_step) if step else 1.0
+        schedule = schedule_at(config, 16 * iteration)
+        assert schedule == ScheduleState(4 * 2**step, schedule.alpha, 16, 1e-3)
+        assert schedule.alpha == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "expected"), [(16, 16, 16), (14, 16, 14), (6, 16, 6), (32, 16, 16), (12, 4, 4), (14, 4, 14)]
+)
+def test_minibatch_statistics_cover_a_group_or_the_whole_batch(batch: int, group: int, expected: int):
+    model = ModelConfig("progressive", 16, stddev_group=group)
+    assert model.images_per_stddev(batch) == expected
+    assert replace(model, variant="port").images_per_stddev(batch) == batch
 
 
 def test_stages_follow_one_another():
@@ -67,6 +113,11 @@ def test_stages_follow_one_another():
         Stage(16, 130, 30, fades=True),
         Stage(16, 160, 50, fades=False),
     ]
+
+
+def test_the_first_resolution_can_have_another_length():
+    growing = config(fade_images=30, stable_images=50, first_images=90)
+    assert [stage[1:] for stage in stages(growing)[:3]] == [(0, 90, False), (90, 30, True), (120, 50, False)]
 
 
 def test_without_fades_resolutions_change_immediately():
@@ -96,6 +147,35 @@ def test_learning_rate_by_resolution_defaults_to_optim_lr():
         assert schedule_at(growing, images).lr == lr
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "remedy"),
+    [
+        ({}, 16, ", or use --model.stddev_group 4 with a multiple of 8"),
+        ({"stddev_group": 4}, 12, ", or use --model.stddev_group 4 with a multiple of 8"),
+        ({"variant": "port"}, 16, ""),
+        ({"variant": "port", "stddev_group": 4}, 16, ""),
+    ],
+)
+def test_minibatch_statistics_do_not_span_ranks(model: dict, batch: int, remedy: str):
+    base = config(batch={4: batch, 8: batch, 16: batch})
+    base = replace(base, model=replace(base.model, **model))
+    group = base.model.images_per_stddev(batch)
+    message = (
+        f"growth.batch[4] leaves {batch // 2} images for each of 2 ranks, but the minibatch standard deviation covers"
+        f" {group} images; set the batch of each rank with --train.batch_per_rank true{remedy}."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_batches(base, 2)
+    check_batches(base, 1)
+    check_batches(replace(base, train=replace(base.train, batch_per_rank=True)), 2)
+    check_batches(replace(in_groups_of_4(8, 4), train=TrainConfig(sampled_batch=None)), 2)
+
+
+def test_micro_batches_of_whole_groups_are_accepted():
+    for last_batch, micro_batch in ((12, 4), (12, 8), (14, 16)):
+        assert in_groups_of_4(last_batch, micro_batch).train.micro_batch == micro_batch
+
+
 def test_networks_of_one_resolution_do_not_grow():
     fixed = Config(train=TrainConfig(images=1_000, batch=7), growth=GrowthConfig(start=8, lr={32: 1.0}))
     assert stages(fixed) == [Stage(32, 0, 1_000, fades=False)]
@@ -120,8 +200,29 @@ def test_networks_of_one_resolution_do_not_grow():
         (lambda: Config(train=TrainConfig(checkpoint_activations=True)), "train.checkpoint_activations is True"),
         (
             lambda: replace(config(batch={4: 16, 8: 16, 16: 14}), train=TrainConfig(sampled_batch=None, micro_batch=4)),
-            "train.micro_batch is 4; it must be at least the batch, 14, unless both are multiples of 4",
+            r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, because the minibatch standard"
+            " deviation covers 16 images; for smaller ones use --model.stddev_group 4 and batches that are multiples"
+            " of 4",
         ),
+        (
+            lambda: in_groups_of_4(14, 4),
+            r"train.micro_batch is 4; .* growth.batch\[16\], 14, .* covers 14 images",
+        ),
+        (
+            lambda: in_groups_of_4(16, 6),
+            r"train.micro_batch is 6; .* growth.batch\[4\], 16, .* covers 4 images",
+        ),
+        (
+            lambda: in_groups_of_4(16, 4, variant="port"),
+            r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, .* covers 16 images\.$",
+        ),
+        (
+            lambda: replace(config(batch={4: 16, 8: 1, 16: 4}), model=ModelConfig("progressive", 16, variant="port")),
+            "growth.batch is .*at least 2 at each resolution for port",
+        ),
+        (lambda: ModelConfig(variant="port"), "model.variant is 'port'; it must be pggan for autogan"),
+        (lambda: ModelConfig(stddev_group=0), "model.stddev_group is 0"),
+        (lambda: GrowthConfig(first_images=0), "growth.first_images is 0"),
         (
             lambda: replace(config(), train=TrainConfig(sampled_batch=7)),
             "train.sampled_batch is 7; it must be null for",

@@ -26,7 +26,7 @@ from dcvae_fast.training.schedule import ScheduleState
 from dcvae_fast.training.seeding import derive_seed
 from dcvae_fast.training.step import TrainStep
 from dcvae_pipelines import Batch
-from test_graphs import GROWING, SMALL
+from test_graphs import MICRO, SMALL
 
 B, Z = SMALL.train.batch, SMALL.model.latent_dim
 # With the default ε, Adam makes full steps from gradients that are rounding errors (of a bias before BatchNorm).
@@ -142,8 +142,8 @@ def test_vae_gan_compares_features_and_does_not_train_the_discriminator_with_the
 @pytest.mark.parametrize("objective", ["vae", "vae_gan", "dc_vae"])
 def test_mean_over_micro_batches_equals_the_objective_of_the_batch(objective):
     """Uses growing networks, because BatchNorm in the fixed ones depends on the whole batch."""
-    contrast = replace(GROWING.contrast, local_layers=("8x8",), local_start_images=0)
-    config = replace(GROWING, loss=replace(GROWING.loss, objective=objective, order="joint"), contrast=contrast)
+    contrast = replace(MICRO.contrast, local_layers=("8x8",), local_start_images=0)
+    config = replace(MICRO, loss=replace(MICRO.loss, objective=objective, order="joint"), contrast=contrast)
     step = TrainStep(config)
     step.grow(ScheduleState(16, 1.0, 8, 1e-3))
     generator = torch.Generator().manual_seed(0)
