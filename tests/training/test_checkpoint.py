@@ -168,10 +168,10 @@ def test_loaded_weights_are_the_encoder_and_the_decoder_ema(run):
     networks = {"encoder.a": 1.0, "decoder.b": 2.0, "decoder_ema.b": 3.0, "discriminator.encoder.c": 4.0}
     tensors = {name: torch.tensor(value) for name, value in networks.items()}
     step = {"networks": tensors, "resolution": 8, "alpha": 0.5}
-    model = {"latent_dim": 3, "resolution": 32, "alpha": 1.0}
+    model = {"architecture": "progressive", "resolution": 32, "alpha": 1.0}
     save_checkpoint(run, 5, {"config": {"model": model}, "step": step, "sources": [{}]}, keep=2)
     config, weights = load_weights(run)
-    current = {"latent_dim": 3, "resolution": 8, "alpha": 0.5}  # at this stage of growth
+    current = {"architecture": "progressive", "resolution": 8, "alpha": 0.5}  # at this stage of growth
     assert config == {"model": current | {"variant": "pggan", "stddev_group": 4}}  # settings of earlier versions
     assert {name: value.item() for name, value in weights.items()} == {"encoder.a": 1.0, "decoder.b": 3.0}
 
