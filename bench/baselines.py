@@ -100,7 +100,8 @@ class Baseline:
     As with `TrainStep`, call `grow` and `refill` first if `schedule` has another resolution.
 
     Raises:
-        ValueError: the config has an objective other than dc_vae, or another adversarial loss.
+        ValueError: the config has an objective other than dc_vae, another adversarial loss, local patch contrast, or
+            growth without restarts of Adam or with real images that do not fade in.
     """
 
     def __init__(self, config: Config, device: torch.device | str = "cpu"):
@@ -110,6 +111,12 @@ class Baseline:
             raise ValueError(
                 f"loss.objective is {loss.objective!r} and loss.adversarial {loss.adversarial!r}; "
                 f"the baseline does dc_vae with hinge, wgan_gp or logistic_r1."
+            )
+        growth, local_start = config.growth, config.contrast.local_start_images
+        if local_start is not None or (config.model.grows and not (growth.reset_adam and growth.blend_real)):
+            raise ValueError(
+                f"contrast.local_start_images is {local_start}, growth.reset_adam {growth.reset_adam} and "
+                f"growth.blend_real {growth.blend_real}; the baseline does only None, True and True."
             )
         self.config, self.device = config, torch.device(device)
         ours = Networks(config)

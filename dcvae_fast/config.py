@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from dcvae_fast.errors import ConfigError
 
@@ -58,9 +58,19 @@ def _check(setting: str, value: Any, valid: bool, expected: str) -> None:
         raise ConfigError(f"{setting} is {value!r}; it must be {expected}.")
 
 
-def stddev_group(batch: int, group: int) -> int:
-    """Return the group size of the minibatch standard deviation: `group` if it divides the batch, else the batch."""
-    return group if batch % group == 0 else batch
+def group_size(batch: int, stddev_group: int) -> int:
+    """Return the images per minibatch standard deviation: `stddev_group` if it divides the batch, else the batch."""
+    return stddev_group if batch % stddev_group == 0 else batch
+
+
+class Widths(NamedTuple):
+    """Number of channels at each resolution R: min(base / R, maximum)."""
+
+    base: int = 16384
+    maximum: int = 512
+
+    def at(self, resolution: int) -> int:
+        return max(1, min(self.base // resolution, self.maximum))
 
 
 @dataclass(frozen=True)
@@ -175,15 +185,19 @@ class ModelConfig(_Section):
     def grows(self) -> bool:
         return self.architecture == "progressive"
 
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.base_channels, self.max_channels)
+
     def local_width(self, layer: LocalLayer) -> int:
         """Return the number of channels of a discriminator feature map for local patch contrast."""
         if not self.grows:
             return self.discriminator_width
-        return max(1, min(self.base_channels // int(layer.split("x")[0]), self.max_channels))
+        return self.widths.at(int(layer.split("x")[0]))
 
     def images_per_stddev(self, batch: int) -> int:
         """Return the number of images over which the minibatch standard deviation of a batch is computed."""
-        return batch if self.variant == "port" else stddev_group(batch, self.stddev_group)
+        return batch if self.variant == "port" else group_size(batch, self.stddev_group)
 
 
 @dataclass(frozen=True)
@@ -330,10 +344,10 @@ class TrainConfig(_Section):
         ema_decay: decay of the exponential moving average (EMA) of the decoder's weights, with which a trained model
             samples and reconstructs; in [0, 1)
         seed: seed of all random numbers
-        initialization: initial weights and spectral norm of encoder and discriminator; autogan only. xavier draws all
-            convolutions from Xavier's uniform distribution; official, which is what the authors' code does in effect,
-            draws those with spectral norm from torch's default, which is narrower and makes the first steps larger in
-            proportion, and starts spectral norm from random vectors, other ones for the momentum discriminator
+        initialization: initial weights, and u and v of spectral norm, of encoder and discriminator; autogan only.
+            xavier draws all convolutions from Xavier's uniform distribution, and starts u and v with power iterations.
+            official has the effect of the authors' code: convolutions with spectral norm keep torch's default
+            distribution, and u and v start as random unit vectors, drawn separately for the momentum discriminator
         device: cpu, cuda, cuda:N, or auto (cuda if available); with several processes, each uses the GPU of its local
             rank
         micro_batch: real images per forward and backward pass, to save memory; null for the whole batch; progressive
@@ -465,9 +479,13 @@ class Config:
     def _check_micro_batch(self, micro: int, batch: int, setting: str) -> None:
         """Check that micro-batches do not cut the groups of the minibatch standard deviation."""
         group = self.model.images_per_stddev(batch)
-        expected = f"at least {setting}, {batch}, because the minibatch standard deviation covers {group} images"
-        if self.model.variant != "port":
-            expected += "; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4"
+        expected = f"at least {setting}, {batch}"
+        if group < batch:
+            expected += f", or a multiple of {group}, the images of a minibatch standard deviation"
+        else:
+            expected += f", because the minibatch standard deviation covers {group} images"
+            if self.model.variant != "port":
+                expected += "; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4"
         _check("train.micro_batch", micro, batch <= micro or micro % group == 0, expected)
 
     def _check_local_layers(self) -> None:
@@ -477,9 +495,13 @@ class Config:
         if model.grows:
             layers = [f"{size}x{size}" for size in (8, 16, 32) if size < model.resolution]
         at = f"{model.architecture} at {model.resolution}×{model.resolution}"
+        start = self.contrast.local_start_images
+        _check("contrast.local_start_images", start, bool(layers), f"null for {at}")
         _check("contrast.local_layers", chosen, set(chosen) <= set(layers), f"a subset of {', '.join(layers)} for {at}")
         widths = {model.local_width(layer) for layer in chosen}
-        _check("contrast.local_layers", chosen, len(widths) == 1, "a list of feature maps with as many channels each")
+        _check(
+            "contrast.local_layers", chosen, len(widths) == 1, "a list of feature maps with the same number of channels"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

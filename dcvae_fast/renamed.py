@@ -7,7 +7,8 @@ from typing import Any
 from dcvae_fast.errors import ConfigError
 
 SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementation"}
-# What earlier versions did, by setting that they did not have.
+# Settings that earlier versions did not have, with the values that come closest to them: in growing networks, they did
+# not restart Adam at the end of a fade, and had groups of 2 or 3 in batches that 4 does not divide.
 ADDED = {
     "model.variant": "pggan",
     "model.stddev_group": 16,

@@ -120,7 +120,7 @@ def test_overrides(tmp_path):
         (
             "--recipe=celeba64 --contrast.local_start_images=0 --contrast.local_layers=[8x8,32x32]"
             " --model.max_channels=1024".split(),
-            "contrast.local_layers is ('8x8', '32x32'); it must be a list of feature maps with as many channels each",
+            "contrast.local_layers is ('8x8', '32x32'); it must be a list of feature maps with the same number of",
         ),
         (
             ["--recipe", "cifar10-patch", "--contrast.local_layers", "[8x8]"],

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dcvae_fast.config import ModelConfig
 from dcvae_fast.models import autogan, progressive
-from dcvae_fast.models.progressive import Phase, Widths, set_phase
+from dcvae_fast.models.progressive import Phase, set_phase
 
 
 class Autoencoder(NamedTuple):
@@ -22,10 +22,9 @@ def build_autoencoder(config: ModelConfig) -> Autoencoder:
             autogan.Encoder(latent, config.encoder_width, channels),
             autogan.Decoder(latent, config.decoder_width, channels),
         )
-    widths = Widths(config.base_channels, config.max_channels)
     autoencoder = Autoencoder(
-        progressive.Encoder(config.resolution, latent, widths, channels, config.variant),
-        progressive.Generator(config.resolution, latent, widths, channels, config.variant),
+        progressive.Encoder(config.resolution, latent, config.widths, channels, config.variant),
+        progressive.Generator(config.resolution, latent, config.widths, channels, config.variant),
     )
     for network in autoencoder:
         set_phase(network, Phase(config.resolution, config.alpha))
@@ -35,9 +34,13 @@ def build_autoencoder(config: ModelConfig) -> Autoencoder:
 def build_discriminator(config: ModelConfig) -> autogan.Discriminator | progressive.Discriminator:
     if not config.grows:
         return autogan.Discriminator(config.discriminator_width, config.image_channels, config.contrast_dim)
-    widths = Widths(config.base_channels, config.max_channels)
     return progressive.Discriminator(
-        config.resolution, widths, config.image_channels, config.contrast_dim, config.variant, config.stddev_group
+        config.resolution,
+        config.widths,
+        config.image_channels,
+        config.contrast_dim,
+        config.variant,
+        config.stddev_group,
     )
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dcvae_fast.config import Variant, stddev_group
+from dcvae_fast.config import Variant, Widths, group_size
 from dcvae_fast.models.layers import ContrastHead, Critique, no_autocast, upcast
 
 BOTTOM = 4  # lowest resolution
@@ -50,16 +50,6 @@ class Phase(NamedTuple):
     @property
     def fades(self) -> bool:
         return self.resolution > BOTTOM and (isinstance(self.alpha, Tensor) or self.alpha < 1)
-
-
-class Widths(NamedTuple):
-    """Number of channels at each resolution R: min(base / R, maximum)."""
-
-    base: int = 16384
-    maximum: int = 512
-
-    def at(self, resolution: int) -> int:
-        return max(1, min(self.base // resolution, self.maximum))
 
 
 PAPER_WIDTHS = Widths()
@@ -154,10 +144,10 @@ def pixel_norm(x: Tensor) -> Tensor:
 def minibatch_stddev(x: Tensor, parts: int, group: int) -> Tensor:
     """Return the mean standard deviation of features over each group of images, [B, C, H, W] → [B, 1, 1, 1].
 
-    The batch is cut into `parts`, and each part into groups of neighbours; see `stddev_group`. Computed in at least
+    The batch is cut into `parts`, and each part into groups of neighbours; see `group_size`. Computed in at least
     float32, because squares overflow in float16; the result has the dtype of `x`.
     """
-    size = stddev_group(len(x) // parts, group)
+    size = group_size(len(x) // parts, group)
     groups = upcast(x).unflatten(0, (-1, size))
     deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
     return deviation.repeat_interleave(size)[:, None, None, None].to(x.dtype)
@@ -238,7 +228,7 @@ class Generator(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Architecture of discriminator and encoder: images [B, C, R, R] → features at 16×16 and of the last layer."""
+    """Architecture of discriminator and encoder: images [B, C, R, R] → feature maps, and features of the last layer."""
 
     def __init__(
         self, resolution: int, widths: Widths, image_channels: int, variant: Variant, stddev_group: int | None = None

@@ -43,7 +43,8 @@ Objective = Callable[..., tuple[Tensor, Metrics]]
 class TrainStep:
     """Callable that trains on one batch: objective after objective as in the authors' code, or jointly (Eq. 9).
 
-    Several ranks compute the same update as one rank with all their images, up to rounding.
+    Several ranks compute the same update as one rank with all their images, up to rounding; but with
+    `train.batch_per_rank`, minibatch standard deviations cover the images of a rank only.
 
     Attributes:
         images: images shown so far, on all ranks together

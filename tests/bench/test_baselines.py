@@ -18,9 +18,10 @@ from dcvae_fast.training.step import Metrics, TrainStep
 from dcvae_pipelines import Batch
 
 # Iterations: 2 at 4×4; 4 that fade in 8×8 and 4 at it; 3 that fade in 16×16 and 3 at it. Three kinds of minibatches:
-# groups of four, one group, groups of three.
+# two groups of four, one group of four, the whole batch of six.
 GROWING = replace(
     test_graphs.GROWING,
+    model=replace(test_graphs.GROWING.model, stddev_group=4),
     growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 4, 16: 6}, lr={16: 5e-3}),
     # A drift, a KL and an ε as large as here are missed when they are wrong.
     loss=LossConfig(drift=0.1, kl_weight=0.01, penalty_every=2),
@@ -173,6 +174,8 @@ def test_flops_of_the_authors_iteration_at_32():
 def test_objectives_without_a_baseline_are_rejected():
     with pytest.raises(ValueError, match="'vae'"):
         Baseline(replace(SMALL, loss=replace(SMALL.loss, objective="vae")))
+    with pytest.raises(ValueError, match=r"growth\.blend_real False"):
+        Baseline(replace(GROWING, growth=replace(GROWING.growth, blend_real=False)))
 
 
 @pytest.mark.parametrize(("resolution", "gflop"), [(64, 27.3), (128, 41.8), (256, 56.3), (512, 70.8)])

@@ -206,6 +206,7 @@ def test_local_patches_are_contrasted_from_twice_the_resolution_of_their_feature
     assert ["loss/contrast_local" in metrics for metrics in history] == [False] * 12 + [True] * 16
     assert history[12]["loss/contrast_local"] == 0  # the queue starts empty
     assert all(metrics["loss/contrast_local"] > 0 for metrics in history[13:20])
+    assert history[20]["loss/contrast_local"] == 0  # it is emptied at 32×32
     networks = step.networks
     assert networks.contrast is not None and networks.contrast.local_queue is not None
     assert networks.contrast.local_queue.keys.shape == (1, 10, 8) and int(networks.contrast.local_queue.valid) == 10

@@ -210,7 +210,7 @@ def test_networks_of_one_resolution_do_not_grow():
         ),
         (
             lambda: in_groups_of_4(16, 6),
-            r"train.micro_batch is 6; .* growth.batch\[4\], 16, .* covers 4 images",
+            r"train.micro_batch is 6; it must be at least growth.batch\[4\], 16, or a multiple of 4, ",
         ),
         (
             lambda: in_groups_of_4(16, 4, variant="port"),

@@ -223,9 +223,13 @@ def test_runs_with_the_same_seed_are_bitwise_equal():
     assert not torch.allclose(first, weights(3))
 
 
-def test_the_momentum_discriminator_has_vectors_of_its_own_in_the_official_initialisation():
+def test_the_official_initialisation_reaches_encoder_discriminator_and_momentum_discriminator():
     networks = TrainStep(replace(CONFIG, train=replace(CONFIG.train, initialization="official"))).networks
     assert networks.contrast is not None
+    for network in (networks.encoder, networks.discriminator):
+        for name, weight in network.named_parameters():
+            if name.endswith("original") and weight.ndim == 4:
+                assert weight.abs().max() <= weight[0].numel() ** -0.5, name  # not Xavier
     for (name, ours), momentum in zip(
         networks.discriminator.named_parameters(), networks.contrast.momentum.parameters(), strict=True
     ):
