@@ -515,10 +515,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
     """Return the settings that differ between the stored `old` and `new`: `section.name`, old value, new value.
 
-    Settings declared with `may_change` are ignored: they affect only the length, place and output of a run.
+    Settings declared with `may_change` are ignored: they affect only the length, place and output of a run. `growth` is
+    ignored unless the networks grow.
     """
     differences = []
     for section in dataclasses.fields(new):
+        if section.name == "growth" and not new.model.grows:
+            continue
         values, stored = getattr(new, section.name), old.get(section.name)
         stored, current = stored if isinstance(stored, dict) else {}, to_dict(values)
         for setting in dataclasses.fields(values):

@@ -174,6 +174,10 @@ def test_changes_lists_only_settings_that_affect_the_result():
     assert changes(old, parsed(*cifar10, "--train.images", "5", "--data.root", "x", "--log.every", "7")) == []
     differences = changes(old, parsed(*cifar10, "--optim.lr", "1e-3", "--train.seed", "4"))
     assert differences == [("optim.lr", 2e-4, 1e-3), ("train.seed", 0, 4)]
+    old["growth"]["fade_images"] = 600_000
+    assert changes(old, Config()) == []  # these networks do not grow
+    growing = recipe_config("celeba64")
+    assert ("growth.fade_images", 600_000, 800_000) in changes(old, growing)
     del old["model"]["latent_dim"]
     assert changes(old, Config()) == [("model.latent_dim", "not set", 128)]
 

@@ -23,11 +23,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     text = f"comma-separated list of {metrics} (default: %(default)s)"
     parser.add_argument("--metrics", default="fid,is,pixel,perceptual", help=text)
     text = (
-        "paper (default: FID and IS of 50,000 samples and 50,000 reconstructions from draws from the posterior); once"
-        " (each published test image once, from the posterior mean, and no samples); or official (authors' code:"
+        "paper (default: FID and IS of 50,000 samples and 50,000 reconstructions, each from a draw from the posterior);"
+        " once (each published test image once, from the posterior mean, and no samples); or official (authors' code:"
         " clamped latents, all reconstructions from draws, pixels rounded down). Features come from torch-fidelity's"
-        " Inception and real images from the training split; the authors use pytorch-fid's Inception and stored"
-        " statistics, so values are not exactly comparable"
+        " Inception, and real images from the training split. Values of official are not exactly comparable with the"
+        " authors', who use pytorch-fid's Inception and stored statistics of real images"
     )
     parser.add_argument("--protocol", default="paper", help=text)
     parser.add_argument("--data.name", dest="data_name", metavar="NAME", help="data set (default: the run's)")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,12 +38,15 @@ class Splits:
 
 
 def published_images(data: DataConfig) -> ImageSet | EncodedSet | None:
-    """Load LSUN bedroom's published validation images; return None for other data sets, which publish `test`.
+    """Load LSUN bedroom's published validation images; return None for other data sets, which publish `test`, and for
+    bedrooms in a single folder.
 
     Raises:
         DataError: the images are missing or damaged.
     """
-    return load_dataset(data.name, data.root, "valid") if data.name == "lsun_bedroom" else None
+    if data.name != "lsun_bedroom" or data.root is None or not any(Path(data.root).expanduser().glob("bedroom_*")):
+        return None
+    return load_dataset(data.name, data.root, "valid")
 
 
 class Noise:

@@ -38,7 +38,7 @@ class Measurement:
         data: images of the data set that were reconstructed or compared with, or None
         seed: seed of the noise
         extractor: name of the network that extracted features, or None
-        note: difference from the code whose protocol is followed, or None
+        note: how the measurement differs from the authors' evaluation, or None
     """
 
     metric: str

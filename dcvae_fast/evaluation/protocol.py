@@ -44,7 +44,7 @@ class Protocol:
         clamp: clamp latents of samples to [-clamp, clamp]; None for the setting in the model's configuration
         batch: the number of images is rounded up to a multiple of this
         rounded: whether pixels are rounded to the nearest of 256 values; otherwise down
-        note: difference of the feature metrics from the code that the protocol follows; `{extractor}` stands for the
+        note: how the feature metrics differ from the authors' evaluation, or None; `{extractor}` stands for the
             network's name
     """
 
@@ -114,8 +114,8 @@ def evaluate(
       pixel and perceptual reconstruct each test image once, from the posterior mean.
     - `once`: no samples. Each published test image is reconstructed once, from the posterior mean. FID of so few images
       is higher: compare it only with FID of the same images.
-    - `official`: as the authors' code. Latents of samples are clamped to [-1, 1]; all reconstructions are draws; the
-      number of images is a multiple of 64, 50,048 for 50,000; pixels are rounded down. The authors' Inception is
+    - `official` follows the authors' code. Latents of samples are clamped to [-1, 1]; all reconstructions are draws;
+      the number of images is a multiple of 64, 50,048 for 50,000; pixels are rounded down. The authors' Inception is
       pytorch-fid's, which resizes images by torch's bilinear interpolation, and real images are stored statistics of
       CIFAR-10's training split, so FID is not exactly comparable; measurements have a note that says so.
 

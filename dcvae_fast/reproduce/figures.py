@@ -16,7 +16,6 @@ from dcvae_fast.evaluation.images import evenly_spaced, parts, reconstructions, 
 from dcvae_fast.evaluation.perceptual import inference_batch_size
 from dcvae_fast.images import make_grid
 from dcvae_fast.models.dcvae import DCVAE
-from dcvae_fast.recipes import recipe_config
 from dcvae_fast.reproduce.paper import FIGURES, Figure, Panel
 from dcvae_fast.reproduce.runs import IMAGES, Training, open_splits, train_run
 from dcvae_fast.run_folder import images_shown
@@ -109,16 +108,15 @@ def _check_folders(figure: Figure, runs: Sequence[Training]) -> None:
     Raises:
         UserError: they do not; the message names commands that set each run's folder.
     """
-    roots = {
-        recipe_config(run.name).data.name: run.config.data.root for run in runs if run.config.data.name != "digits"
-    }
+    roots = {run.config.data.name: run.config.data.root for run in runs}
     if len(roots) < 2 or len({root for root in roots.values() if root is not None}) == len(roots):
         return
     single = [next(other.name for other in FIGURES.values() if list(other.needed()) == [run.name]) for run in runs]
     commands = " and ".join(f"`dcvae reproduce {name} --data.root DIR`" for name in single)
     raise UserError(
         f"{figure.name} needs {' and '.join(roots)} in different folders, but --data.root sets one folder. First run"
-        f" {commands}, then {figure.name} without --data.root: each run keeps its folder, data.root in its config.yaml."
+        f" {commands} with the same other options, then {figure.name} without --data.root: each run keeps its folder,"
+        " data.root in its config.yaml."
     )
 
 

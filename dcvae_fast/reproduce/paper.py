@@ -110,8 +110,8 @@ PERCEPTUAL = (
     Column("perceptual, Caffe scaling ↓", "perceptual_caffe", "reconstructions", note=PERCEPTUAL_SCALE),
 )
 ONCE = (
-    "Each test image once, decoded from the posterior mean. These are fewer than the paper's 50,000 reconstructions."
-    " FID of fewer images is higher even if they are perfect, so no number of the paper is comparable."
+    "Each test image at most once, decoded from the posterior mean. These are fewer than the paper's 50,000"
+    " reconstructions. FID of fewer images is higher even if they are perfect, so no number of the paper is comparable."
 )
 RECONSTRUCTION_ONCE = "reconstruction, each test image once"
 SQUARES, RMSE, MSE = "pixel, sum of squares on [0, 1] ↓", "pixel, RMSE on 0–255 ↓", "pixel, MSE on [-1, 1] ↓"
@@ -205,7 +205,7 @@ TABLE2 = Table(
         Row("DC-VAE reconstruction", ("7.9", "21.4", "8.4", "43.6"), _CIFAR10_AND_STL10, "reconstructions"),
         Row(f"DC-VAE {RECONSTRUCTION_ONCE}", ("",) * 4, _CIFAR10_AND_STL10, "reconstructions", "once"),
     ),
-    note=f"The runs on CIFAR-10 are those of Table 1. DC-VAE {RECONSTRUCTION_ONCE}: {ONCE}",
+    note=f"CIFAR-10 uses the runs of Table 1. DC-VAE {RECONSTRUCTION_ONCE}: {ONCE}",
 )
 
 TABLE3 = Table(
@@ -224,7 +224,9 @@ TABLE3 = Table(
         Row("DC-VAE", ("14.3", "10.57", ""), ("table3/dc-vae",) * 3),
     ),
     note="The second column reconstructs images of the published training split that are held out from training:"
-    " 50,000, or 1 in 60 of a subset. The third reconstructs the published validation images, of which LSUN has 300.",
+    " 50,000, or 1 in 60 of a subset. The third reconstructs the published validation images, of which LSUN has 300."
+    " A single folder without bedroom_train and bedroom_val is split like folder; both columns then use its test"
+    " split.",
 )
 
 TABLE4 = Table(
@@ -282,7 +284,7 @@ TABLE7 = Table(
         Row("ProGAN", ("40.71",)),
         Row("DC-VAE (ProGAN)", ("24.66",), ("table8/dc-vae",)),
     ),
-    note="The run is that of Table 8. The paper does not state the resolution.",
+    note="Uses the run of Table 8. The paper does not state the resolution.",
 )
 
 TABLE8 = Table(
@@ -374,7 +376,7 @@ FIGURE1 = Figure(
         ),
         (Panel(BEDROOM, "samples", 4, 4, 256, label="(b) samples"), Panel(FACES, "samples", 2, 2, 512)),
     ),
-    note="The runs are those of Tables 3 and 8.",
+    note="Uses the runs of Tables 3 and 8.",
 )
 
 FIGURE3 = Figure(
@@ -390,7 +392,7 @@ FIGURE3 = Figure(
             Panel("table1/dc-vae", "reconstructions", 8, 1, 160, ("DC-VAE",)),
         ),
     ),
-    note="The runs are those of Table 1.",
+    note="Uses the runs of Table 1.",
 )
 
 FIGURE4 = Figure(
@@ -401,8 +403,8 @@ FIGURE4 = Figure(
         (Panel(FACES, "inputs", 1, 4, 512, label="input"),),
         (Panel(FACES, "reconstructions", 1, 4, 512, label="DC-VAE"),),
     ),
-    note="The paper's row of IntroVAE at 1024×1024 is quoted from the paper of that method, and not shown here. The run"
-    " is that of Table 8.",
+    note="The paper's row of IntroVAE at 1024×1024 is quoted from the paper of that method, and not shown here. Uses"
+    " the run of Table 8.",
 )
 
 FIGURE8 = Figure(
@@ -410,7 +412,7 @@ FIGURE8 = Figure(
     "Figure 8: more reconstructions, CelebA-HQ at 512×512",
     "Test images with their reconstructions to the right.",
     ((Panel(FACES, "pairs", 6, 3, 512, ("input", "reconstruction") * 3),),),
-    note="The run is that of Table 8.",
+    note="Uses the run of Table 8.",
 )
 
 FIGURE10 = Figure(
@@ -422,7 +424,7 @@ FIGURE10 = Figure(
         (Panel(STL10, "reconstructions", 2, 10, 128, label="(a) reconstructions"),),
         (Panel(STL10, "samples", 4, 10, 128, label="(b) samples"),),
     ),
-    note="The run is that of Table 2.",
+    note="Uses the run of Table 2.",
 )
 
 FIGURE14 = Figure(
@@ -430,7 +432,7 @@ FIGURE14 = Figure(
     "Figure 14: more reconstructions, LSUN bedroom at 128×128",
     "Test images with their reconstructions to the right.",
     ((Panel(BEDROOM, "pairs", 8, 4, 256, ("input", "reconstruction") * 4),),),
-    note="The run is that of Table 3.",
+    note="Uses the run of Table 3.",
 )
 
 FIGURES = {figure.name: figure for figure in (FIGURE1, FIGURE3, FIGURE4, FIGURE8, FIGURE10, FIGURE14)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,7 +121,7 @@ def _stored_data(folder: Path) -> list[str]:
     data = (read_config(folder) or {}).get("data")
     if not isinstance(data, dict):
         return []
-    return [part for name in ("name", "root") if data.get(name) for part in (f"--data.{name}", data[name])]
+    return [f"--data.{name}={data[name]}" for name in ("name", "root") if data.get(name)]
 
 
 def _shortened(config: Config, budget: int, full: int, keep_points: bool) -> Config:
@@ -253,8 +254,14 @@ def _packages(table: Table) -> list[str]:
 def open_splits(runs: Sequence[Training]) -> dict[DataConfig, Splits]:
     """Open each data set of the runs once."""
     configs = {run.config.data: run.config for run in runs}
+    once = {run.config.data for run in runs if any(key.protocol == "once" for key in run.needed)}
     return {
-        data: Splits(open_data(config, "train"), open_data(config, "test"), data.on_corrupt, published_images(data))
+        data: Splits(
+            open_data(config, "train"),
+            open_data(config, "test"),
+            data.on_corrupt,
+            published_images(data) if data in once else None,
+        )
         for data, config in configs.items()
     }
 
@@ -341,14 +348,22 @@ def _group(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _stored(folder: Path) -> dict[Key, Measurement]:
-    """Return a run's stored measurements, except those that lack a field. Earlier versions had no `note`."""
+    """Return a run's stored measurements, except those that lack a field.
+
+    Earlier versions had no `note`. Their FID and IS of reconstructions used each test image once.
+    """
     names = Measurement.__dataclass_fields__.keys()
     measurements = [
         Measurement(**{name: stored[name] for name in names & stored.keys()})
         for stored in read(folder / EVALUATION_FILE).get("measurements", [])
-        if names - {"note"} <= stored.keys()
+        if names - {"note"} <= stored.keys() and not ("note" not in stored and _redefined(stored))
     ]
     return {Key(m.metric, m.subject, m.protocol): m for m in measurements}
+
+
+def _redefined(stored: dict[str, Any]) -> bool:
+    """Return whether a stored measurement is one that `paper` defined otherwise before measurements had notes."""
+    return (stored["subject"], stored["protocol"]) == ("reconstructions", "paper") and stored["metric"] in ("fid", "is")
 
 
 def _is_current(measurement: Measurement, data: Splits, images: int) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from posixpath import basename, splitext
 from typing import Literal, overload
 
 import torch
@@ -177,15 +178,17 @@ def _lsun_bedroom(root: Path, split: str) -> EncodedSet:
                 f" of LSUN in {root}"
             )
         store: Store = Lmdb(folder)
-    elif all((root / f"bedroom_{suffix}").is_dir() for suffix in ("train", "val")):
+    elif any((root / f"bedroom_{suffix}").is_dir() for suffix in ("train", "val")):
         folder = root / f"bedroom_{part}"
+        if not folder.is_dir():
+            raise DataError(f"lsun_bedroom: looked for images in {folder}, which is not a folder; export LSUN's there")
         store = Files(folder, _image_names("lsun_bedroom", folder))
     else:
         return _split_by_key("lsun_bedroom", Files(root, _image_names("lsun_bedroom", root)), split)
     if split == "valid":
         return EncodedSet("lsun_bedroom", store, torch.arange(len(store)))
     # Keys of the LMDB, which are also the file names after an export: both have the same held-out images.
-    keys = [store.key(i).rpartition("/")[2].partition(".")[0] for i in range(len(store))]
+    keys = [splitext(basename(store.key(i)))[0] for i in range(len(store))]
     is_held_out = _hold_out("lsun_bedroom", keys, _lsun_held_out(len(keys)))
     return EncodedSet("lsun_bedroom", store, _indices(is_held_out, split))
 
@@ -259,8 +262,9 @@ def _hold_out(name: str, names: list[str], count: int | None = None) -> Tensor:
     if count is None:
         count = min(1000, max(1, len(names) // 20))
     hashes = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in names]
-    threshold = heapq.nsmallest(count, hashes)[-1]
-    return torch.tensor([digest <= threshold for digest in hashes])
+    is_held_out = torch.zeros(len(names), dtype=torch.bool)
+    is_held_out[heapq.nsmallest(count, range(len(names)), key=hashes.__getitem__)] = True
+    return is_held_out
 
 
 def _indices(is_held_out: Tensor, split: str) -> Tensor:

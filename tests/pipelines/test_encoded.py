@@ -217,6 +217,18 @@ def test_lsun_holds_out_a_fixed_list_without_reading_images(tmp_path: Path, monk
         assert sorted([*train.indices.tolist(), *test.indices.tolist()]) == list(range(600))
 
 
+def test_lsun_holds_out_the_right_number_of_images_with_similar_names(tmp_path: Path):
+    store = {f"{part}/bedroom.{number:04d}.png": b"" for part in "ab" for number in range(60)}
+    for name in store:
+        path = tmp_path / "bedroom_train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(store[name])
+    train, test = (load_dataset("lsun_bedroom", tmp_path, split) for split in ("train", "test"))
+    assert len(train) == 118
+    smallest = min(range(60), key=lambda number: hashlib.sha256(f"bedroom.{number:04d}".encode()).digest())
+    assert [test.store.key(i) for i in test.indices.tolist()] == [f"{part}/bedroom.{smallest:04d}.png" for part in "ab"]
+
+
 def test_lsun_holds_out_fifty_thousand_images_or_one_in_sixty():
     totals = {2: 1, 119: 1, 120: 2, 600: 10, 2_999_999: 49_999, 3_000_000: 50_000, 3_033_042: 50_000}
     assert {total: datasets._lsun_held_out(total) for total in totals} == totals

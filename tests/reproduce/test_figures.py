@@ -28,7 +28,7 @@ from dcvae_pipelines.pixels import normalize
 DIGITS = (
     "--train.device cpu --model.decoder_width 4 --model.encoder_width 4 --model.discriminator_width 4"
     " --train.batch 8 --train.sampled_batch 8 --log.held_out 0 --contrast.negatives 20"
-    " --data.name digits --model.image_channels 1 --budget 8"
+    " --data.name digits --model.image_channels 1 --budget 12"  # in batches of 8: 16 images are shown
 ).split()
 METHODS = ("vae", "vae-gan", "vae-contrastive", "dc-vae")
 
@@ -115,14 +115,14 @@ def test_figure_3_shows_the_same_images_through_the_four_runs_of_table_1(figure3
             assert (picture[y : y + 160, x : x + 160] == enlarged(image, 5)).all()
 
     assert page.startswith("# Figures 3 and 9: ") and "](figure3.png)" in page
-    remarks = ("shortened: 8 of 40,000,000 images; changed: data.name digits", "train.sampled_batch 8")
+    remarks = ("shortened: 16 of 40,000,000 images; changed: data.name digits", "train.sampled_batch 8")
     lines = [line for line in page.splitlines() if line.startswith("| table1/")]
     assert [line.split()[1] for line in lines] == [f"table1/{method}" for method in METHODS]
     for line in lines:
         assert all(remark in line and remark in page.splitlines()[0] for remark in remarks)
         assert "measured on" not in line
         assert "8 of 360 test images of digits, evenly spaced; reconstructions from the posterior mean |" in line
-        assert line.split("|")[2].strip() == "8"
+        assert line.split("|")[2].strip() == "16"
 
 
 def test_repeating_figure_3_trains_nothing_and_table_1_has_the_same_runs(figure3, copied, trained, capsys):
@@ -133,7 +133,7 @@ def test_repeating_figure_3_trains_nothing_and_table_1_has_the_same_runs(figure3
     capsys.readouterr()
     assert main(["reproduce", "table1", *DIGITS, "--out", str(copied), "--dry-run"]) == 0
     plan = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[3:7]]
-    assert plan == [[f"table1/{method}", "cifar10", "8", "8"] for method in METHODS]
+    assert plan == [[f"table1/{method}", "cifar10", "12", "16"] for method in METHODS]
 
 
 @pytest.mark.usefixtures("quick_ends")
@@ -163,11 +163,14 @@ def test_a_diverged_run_is_grey_and_the_others_are_drawn(copied, monkeypatch, ca
     train = runs.train
 
     def diverge(config: Config, folder: Path) -> Outcome:
+        outcome = train(config, folder)
         if folder.name == "vae":
             raise runs.DivergedError("a loss became nan.")
-        return train(config, folder)
+        return outcome
 
     monkeypatch.setattr(runs, "train", diverge)
+    monkeypatch.setattr(loop, "write_grids", lambda step, log, images: None)
+    shutil.rmtree(copied / "table1" / "vae")
     assert main(["reproduce", "figure3", *DIGITS, "--out", str(copied)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == ("dcvae: error: figure3 lacks the images of table1/vae, all others were drawn: a loss became nan.")
@@ -180,6 +183,8 @@ def test_a_diverged_run_is_grey_and_the_others_are_drawn(copied, monkeypatch, ca
     assert (picture[top : top + 160, middle : middle + 160] == 217).all()  # 0.7 in [-1, 1]
     assert "\n\nGrey images of table1/vae: a loss became nan.\n" in page and page.count("Grey") == 1
     assert "table1/vae: images are missing (grey)" in page.splitlines()[0]
+    (line,) = (line for line in page.splitlines() if line.startswith("| table1/vae "))
+    assert line.split("|")[2].strip() == "16"  # shown before it diverged
 
 
 def test_a_stopped_run_leaves_a_figure_of_the_finished_runs(copied, monkeypatch):
@@ -301,6 +306,15 @@ def test_images_of_a_figure_are_in_rows_of_equal_squares(name):
         above = top + row[0].rows * row[0].size
 
 
+def test_images_larger_than_their_panel_keep_their_pixels():
+    images = normalize(
+        torch.randint(256, (1, 3, 72, 72), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    )
+    panel = figures.Panel("table1/vae", "inputs", 1, 1, 32)
+    grid = figures._grid(panel, figures.RunImages(images, images, images, 8, "", (), None))
+    locate(np.asarray(grid), to_bytes(images[0]).permute(1, 2, 0).numpy())
+
+
 def test_a_small_test_split_shortens_the_figure():
     figure = FIGURES["figure8"]
     images = [
@@ -345,8 +359,8 @@ def test_remarks_name_their_runs_unless_they_apply_to_all():
             (
                 ["figure1", *root],
                 "figure1 needs lsun_bedroom and celebahq in different folders, but --data.root sets one folder. First"
-                " run `dcvae reproduce figure14 --data.root DIR` and `dcvae reproduce figure4 --data.root DIR`, then"
-                " figure1 without --data.root",
+                " run `dcvae reproduce figure14 --data.root DIR` and `dcvae reproduce figure4 --data.root DIR` with"
+                " the same other options, then figure1 without --data.root",
             )
             for root in ([], ["--data.root", "{tmp}"])
         ),

@@ -21,13 +21,13 @@ from dcvae_fast.errors import UserError
 from dcvae_fast.evaluation import Measurement, Splits, probe
 from dcvae_fast.evaluation.protocol import data_of
 from dcvae_fast.recipes import RECIPES, recipe_config
-from dcvae_fast.reproduce import TABLES, WITH_OFFICIAL, report, runs, trainings
+from dcvae_fast.reproduce import FIGURES, TABLES, WITH_OFFICIAL, report, runs, trainings
 from dcvae_fast.reproduce.paper import Key
 from dcvae_fast.run_folder import images_shown, read_metrics
 from dcvae_fast.training.loop import Outcome
 from dcvae_fast.training.plan import stage_ranges
 from dcvae_fast.training.schedule import stages
-from dcvae_pipelines import ImageSet
+from dcvae_pipelines import DataError, ImageSet
 from image_files import write_noise
 
 NARROW = (
@@ -323,6 +323,47 @@ def test_numbers_of_other_images_are_measured_again(metric: Any, subject: Any, s
     assert runs._is_current(replace(measurement, **stored), data, 10) is kept
 
 
+def test_numbers_by_the_earlier_definition_of_the_protocol_are_measured_again(tmp_path):
+    metrics = [
+        ("fid", "reconstructions"),
+        ("is", "reconstructions"),
+        ("pixel_mse", "reconstructions"),
+        ("fid", "samples"),
+    ]
+    entries = [asdict(replace(FID, metric=metric, subject=subject)) for metric, subject in metrics]
+    for current in (True, False):
+        for entry in entries:
+            if not current:  # earlier versions did not store notes
+                del entry["note"]
+        content = {"weights": "w", "measurements": entries}
+        (tmp_path / "evaluation.json").write_text(json.dumps(content))
+        kept = [(key.metric, key.subject) for key in runs._stored(tmp_path)]
+        assert kept == (metrics if current else metrics[2:])
+
+
+def test_the_validation_images_of_lsun_are_opened_only_for_a_protocol_that_needs_them(tmp_path):
+    write_noise(tmp_path / "bedroom_train", 120, 8, 8, 3)
+    settings = ["--data.root", str(tmp_path)]
+    (run,) = trainings(FIGURES["figure14"], Path(), settings, None, configure)
+    (data,) = runs.open_splits([run]).values()
+    assert (len(data.test), data.published) == (2, None)
+    (run,) = trainings(TABLES["table3"], Path(), settings, None, configure)
+    with pytest.raises(DataError, match="bedroom_val, which is not a folder"):
+        runs.open_splits([run])
+    (run,) = trainings(TABLES["table3"], Path(), ["--data.root", str(tmp_path / "bedroom_train")], None, configure)
+    (data,) = runs.open_splits([run]).values()  # a single folder
+    assert (len(data.test), data.published) == (6, None)
+    assert data_of("fid", "reconstructions", "once", data) == "lsun_bedroom: 6 test images, 114 training images"
+
+
+def test_a_run_with_a_strange_folder_is_configured(tmp_path):
+    (tmp_path / "table3" / "dc-vae").mkdir(parents=True)
+    for root in (5, "-x"):
+        (tmp_path / "table3" / "dc-vae" / "config.yaml").write_text(json.dumps({"data": {"root": root}}))
+        (run,) = trainings(TABLES["table3"], tmp_path, [], None, configure)
+        assert run.config.data.root == str(root)
+
+
 def test_table_3_reconstructs_held_out_images_and_the_published_ones(tmp_path):
     for folder, count in (("bedroom_train", 120), ("bedroom_val", 11)):
         write_noise(tmp_path / folder, count, 8, 8, 3)
@@ -349,9 +390,10 @@ def test_truncated_files_and_files_of_other_versions(tmp_path):
     entries = {"weights": "w", "measurements": [{"metric": "fid", "of": "samples", "protocol": "paper", "value": 1.0}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(entries))
     assert runs._stored(tmp_path) == {}
-    before = {name: value for name, value in asdict(FID).items() if name != "note"}  # as before notes were stored
+    pixels = replace(FID, metric="pixel_mse")
+    before = {name: value for name, value in asdict(pixels).items() if name != "note"}  # as before notes were stored
     (tmp_path / "evaluation.json").write_text(json.dumps({"weights": "w", "measurements": [before]}))
-    assert runs._stored(tmp_path) == {Key("fid", "reconstructions", "paper"): FID}
+    assert runs._stored(tmp_path) == {Key("pixel_mse", "reconstructions", "paper"): pixels}
 
 
 # --- mistakes ---
