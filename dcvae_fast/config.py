@@ -489,7 +489,7 @@ class Config:
         _check("train.micro_batch", micro, batch <= micro or micro % group == 0, expected)
 
     def _check_local_layers(self) -> None:
-        """Check that the feature maps for local patch contrast exist, and have the same width, that of the queue."""
+        """Check that the feature maps for local patch contrast exist and have one width, because they share a queue."""
         model, chosen = self.model, self.contrast.local_layers
         layers = ["b1", "b2", "b3", "b4"]
         if model.grows:

@@ -348,22 +348,20 @@ def _group(keys: Sequence[Key]) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _stored(folder: Path) -> dict[Key, Measurement]:
-    """Return a run's stored measurements, except those that lack a field.
-
-    Earlier versions had no `note`. Their FID and IS of reconstructions used each test image once.
-    """
+    """Return a run's stored measurements, except outdated ones and those that lack a field other than `note`."""
     names = Measurement.__dataclass_fields__.keys()
     measurements = [
         Measurement(**{name: stored[name] for name in names & stored.keys()})
         for stored in read(folder / EVALUATION_FILE).get("measurements", [])
-        if names - {"note"} <= stored.keys() and not ("note" not in stored and _redefined(stored))
+        if names - {"note"} <= stored.keys() and not _is_outdated(stored)
     ]
     return {Key(m.metric, m.subject, m.protocol): m for m in measurements}
 
 
-def _redefined(stored: dict[str, Any]) -> bool:
-    """Return whether a stored measurement is one that `paper` defined otherwise before measurements had notes."""
-    return (stored["subject"], stored["protocol"]) == ("reconstructions", "paper") and stored["metric"] in ("fid", "is")
+def _is_outdated(stored: dict[str, Any]) -> bool:
+    """Return whether a stored measurement follows the earlier definition of protocol `paper`: each test image once."""
+    key = (stored["subject"], stored["protocol"])
+    return "note" not in stored and key == ("reconstructions", "paper") and stored["metric"] in ("fid", "is")
 
 
 def _is_current(measurement: Measurement, data: Splits, images: int) -> bool:
