@@ -146,8 +146,6 @@ class ModelConfig(_Section):
         max_channels: maximum number of channels of a feature map; progressive only
         variant: pggan (Progressive GAN), or port (the PyTorch port of it that the authors credit, which differs in
             normalisation, initialisation and minibatch standard deviation); progressive only
-        stddev_group: images per group of the discriminator's minibatch standard deviation; the whole batch if the
-            batch is not a multiple of it, and always for port. progressive only
         contrast_dim: dimension D of queries and keys (paper: 16)
         sample_clamp: clamp latents drawn from the prior to [-sample_clamp, sample_clamp] when sampling from a trained
             model (official for FID: 1); null for no clamping
@@ -166,7 +164,6 @@ class ModelConfig(_Section):
     base_channels: int = setting(16384, least=1)
     max_channels: int = setting(512, least=1)
     variant: Variant = "pggan"
-    stddev_group: int = setting(16, least=1)
     contrast_dim: int = setting(16, least=1)
     sample_clamp: float | None = setting(None, above=0)
     reconstruct_from: Literal["mean", "sample"] = "mean"
@@ -195,10 +192,6 @@ class ModelConfig(_Section):
             return self.discriminator_width
         return self.widths.at(int(layer.split("x")[0]))
 
-    def images_per_stddev(self, batch: int) -> int:
-        """Return the number of images over which the minibatch standard deviation of a batch is computed."""
-        return batch if self.variant == "port" else group_size(batch, self.stddev_group)
-
 
 @dataclass(frozen=True)
 class GrowthConfig(_Section):
@@ -214,6 +207,8 @@ class GrowthConfig(_Section):
         reset_adam: whether to restart Adam at each new resolution and at the end of each fade (Progressive GAN), or
             never
         batch: real images per iteration, by resolution
+        stddev_group: images per group of the discriminator's minibatch standard deviation; the whole batch if the
+            batch is not a multiple of it, and always for model.variant port
         lr: learning rate by resolution; optim.lr for resolutions not listed
     """
 
@@ -226,6 +221,7 @@ class GrowthConfig(_Section):
     batch: dict[int, int] = setting(  # noqa: RUF009
         {4: 16, 8: 16, 16: 16, 32: 16, 64: 16, 128: 16, 256: 14, 512: 6, 1024: 3}, least=1
     )
+    stddev_group: int = setting(16, least=1)
     lr: dict[int, float] = setting({}, above=0)  # noqa: RUF009
 
 
@@ -352,7 +348,7 @@ class TrainConfig(_Section):
             rank
         micro_batch: real images per forward and backward pass, to save memory; null for the whole batch; progressive
             only. Gradients do not change. If smaller than the batch, it must be a multiple of the group of the
-            minibatch standard deviation: with model.stddev_group 4, both must be multiples of 4
+            minibatch standard deviation: with growth.stddev_group 4, both must be multiples of 4
         checkpoint_activations: save memory by recomputing activations in the backward pass; progressive only
         precision: autocast precision of the networks; weights and losses stay float32. float16 adds loss scaling, for
             GPUs without bfloat16
@@ -476,16 +472,20 @@ class Config:
             for resolution in reached:
                 self._check_micro_batch(train.micro_batch, growth.batch[resolution], f"growth.batch[{resolution}]")
 
+    def images_per_stddev(self, batch: int) -> int:
+        """Return the number of images over which the minibatch standard deviation of a batch is computed."""
+        return batch if self.model.variant == "port" else group_size(batch, self.growth.stddev_group)
+
     def _check_micro_batch(self, micro: int, batch: int, setting: str) -> None:
         """Check that micro-batches do not cut the groups of the minibatch standard deviation."""
-        group = self.model.images_per_stddev(batch)
+        group = self.images_per_stddev(batch)
         expected = f"at least {setting}, {batch}"
         if group < batch:
             expected += f", or a multiple of {group}, the images of a minibatch standard deviation"
         else:
             expected += f", because the minibatch standard deviation covers {group} images"
             if self.model.variant != "port":
-                expected += "; for smaller ones use --model.stddev_group 4 and batches that are multiples of 4"
+                expected += "; for smaller ones use --growth.stddev_group 4 and batches that are multiples of 4"
         _check("train.micro_batch", micro, batch <= micro or micro % group == 0, expected)
 
     def _check_local_layers(self) -> None:

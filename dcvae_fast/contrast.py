@@ -46,7 +46,7 @@ class InstanceContrast(nn.Module):
         self._dim, self._width, self._seed = contrast_dim, width, seed if config.queue_start == "noise" else None
         self.restart(config.layers, config.local_layers)
 
-    def restart(self, layers: Sequence[str], local_layers: Sequence[str] = ()) -> None:
+    def restart(self, layers: Sequence[str], local_layers: Sequence[str]) -> None:
         """Contrast these layers, and local patches of these feature maps if local patch contrast is enabled.
 
         The queues start again, because keys of other resolutions are not comparable.

@@ -62,7 +62,7 @@ RECIPES = {
     "mnist":                  Recipe(None,          {"data.name": "mnist", "train.images": 6_000_000,
                                                      "model.image_channels": 1, "model.latent_dim": 16}),
     # The authors' public code, also where it differs from the paper: 800 epochs of 781 batches. Given the same weights
-    # and noise, it computes the same, up to rounding. Remaining differences: a seed gives other random numbers;
+    # and noise, it computes the same, up to rounding, with these exceptions: a seed gives other random numbers;
     # spectral norm updates u before v, the authors' version of torch v before u; GPUs that have TF32 use it in
     # convolutions; several GPUs share BatchNorm's statistics; gradients that the code discards are not computed.
     "cifar10-official":       Recipe("cifar10",     {"data.drop_last": True, "train.images": 39_987_200,

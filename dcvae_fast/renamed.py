@@ -11,14 +11,13 @@ SETTINGS = {"train.average": "train.ema_decay", "optim.fused": "optim.implementa
 # not restart Adam at the end of a fade, and had groups of 2 or 3 in batches that 4 does not divide.
 ADDED = {
     "model.variant": "pggan",
-    "model.stddev_group": 16,
     "growth.first_images": None,
     "growth.blend_real": True,
     "growth.reset_adam": True,
+    "growth.stddev_group": 4,
     "loss.passes": "merged",
     "train.initialization": "xavier",
 }
-ADDED_IF_GROWING = {"model.stddev_group": 4}
 NETWORKS = {"decoder_average": "decoder_ema"}
 MEASUREMENT_FIELDS = {"of": "subject", "spread_is": "spread_kind"}
 
@@ -45,9 +44,7 @@ def complete_settings(config: dict[str, Any]) -> dict[str, Any]:
     Without the latter, a run of an earlier version could not be resumed, because its configuration would differ.
     """
     config = rename_settings(config)
-    model = config.get("model")
-    grows = isinstance(model, dict) and model.get("architecture") == "progressive"
-    for setting, value in (ADDED | ADDED_IF_GROWING if grows else ADDED).items():
+    for setting, value in ADDED.items():
         section, option = setting.split(".")
         if isinstance(values := config.get(section), dict):
             values.setdefault(option, value)

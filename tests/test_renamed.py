@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dcvae_fast.commands.train import parse_config
-from dcvae_fast.config import Config, to_dict
+from dcvae_fast.config import Config, GrowthConfig, to_dict
 from dcvae_fast.errors import ConfigError, RunError
 from dcvae_fast.evaluation.measurement import Measurement, read
 from dcvae_fast.recipes import recipe_config
@@ -50,8 +50,8 @@ def test_growing_runs_without_a_group_of_the_standard_deviation_had_groups_of_4(
     current = recipe_config("faces-small")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old_config(current)))
-    prepare_run(tmp_path, replace(current, model=replace(current.model, stddev_group=4)))
-    with pytest.raises(RunError, match=r"model\.stddev_group: 4 → 16\n"):
+    prepare_run(tmp_path, replace(current, growth=replace(current.growth, stddev_group=4)))
+    with pytest.raises(RunError, match=r"growth\.stddev_group: 4 → 16\n"):
         prepare_run(tmp_path, current)
 
 
@@ -63,7 +63,8 @@ def test_a_checkpoint_with_old_names_is_loaded(tmp_path):
     torch.save(state, tmp_path / "checkpoints" / f"{4:012d}.pt")
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
-    assert loaded["config"] == to_dict(Config())
+    earlier = replace(Config(), growth=GrowthConfig(stddev_group=4))
+    assert loaded["config"] == to_dict(earlier)
     assert list(loaded["step"]["networks"]) == ["encoder.a", "decoder_ema.a", "decoder.a"]
     assert torch.equal(load_weights(tmp_path)[1]["decoder.a"], torch.ones(2))
     assert NETWORKS == {"decoder_average": "decoder_ema"}
@@ -101,7 +102,7 @@ def test_a_recipe_file_with_old_names_is_read(tmp_path, text):
     config = parse_config(["--recipe", str(tmp_path / "mine.yaml")]).config
     assert (config.train.ema_decay, config.train.images, config.optim.implementation) == (0.5, 7, "torch")
     assert config.data.root == "2024-01-01"
-    assert config.model.stddev_group == 16  # a recipe has the defaults, not the values of earlier versions
+    assert config.growth.stddev_group == 16  # a recipe has the defaults, not the values of earlier versions
 
 
 def test_a_recipe_file_may_have_a_folder_like_an_impossible_date(tmp_path):

@@ -31,7 +31,9 @@ def build_autoencoder(config: ModelConfig) -> Autoencoder:
     return autoencoder
 
 
-def build_discriminator(config: ModelConfig) -> autogan.Discriminator | progressive.Discriminator:
+def build_discriminator(
+    config: ModelConfig, stddev_group: int = 16
+) -> autogan.Discriminator | progressive.Discriminator:
     if not config.grows:
         return autogan.Discriminator(config.discriminator_width, config.image_channels, config.contrast_dim)
     return progressive.Discriminator(
@@ -40,7 +42,7 @@ def build_discriminator(config: ModelConfig) -> autogan.Discriminator | progress
         config.image_channels,
         config.contrast_dim,
         config.variant,
-        config.stddev_group,
+        stddev_group,
     )
 
 

@@ -29,7 +29,7 @@ class Networks(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "networks"))
             self.encoder, self.decoder = build_autoencoder(model)
-            self.discriminator = build_discriminator(model)
+            self.discriminator = build_discriminator(model, config.growth.stddev_group)
             official = config.train.initialization == "official"
             if official:
                 for network in (self.encoder, self.discriminator):

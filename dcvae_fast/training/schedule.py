@@ -100,9 +100,9 @@ def check_batches(config: Config, world_size: int) -> None:
                     f"train.batch leaves {batch} image for each of {world_size} ranks; each needs at least 2."
                 )
             continue
-        group = model.images_per_stddev(batch * world_size)
-        if not config.train.batch_per_rank and model.images_per_stddev(batch) != group:
-            smaller = f", or use --model.stddev_group 4 with a multiple of {4 * world_size}"
+        group = config.images_per_stddev(batch * world_size)
+        if not config.train.batch_per_rank and config.images_per_stddev(batch) != group:
+            smaller = f", or use --growth.stddev_group 4 with a multiple of {4 * world_size}"
             raise ConfigError(
                 f"growth.batch[{stage.resolution}] leaves {batch} images for each of {world_size} ranks, but the"
                 f" minibatch standard deviation covers {group} images; set the batch of each rank with"

@@ -21,8 +21,7 @@ from dcvae_pipelines import Batch
 # two groups of four, one group of four, the whole batch of six.
 GROWING = replace(
     test_graphs.GROWING,
-    model=replace(test_graphs.GROWING.model, stddev_group=4),
-    growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 4, 16: 6}, lr={16: 5e-3}),
+    growth=GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 4, 16: 6}, stddev_group=4, lr={16: 5e-3}),
     # A drift, a KL and an ε as large as here are missed when they are wrong.
     loss=LossConfig(drift=0.1, kl_weight=0.01, penalty_every=2),
     contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),

@@ -352,7 +352,7 @@ def test_a_restarted_queue_keeps_keys_in_float64():
     contrast = InstanceContrast(
         discriminator(AUTOGAN), ContrastConfig(layers=("final",), negatives=4), 5, 8, 0
     ).double()
-    contrast.restart(("b1",))
+    contrast.restart(("b1",), ())
     assert contrast.queue.keys.dtype == torch.float64
 
 

@@ -52,10 +52,8 @@ FIXED = Config(
 # 4×4 for two iterations, 8×8 fading for four and stable for two, then 16×16, whose fade ends after the last iteration.
 GROWING = Config(
     data=DataConfig(name="folder"),
-    model=ModelConfig(
-        "progressive", 16, latent_dim=6, base_channels=64, max_channels=8, contrast_dim=5, stddev_group=4
-    ),
-    growth=GrowthConfig(fade_images=32, stable_images=16, batch={4: 8, 8: 8, 16: 8}),
+    model=ModelConfig("progressive", 16, latent_dim=6, base_channels=64, max_channels=8, contrast_dim=5),
+    growth=GrowthConfig(fade_images=32, stable_images=16, batch={4: 8, 8: 8, 16: 8}, stddev_group=4),
     loss=LossConfig(adversarial="wgan_gp"),
     contrast=ContrastConfig(negatives=10, layers=("low", "final"), momentum=0.9),
     optim=SMOOTH,

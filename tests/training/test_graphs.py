@@ -46,7 +46,7 @@ GROWING = Config(
     train=TrainConfig(sampled_batch=None, n_critic=1, ema_decay=0.9),
 )
 # Micro-batches of 4 are possible with minibatch statistics over groups of 4.
-MICRO = replace(GROWING, model=replace(GROWING.model, stddev_group=4), train=replace(GROWING.train, micro_batch=4))
+MICRO = replace(GROWING, growth=replace(GROWING.growth, stddev_group=4), train=replace(GROWING.train, micro_batch=4))
 PORT = replace(
     GROWING,
     model=replace(GROWING.model, variant="port"),

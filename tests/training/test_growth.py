@@ -270,10 +270,9 @@ def test_activation_checkpointing_keeps_gradients_and_saves_memory(config: Confi
 @pytest.mark.parametrize("adversarial", ["wgan_gp", "logistic_r1", "hinge"])
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 def test_micro_batches_give_the_same_gradients(adversarial: str, order: str):
-    model = replace(CONFIG.model, stddev_group=4)
-    growth = replace(CONFIG.growth, batch={4: 8, 8: 8, 16: 12}, fade_images=16, stable_images=16)
+    growth = GrowthConfig(fade_images=16, stable_images=16, batch={4: 8, 8: 8, 16: 12}, stddev_group=4)
     loss = replace(CONFIG.loss, adversarial=adversarial, order=order, penalty_every=2)
-    config = replace(CONFIG, model=model, growth=growth, loss=loss, optim=replace(CONFIG.optim, eps=1e-3))
+    config = replace(CONFIG, growth=growth, loss=loss, optim=replace(CONFIG.optim, eps=1e-3))
     torch.set_default_dtype(torch.float64)
     try:
         full = TrainStep(config)

@@ -158,9 +158,9 @@ def mistakes(tmp_path: Path) -> list[tuple[list, str]]:
         (json_file("kind"), "zero_optimization.overlap_comm is 'yes'; it must be true or false"),
         (json_file("half"), "communication_data_type is 'fp16'; it must be 'fp32' (gradients are float32)"),
         (
-            [*growing, "--growth.batch", "{4: 8, 8: 12}", "--model.stddev_group", "4"],
+            [*growing, "--growth.batch", "{4: 8, 8: 12}", "--growth.stddev_group", "4"],
             "growth.batch[8] leaves 6 images for each of 2 ranks, but the minibatch standard deviation covers 4 images;"
-            " set the batch of each rank with --train.batch_per_rank true, or use --model.stddev_group 4 with a"
+            " set the batch of each rank with --train.batch_per_rank true, or use --growth.stddev_group 4 with a"
             " multiple of 8.",
         ),
         (

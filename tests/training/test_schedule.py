@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dcvae_fast.commands.train import parse_config
-from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, ModelConfig, OptimConfig, TrainConfig
+from dcvae_fast.config import Config, ContrastConfig, GrowthConfig, ModelConfig, OptimConfig, TrainConfig, Variant
 from dcvae_fast.errors import ConfigError
 from dcvae_fast.recipes import recipe_config
 from dcvae_fast.training.schedule import ScheduleState, Stage, check_batches, schedule_at, stages
@@ -30,8 +30,8 @@ def config(resolution: int = 16, layers: tuple = ("final",), **growth) -> Config
 
 def in_groups_of_4(last_batch: int, micro_batch: int, **model) -> Config:
     return replace(
-        config(batch={4: 16, 8: 16, 16: last_batch}),
-        model=ModelConfig("progressive", 16, stddev_group=4, **model),
+        config(batch={4: 16, 8: 16, 16: last_batch}, stddev_group=4),
+        model=ModelConfig("progressive", 16, **model),
         train=TrainConfig(sampled_batch=None, micro_batch=micro_batch),
     )
 
@@ -67,14 +67,14 @@ def in_groups_of_4(last_batch: int, micro_batch: int, **model) -> Config:
 )
 def test_celebahq512_grows_as_preset_v1_of_progressive_gan(celebahq512: Config, images, resolution, alpha, batch):
     assert schedule_at(celebahq512, images) == ScheduleState(resolution, alpha, batch, 1e-3)
-    assert celebahq512.model.images_per_stddev(batch) == batch
+    assert celebahq512.images_per_stddev(batch) == batch
 
 
 @pytest.mark.parametrize("name", ["celeba64", "celeba128", "lsun128", "celebahq256", "celebahq512"])
 def test_recipes_follow_preset_v1_of_progressive_gan(name: str):
     config = recipe_config(name)
     assert config.train.images == 19_000_000 and config.growth.reset_adam and config.growth.blend_real
-    assert config.model.variant == "pggan" and config.model.stddev_group == 16
+    assert config.model.variant == "pggan" and config.growth.stddev_group == 16
     last = stages(config)[-1]
     assert not last.fades and last.begin + last.images < 19_000_000
 
@@ -87,7 +87,7 @@ def test_port_recipes_follow_the_port(name: str):
     assert (config.optim.betas, config.optim.eps, config.train.ema_decay) == ((0.0, 0.99), 1e-8, 0.999)
     assert (config.loss.adversarial, config.loss.penalty, config.loss.drift) == ("wgan_gp", 10, 1e-3)
     assert not (config.growth.reset_adam or config.growth.blend_real or config.data.mirror)
-    assert config.model.variant == "port" and config.model.images_per_stddev(16) == 16
+    assert config.model.variant == "port" and config.images_per_stddev(16) == 16
     for iteration in range(0, 600_000, 12_345):
         step, iteration_of_step = divmod(iteration, 100_000)
         alpha = min(1.0, 0.00002 * iteration_of_step) if step else 1.0
@@ -100,9 +100,9 @@ def test_port_recipes_follow_the_port(name: str):
     ("batch", "group", "expected"), [(16, 16, 16), (14, 16, 14), (6, 16, 6), (32, 16, 16), (12, 4, 4), (14, 4, 14)]
 )
 def test_minibatch_statistics_cover_a_group_or_the_whole_batch(batch: int, group: int, expected: int):
-    model = ModelConfig("progressive", 16, stddev_group=group)
-    assert model.images_per_stddev(batch) == expected
-    assert replace(model, variant="port").images_per_stddev(batch) == batch
+    pggan = config(stddev_group=group)
+    assert pggan.images_per_stddev(batch) == expected
+    assert replace(pggan, model=replace(pggan.model, variant="port")).images_per_stddev(batch) == batch
 
 
 def test_stages_follow_one_another():
@@ -148,18 +148,18 @@ def test_learning_rate_by_resolution_defaults_to_optim_lr():
 
 
 @pytest.mark.parametrize(
-    ("model", "batch", "remedy"),
+    ("variant", "stddev_group", "batch", "remedy"),
     [
-        ({}, 16, ", or use --model.stddev_group 4 with a multiple of 8"),
-        ({"stddev_group": 4}, 12, ", or use --model.stddev_group 4 with a multiple of 8"),
-        ({"variant": "port"}, 16, ""),
-        ({"variant": "port", "stddev_group": 4}, 16, ""),
+        ("pggan", 16, 16, ", or use --growth.stddev_group 4 with a multiple of 8"),
+        ("pggan", 4, 12, ", or use --growth.stddev_group 4 with a multiple of 8"),
+        ("port", 16, 16, ""),
+        ("port", 4, 16, ""),
     ],
 )
-def test_minibatch_statistics_do_not_span_ranks(model: dict, batch: int, remedy: str):
-    base = config(batch={4: batch, 8: batch, 16: batch})
-    base = replace(base, model=replace(base.model, **model))
-    group = base.model.images_per_stddev(batch)
+def test_minibatch_statistics_do_not_span_ranks(variant: Variant, stddev_group: int, batch: int, remedy: str):
+    base = config(batch={4: batch, 8: batch, 16: batch}, stddev_group=stddev_group)
+    base = replace(base, model=replace(base.model, variant=variant))
+    group = base.images_per_stddev(batch)
     message = (
         f"growth.batch[4] leaves {batch // 2} images for each of 2 ranks, but the minibatch standard deviation covers"
         f" {group} images; set the batch of each rank with --train.batch_per_rank true{remedy}."
@@ -201,7 +201,7 @@ def test_networks_of_one_resolution_do_not_grow():
         (
             lambda: replace(config(batch={4: 16, 8: 16, 16: 14}), train=TrainConfig(sampled_batch=None, micro_batch=4)),
             r"train.micro_batch is 4; it must be at least growth.batch\[4\], 16, because the minibatch standard"
-            " deviation covers 16 images; for smaller ones use --model.stddev_group 4 and batches that are multiples"
+            " deviation covers 16 images; for smaller ones use --growth.stddev_group 4 and batches that are multiples"
             " of 4",
         ),
         (
@@ -221,7 +221,7 @@ def test_networks_of_one_resolution_do_not_grow():
             "growth.batch is .*at least 2 at each resolution for port",
         ),
         (lambda: ModelConfig(variant="port"), "model.variant is 'port'; it must be pggan for autogan"),
-        (lambda: ModelConfig(stddev_group=0), "model.stddev_group is 0"),
+        (lambda: GrowthConfig(stddev_group=0), "growth.stddev_group is 0"),
         (lambda: GrowthConfig(first_images=0), "growth.first_images is 0"),
         (
             lambda: replace(config(), train=TrainConfig(sampled_batch=7)),
